@@ -1,0 +1,40 @@
+"""Fine-tuning at LoRA's cost with full fine-tuning's guarantee."""
+
+from raclora_jax.adapter import (
+    AdapterChain,
+    adapted,
+    effective_params,
+    factor_labels,
+    init_adapter,
+    merge,
+    next_link,
+    restart,
+)
+from raclora_jax.lowrank import Factor, lift, project
+from raclora_jax.optimizer import apply_updates, raclora, scale_by_raclora
+from raclora_jax.plan import Rule, Spec
+from raclora_jax.sketch import sample_sketch
+from raclora_jax.state import RacLoraState
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AdapterChain",
+    "Factor",
+    "RacLoraState",
+    "Rule",
+    "Spec",
+    "adapted",
+    "apply_updates",
+    "effective_params",
+    "factor_labels",
+    "init_adapter",
+    "lift",
+    "merge",
+    "next_link",
+    "project",
+    "raclora",
+    "restart",
+    "sample_sketch",
+    "scale_by_raclora",
+]

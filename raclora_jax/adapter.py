@@ -1,0 +1,308 @@
+"""The adapter form: frozen base, one small trained tree, merged at the end of a link."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from raclora_jax import paths, rounding
+from raclora_jax.lowrank import check_factor, lift_leaf
+from raclora_jax.plan import LeafPlan, Spec, as_spec, plan_leaves, plan_tree
+from raclora_jax.sketch import draw, draw_all, key_data, leaf_key
+
+
+class AdapterChain(NamedTuple):
+    """Where the chain stands: arrays only.
+
+    Attributes:
+      link: int32 scalar, index of the running link.
+      key_data: uint32 of shape (2,), all the randomness there is.
+      sketches: ``{path: sketch}`` of the running link; empty under
+        ``Spec(cache=False)``.
+    """
+
+    link: Array
+    key_data: Array
+    sketches: dict[str, Array]
+
+
+def init_adapter(
+    base_params: Any, spec: Spec | int, *, key: Any
+) -> tuple[Any, AdapterChain]:
+    """Starts a chain on frozen weights.
+
+    Args:
+      base_params: The weights the chain starts from; shapes are enough.
+      spec: A ``Spec`` or a rank.
+      key: Typed threefry key, raw key data, or int seed.
+
+    Returns:
+      ``(factors, chain)``. ``factors`` is the small trained tree, all zeros and at
+      least float32: ``(batch..., rank, *axes of the other side)`` for an adapted leaf,
+      a difference of the leaf's shape for a dense one, ``optax.MaskedNode()`` for a
+      frozen one.
+
+    Raises:
+      ValueError: If the spec does not fit, or asks for ``rounding="master"``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> factors, chain = init_adapter({"kernel": jnp.ones((6, 4))}, 2, key=0)
+      >>> factors["kernel"].shape, chain.sketches["kernel"].shape
+      ((2, 6), (2, 4))
+
+    References:
+      Malinovsky et al., `Randomized Asymmetric Chain of LoRA
+      <https://arxiv.org/abs/2410.08305>`_, 2024, Algorithm 1.
+    """
+    spec = as_spec(spec)
+    plans = plan_tree(spec, base_params)
+    _check_rounding(spec, plans)
+    link, data = jnp.zeros((), jnp.int32), key_data(key)
+    _, treedef = paths.flatten(base_params)
+    chain = AdapterChain(link, data, _cached(spec, data, link, plans))
+    return paths.unflatten(treedef, _zeros(plans)), chain
+
+
+def effective_params(
+    base_params: Any, factors: Any, chain: AdapterChain, spec: Spec | int
+) -> Any:
+    """The exact sum ``W + lift(F)`` in the wider dtype.
+
+    Args:
+      base_params: The weights of the link, held fixed.
+      factors: The trained tree.
+      chain: Where the chain stands.
+      spec: The spec of the run.
+
+    Returns:
+      The tree of ``base_params`` in at least float32; frozen leaves as they are.
+
+    Raises:
+      ValueError: If factors, chain and base do not belong together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> W = {"kernel": jnp.ones((6, 4), jnp.bfloat16)}
+      >>> factors, chain = init_adapter(W, 2, key=0)
+      >>> effective_params(W, factors, chain, 2)["kernel"].dtype
+      dtype('float32')
+    """
+    return _sum(base_params, factors, chain, as_spec(spec), lambda _, exact: exact)
+
+
+def merge(base_params: Any, factors: Any, chain: AdapterChain, spec: Spec | int) -> Any:
+    """``effective_params`` rounded once into the dtype of the weights.
+
+    Args:
+      base_params: The weights of the link, held fixed.
+      factors: The trained tree.
+      chain: Where the chain stands.
+      spec: The spec of the run; ``spec.rounding`` says how.
+
+    Returns:
+      New weights, dtypes of ``base_params`` kept.
+
+    Raises:
+      ValueError: If factors, chain and base do not belong together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> W = {"kernel": jnp.ones((6, 4), jnp.bfloat16)}
+      >>> factors, chain = init_adapter(W, 2, key=0)
+      >>> bool((merge(W, factors, chain, 2)["kernel"] == 1).all())
+      True
+    """
+    spec = as_spec(spec)
+
+    def rounded(plan: LeafPlan, exact: Array) -> Array:
+        key = leaf_key(chain.key_data, "merge", plan.path)
+        key = jax.random.fold_in(key, chain.link)
+        return rounding.settle(exact, plan.dtype, spec.rounding, key).astype(plan.dtype)
+
+    return _sum(base_params, factors, chain, spec, rounded)
+
+
+def next_link(
+    base_params: Any, factors: Any, chain: AdapterChain, spec: Spec | int
+) -> tuple[Any, Any, AdapterChain]:
+    """Merges, draws the next sketches and puts the factors back to zero.
+
+    Args:
+      base_params: The weights of the link that ends.
+      factors: The trained tree.
+      chain: Where the chain stands.
+      spec: The spec of the run.
+
+    Returns:
+      ``(base_params, factors, chain)`` of the next link.
+
+    Raises:
+      ValueError: If factors, chain and base do not belong together.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> W = {"kernel": jnp.ones((6, 4))}
+      >>> factors, chain = init_adapter(W, 2, key=0)
+      >>> W, factors, chain = next_link(W, factors, chain, 2)
+      >>> int(chain.link)
+      1
+    """
+    spec = as_spec(spec)
+    merged = merge(base_params, factors, chain, spec)
+    leaves, _ = paths.flatten(base_params)
+    plans = plan_leaves(spec, leaves)
+    link = chain.link + 1
+    sketches = _cached(spec, chain.key_data, link, plans)
+    zeros = jax.tree.map(jnp.zeros_like, factors)
+    return merged, zeros, AdapterChain(link, chain.key_data, sketches)
+
+
+def adapted(loss_fn: Callable[..., Any], spec: Spec | int) -> Callable[..., Any]:
+    """A loss of the weights turned into a loss of the factors.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args)``.
+      spec: The spec of the run.
+
+    Returns:
+      ``loss(factors, base_params, chain, *args)``: ``loss_fn`` at
+      ``W + lift(F)`` in the dtypes of ``base_params``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> W = {"kernel": jnp.ones((6, 4))}
+      >>> factors, chain = init_adapter(W, 2, key=0)
+      >>> loss = adapted(lambda params: jnp.sum(params["kernel"] ** 2), 2)
+      >>> jax.grad(loss)(factors, W, chain)["kernel"].shape
+      (2, 6)
+    """
+    spec = as_spec(spec)
+
+    def loss(factors: Any, base_params: Any, chain: AdapterChain, *args: Any) -> Any:
+        params = _sum(
+            base_params, factors, chain, spec, lambda p, exact: exact.astype(p.dtype)
+        )
+        return loss_fn(params, *args)
+
+    return loss
+
+
+def factor_labels(base_params: Any, spec: Spec | int) -> Any:
+    """The mode of every leaf of ``factors``, as labels for ``optax.partition``.
+
+    A rule that keeps one state for the factors and one for the dense leaves can start
+    the first again at a new link and let the second go on; see ``restart``.
+
+    Args:
+      base_params: The weights; shapes are enough.
+      spec: The spec of the run.
+
+    Returns:
+      The tree of ``factors`` with ``"lowrank"`` or ``"dense"`` at each leaf.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> W = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
+      >>> factor_labels(W, 2)
+      {'bias': 'dense', 'kernel': 'lowrank'}
+    """
+    plans = plan_tree(spec, base_params)
+    _, treedef = paths.flatten(base_params)
+
+    def label(plan: LeafPlan) -> Any:
+        return optax.MaskedNode() if plan.mode == "frozen" else plan.mode
+
+    return paths.unflatten(treedef, {p: label(plan) for p, plan in plans.items()})
+
+
+def restart(opt_state: Any, tx: optax.GradientTransformation, factors: Any) -> Any:
+    """Starts the moments of the factors again; those of dense leaves go on.
+
+    Args:
+      opt_state: State of ``tx``.
+      tx: ``optax.partition({"lowrank": rule, "dense": rule}, labels)`` with the labels
+        of ``factor_labels``, or any rule, which then starts again as a whole.
+      factors: The trained tree.
+
+    Returns:
+      The state for the first step of a new link.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> W = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
+      >>> factors, chain = init_adapter(W, 2, key=0)
+      >>> rules = {"lowrank": optax.adam(1e-3), "dense": optax.adam(1e-3)}
+      >>> tx = optax.partition(rules, factor_labels(W, 2))
+      >>> opt_state = restart(tx.init(factors), tx, factors)
+    """
+    fresh = tx.init(factors)
+    if not isinstance(opt_state, optax.PartitionState):
+        return fresh
+    states = {**opt_state.inner_states, "lowrank": fresh.inner_states["lowrank"]}
+    return opt_state._replace(inner_states=states)
+
+
+def _sum(
+    base_params: Any,
+    factors: Any,
+    chain: AdapterChain,
+    spec: Spec,
+    finish: Callable[[LeafPlan, Array], Array],
+) -> Any:
+    """``finish(plan, W + lift(F))`` for every trained leaf."""
+    leaves, treedef = paths.flatten(base_params)
+    values, _ = paths.flatten(factors)
+    plans = plan_leaves(spec, leaves)
+
+    def one(path: str, weight: Any) -> Any:
+        plan = plans[path]
+        if plan.mode == "frozen":
+            return weight
+        if path not in values:
+            raise ValueError(
+                f"leaf {paths.show(path)} is {plan.mode} in this spec but has no entry "
+                "in factors; make them with init_adapter and the same spec"
+            )
+        wide = jnp.asarray(weight, plan.wide_dtype)
+        if plan.mode == "dense":
+            return finish(plan, wide + values[path])
+        check_factor(values[path], plan)
+        if spec.cache:
+            sketch = chain.sketches[path]
+        else:
+            sketch = draw(chain.key_data, chain.link, plan)
+        return finish(plan, wide + lift_leaf(values[path], sketch, plan))
+
+    return paths.unflatten(treedef, {p: one(p, w) for p, w in leaves.items()})
+
+
+def _zeros(plans: dict[str, LeafPlan]) -> dict[str, Any]:
+    shapes = {"lowrank": "factor_shape", "dense": "shape"}
+    return {
+        path: optax.MaskedNode()
+        if plan.mode == "frozen"
+        else jnp.zeros(getattr(plan, shapes[plan.mode]), plan.wide_dtype)
+        for path, plan in plans.items()
+    }
+
+
+def _cached(
+    spec: Spec, data: Array, link: Array, plans: dict[str, LeafPlan]
+) -> dict[str, Array]:
+    return draw_all(data, link, plans.values()) if spec.cache else {}
+
+
+def _check_rounding(spec: Spec, plans: dict[str, LeafPlan]) -> None:
+    low = [p for p, plan in plans.items() if rounding.is_low(plan.dtype)]
+    if spec.rounding == "master" and low:
+        raise ValueError(
+            f"leaf {paths.show(low[0])}: rounding='master' keeps a float32 copy in the "
+            "optimizer state, which the adapter form has not; use "
+            "rounding='stochastic', or base_params in float32"
+        )

@@ -1,0 +1,245 @@
+"""The low-rank algebra: project a leaf on its sketch, lift a factor back."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from raclora_jax import paths
+from raclora_jax.plan import LeafPlan, Spec, as_spec, plan_leaves
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Factor:
+    """A gradient or an update of one adapted leaf in factor coordinates.
+
+    It stands for ``lift(value) - decay * W``: decoupled weight decay does not fit in
+    ``rank x n`` and travels beside it.
+
+    Args:
+      value: Array ``(batch..., rank, *axes of the other side)``.
+      decay: Scalar; 0 in a gradient, ``learning_rate * weight_decay`` in an update.
+    """
+
+    value: Any
+    decay: Any
+
+
+def is_factor(node: Any) -> bool:
+    """Whether a node is a ``Factor``, for ``is_leaf``."""
+    return isinstance(node, Factor)
+
+
+def project_leaf(dense: Array, sketch: Array, plan: LeafPlan) -> Array:
+    """``scaling *`` the contraction of S with G over the sketched axes.
+
+    Axis groups are contracted as they stand, never reshaped: flattening a sharded axis
+    would move it. A low-precision G meets S in its own dtype and sums in float32.
+
+    Args:
+      dense: Array of ``plan.shape``.
+      sketch: Array of ``plan.sketch_shape``.
+      plan: Plan of the leaf.
+
+    Returns:
+      Array of ``plan.factor_shape`` in ``plan.wide_dtype``.
+    """
+    stack = len(plan.batch)
+    sketch_axes = tuple(range(stack + 1, len(plan.sketch_shape)))
+    factor = lax.dot_general(
+        sketch.astype(dense.dtype),
+        dense,
+        ((sketch_axes, plan.sketched), (tuple(range(stack)), plan.batch)),
+        precision=lax.Precision.HIGHEST,
+        preferred_element_type=jnp.promote_types(dense.dtype, plan.wide_dtype),
+    )
+    return (plan.scaling * factor).astype(plan.wide_dtype)
+
+
+def lift_leaf(factor: Array, sketch: Array, plan: LeafPlan) -> Array:
+    """``scaling * S F`` laid out as the leaf: the transpose of ``project_leaf``.
+
+    Args:
+      factor: Array of ``plan.factor_shape``.
+      sketch: Array of ``plan.sketch_shape``.
+      plan: Plan of the leaf.
+
+    Returns:
+      Array of ``plan.shape`` in ``plan.wide_dtype``.
+    """
+    stack = tuple(range(len(plan.batch)))
+    product = lax.dot_general(
+        sketch.astype(plan.wide_dtype),
+        (plan.scaling * factor).astype(plan.wide_dtype),
+        (((len(stack),), (len(stack),)), (stack, stack)),
+        precision=lax.Precision.HIGHEST,
+    )
+    order = (*plan.batch, *plan.sketched, *plan.trained)
+    return jnp.transpose(product, [order.index(axis) for axis in range(len(order))])
+
+
+def change_of_basis(new: Array, old: Array, plan: LeafPlan) -> Array:
+    """The map from coordinates in an old sketch to the nearest ones in a new.
+
+    ``(S'^T S')^-1 S'^T S``: with it, ``lift`` of the new coordinates is the projection
+    of ``lift`` of the old ones onto the new span.
+
+    Args:
+      new: Array of ``plan.sketch_shape``.
+      old: Array of ``plan.sketch_shape``.
+      plan: Plan of the leaf.
+
+    Returns:
+      Array ``(batch..., rank, rank)``.
+    """
+    stack = tuple(range(len(plan.batch)))
+    axes = tuple(range(len(stack) + 1, len(plan.sketch_shape)))
+
+    def cross(left: Array, right: Array) -> Array:
+        dims = ((axes, axes), (stack, stack))
+        return lax.dot_general(left, right, dims, precision=lax.Precision.HIGHEST)
+
+    if plan.sketch != "gaussian_raw":
+        return cross(new, old)
+    return jnp.linalg.solve(cross(new, new), cross(new, old))
+
+
+def in_basis(basis: Array, factor: Array, plan: LeafPlan) -> Array:
+    """Applies ``change_of_basis`` to a factor-shaped array, dtype kept."""
+    stack = tuple(range(len(plan.batch)))
+    moved = lax.dot_general(
+        basis,
+        factor.astype(basis.dtype),
+        (((len(stack) + 1,), (len(stack),)), (stack, stack)),
+        precision=lax.Precision.HIGHEST,
+    )
+    return moved.astype(factor.dtype)
+
+
+def project(grads: Any, sketches: Any, spec: Spec | int) -> Any:
+    """Projects dense gradients on their sketches, leaf by leaf.
+
+    For a left sketch S (dim x rank) of a leaf W (rows x cols) this is
+    ``scaling * S^T G``; for a right sketch ``scaling * G S``, stored rank first.
+
+    Args:
+      grads: Tree of dense gradients, or one.
+      sketches: What ``sample_sketch`` gave for the same tree.
+      spec: The spec the sketches were drawn with.
+
+    Returns:
+      The same tree with a ``Factor`` for each adapted leaf, decay 0; dense leaves as
+      they were; ``optax.MaskedNode()`` for frozen ones.
+
+    Raises:
+      ValueError: If sketches and gradients do not belong together.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, raclora_jax as rl
+      >>> W = jnp.zeros((6, 4))
+      >>> S = rl.sample_sketch(W, 2, key=0)
+      >>> rl.project(jnp.ones((6, 4)), S, 2).value.shape
+      (2, 6)
+
+    References:
+      Malinovsky et al., `Randomized Asymmetric Chain of LoRA
+      <https://arxiv.org/abs/2410.08305>`_, 2024, Section 5.1.
+    """
+    leaves, treedef = paths.flatten(grads)
+    plans = plan_leaves(as_spec(spec), leaves)
+    drawn = _matched(sketches, plans)
+
+    def one(path: str, grad: Any) -> Any:
+        plan = plans[path]
+        if plan.mode == "frozen":
+            return optax.MaskedNode()
+        if plan.mode == "dense":
+            return grad
+        value = project_leaf(jnp.asarray(grad), drawn[path], plan)
+        return Factor(value, jnp.zeros((), plan.wide_dtype))
+
+    return paths.unflatten(treedef, {p: one(p, g) for p, g in leaves.items()})
+
+
+def lift(factors: Any, sketches: Any, params: Any, spec: Spec | int) -> Any:
+    """Lifts factors to dense deltas: the transpose of ``project``.
+
+    For a left sketch S (dim x rank) and a factor F (rank x cols) this is
+    ``scaling * S F``; for a right sketch and F (rows x rank), ``scaling * F S^T``.
+
+    Args:
+      factors: Tree of ``Factor``s or factor arrays, or one; other leaves pass.
+      sketches: What ``sample_sketch`` gave for ``params``.
+      params: The parameters, or their ``ShapeDtypeStruct``s: they fix the views.
+      spec: The spec the sketches were drawn with.
+
+    Returns:
+      The tree with a dense array for each adapted leaf, ``decay`` left out.
+
+    Raises:
+      ValueError: If sketches, factors and parameters do not belong together.
+
+    Example:
+      >>> import jax.numpy as jnp, raclora_jax as rl
+      >>> W = jnp.zeros((6, 4))
+      >>> S = rl.sample_sketch(W, 2, key=0)
+      >>> rl.lift(jnp.ones((2, 6)), S, W, 2).shape
+      (6, 4)
+    """
+    leaves, _ = paths.flatten(params)
+    plans = plan_leaves(as_spec(spec), leaves)
+    drawn = _matched(sketches, plans)
+    values, treedef = paths.flatten(factors, is_leaf=is_factor)
+    for path, value in values.items():
+        plan = plans.get(path)
+        if plan is None:
+            raise ValueError(f"factor {paths.show(path)} has no leaf in params")
+        if plan.mode == "lowrank":
+            array = value.value if is_factor(value) else value
+            check_factor(array, plan)
+            values[path] = lift_leaf(array, drawn[path], plan)
+    return paths.unflatten(treedef, values)
+
+
+def check_factor(value: Any, plan: LeafPlan) -> None:
+    """Refuses a factor that cannot belong to the leaf.
+
+    Args:
+      value: The array in a ``Factor``.
+      plan: Plan of the leaf.
+
+    Raises:
+      ValueError: If the leaf is not adapted or the shape differs.
+    """
+    if plan.mode != "lowrank":
+        raise ValueError(
+            f"leaf {paths.show(plan.path)} is {plan.mode} in this spec but came as a "
+            "Factor; use the spec the factors were made with"
+        )
+    if jnp.shape(value) != plan.factor_shape:
+        raise ValueError(
+            f"leaf {paths.show(plan.path)}: expected a factor of shape "
+            f"{plan.factor_shape}, got {jnp.shape(value)}; use the spec the factors "
+            "were made with"
+        )
+
+
+def _matched(sketches: Any, plans: dict[str, LeafPlan]) -> dict[str, Array]:
+    drawn, _ = paths.flatten(sketches)
+    for path, plan in plans.items():
+        if plan.mode != "lowrank":
+            continue
+        got = jnp.shape(drawn[path]) if path in drawn else None
+        if got != plan.sketch_shape:
+            raise ValueError(
+                f"leaf {paths.show(path)}: expected a sketch of shape "
+                f"{plan.sketch_shape}, got {got or 'none'}; draw it with sample_sketch "
+                "for this tree and this spec"
+            )
+    return drawn

@@ -1,0 +1,485 @@
+"""The optimizer form: RAC-LoRA as an optax transformation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from raclora_jax import paths, rounding
+from raclora_jax.lowrank import (
+    Factor,
+    check_factor,
+    is_factor,
+    lift_leaf,
+    project_leaf,
+)
+from raclora_jax.plan import LeafPlan, Spec, as_spec, plan_leaves, plan_tree
+from raclora_jax.sketch import draw, key_data, leaf_key
+from raclora_jax.state import (
+    Chain,
+    RacLoraState,
+    emitted,
+    find_state,
+    link_of,
+    master_copy,
+)
+
+MOMENTS = ("reset", "keep", "transport")
+
+
+def scale_by_raclora(
+    spec: Spec | int,
+    *,
+    inner: optax.GradientTransformation | None = None,
+    moments: str = "reset",
+    key: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Runs any optax rule on projected gradients and lifts its answer back.
+
+    With H the projector on the link's sketch, an identity inside gives
+    ``scaling^2 * H G``, which is Eq. 3/4 of the paper. No learning rate, no sign: chain
+    ``optax.scale_by_learning_rate`` after it. Weights below float32 want ``raclora``,
+    which rounds the whole step without bias.
+
+    Args:
+      spec: A ``Spec`` or a rank.
+      inner: Any optax preconditioner that needs no params and carries no learning rate;
+        ``optax.scale_by_adam()`` by default.
+      moments: What a new link does to the inner state of the factors: ``"reset"`` starts
+        it again, counters too; ``"keep"`` leaves it; ``"transport"`` re-expresses first
+        moments in the new sketch and leaves the rest.
+      key: Typed threefry key, raw key data, or int seed.
+
+    Returns:
+      An optax transformation. ``update`` answers a dense gradient with a dense update
+      and a ``Factor`` with a ``Factor``, leaf by leaf, dtypes kept.
+
+    Raises:
+      ValueError: If an argument is out of range or ``inner`` carries a sign.
+      TypeError: If an argument has the wrong type.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> tx = scale_by_raclora(2, inner=optax.identity(), key=0)
+      >>> W = jnp.zeros((6, 4))
+      >>> update, _ = tx.update(jnp.ones((6, 4)), tx.init(W), W)
+      >>> update.shape
+      (6, 4)
+
+    References:
+      Malinovsky et al., `Randomized Asymmetric Chain of LoRA
+      <https://arxiv.org/abs/2410.08305>`_, 2024.
+    """
+    core = _Core.of(spec, inner, moments, key)
+
+    def update(
+        updates: Any, state: RacLoraState, params: Any = None, **extra: Any
+    ) -> tuple[Any, RacLoraState]:
+        step = core.step(updates, state, params, extra)
+
+        def one(path: str, grad: Any) -> Any:
+            if is_factor(grad):
+                return _like(grad, step.directions[path], 0.0)
+            return step.lifted(path, step.directions[path]).astype(grad.dtype)
+
+        return step.answer(one), step.state
+
+    return optax.GradientTransformationExtraArgs(core.init, update)
+
+
+def raclora(
+    learning_rate: optax.ScalarOrSchedule,
+    spec: Spec | int,
+    *,
+    inner: optax.GradientTransformation | None = None,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    moments: str = "reset",
+    key: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """RAC-LoRA with learning rate, decoupled weight decay and rounding without bias.
+
+    Per step ``W <- round(W - lr * lift(inner(project(G))) - lr * weight_decay * W)``,
+    where the sketch behind ``project`` and ``lift`` is drawn again every
+    ``spec.resample_every`` updates. Weights below float32 are rounded by
+    ``spec.rounding``; that holds only while this is last in its chain.
+
+    Args:
+      learning_rate: A float or a schedule of the emitted updates.
+      spec: A ``Spec`` or a rank.
+      inner: Any optax preconditioner that needs no params and carries no learning rate;
+        ``optax.scale_by_adam()`` by default.
+      weight_decay: Decoupled decay of the dense weights; may be traced.
+      mask: Which leaves decay: a tree of bools, or a prefix of one, or a function of
+        the params that gives it. ``None`` decays every trained leaf.
+      moments: ``"reset"``, ``"keep"`` or ``"transport"``, see ``scale_by_raclora``.
+      key: Typed threefry key, raw key data, or int seed.
+
+    Returns:
+      An optax transformation; dense updates are for ``optax.apply_updates``, ``Factor``
+      updates for ``raclora_jax.apply_updates``.
+
+    Raises:
+      ValueError: If an argument is out of range or ``inner`` carries a sign.
+      TypeError: If an argument has the wrong type.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> W = jnp.zeros((6, 4))
+      >>> target = jnp.arange(24.0).reshape(6, 4) / 24
+      >>> loss = lambda W: jnp.sum((W - target) ** 2)
+      >>> tx = optax.chain(raclora(0.1, Spec(1, resample_every=5), key=0))
+      >>> state = tx.init(W)
+      >>> for _ in range(200):
+      ...     updates, state = tx.update(jax.grad(loss)(W), state, W)
+      ...     W = optax.apply_updates(W, updates)
+      >>> bool(loss(W) < 0.1 * loss(jnp.zeros((6, 4))))
+      True
+
+    References:
+      Malinovsky et al., `Randomized Asymmetric Chain of LoRA
+      <https://arxiv.org/abs/2410.08305>`_, 2024.
+    """
+    core = _Core.of(spec, inner, moments, key, steps_weights=True)
+    decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
+
+    def update(
+        updates: Any, state: RacLoraState, params: Any = None, **extra: Any
+    ) -> tuple[Any, RacLoraState]:
+        step = core.step(updates, state, params, extra)
+        weights = _weights(step, params, decays)
+        decaying = _decaying(mask, params) if decays else {}
+        rate = _wide_scalar(
+            learning_rate(state.count) if callable(learning_rate) else learning_rate
+        )
+        shrink = jnp.where(step.emitted, rate * weight_decay, 0.0) if decays else 0.0
+        master = dict(state.master)
+
+        def one(path: str, grad: Any) -> Any:
+            plan = step.plans[path]
+            value = (-rate * step.directions[path]).astype(plan.wide_dtype)
+            decay = jnp.asarray(shrink if decaying.get(path) else 0.0, plan.wide_dtype)
+            if is_factor(grad) and path not in master:
+                return _like(grad, value, decay)
+            delta = step.lifted(path, value)
+            weight: Any = weights.get(path)
+            if decaying.get(path):
+                delta = delta - decay * weight.astype(plan.wide_dtype)
+            if path in master:
+                master[path] = master[path] + delta
+            if is_factor(grad):
+                return _like(grad, value, decay)
+            if weight is None or not rounding.is_low(weight.dtype):
+                return delta.astype(grad.dtype)
+            exact = master.get(path, weight.astype(plan.wide_dtype) + delta)
+            key = _rounding_key(state.key_data, path, state.count)
+            target = rounding.settle(exact, weight.dtype, core.spec.rounding, key)
+            key = jax.random.fold_in(key, 1)
+            return rounding.landing_update(weight, target, grad.dtype, key)
+
+        answer = step.answer(one)
+        return answer, step.state._replace(master=master)
+
+    return optax.GradientTransformationExtraArgs(core.init, update)
+
+
+def apply_updates(params: Any, updates: Any, opt_state: Any, spec: Spec | int) -> Any:
+    """Adds updates to the weights: ``W + lift(value) - decay * W``, rounded once.
+
+    Dense leaves are added as ``optax.apply_updates`` does, ``Factor`` leaves are lifted
+    on the sketch of the update that made them; frozen ones stay.
+
+    Args:
+      params: The parameters.
+      updates: What ``tx.update`` returned.
+      opt_state: The optimizer state that ``tx.update`` returned with them.
+      spec: The spec of the run.
+
+    Returns:
+      The new parameters, dtypes kept.
+
+    Raises:
+      ValueError: If ``opt_state`` holds none or several RAC-LoRA states, or an update
+        does not belong to its leaf.
+
+    Example:
+      >>> import jax.numpy as jnp, raclora_jax as rl
+      >>> W, tx = jnp.zeros((6, 4)), rl.raclora(0.1, 2, key=0)
+      >>> state = tx.init(W)
+      >>> grads = rl.project(jnp.ones((6, 4)), rl.sample_sketch(W, 2, key=0), 2)
+      >>> updates, state = tx.update(grads, state, W)
+      >>> rl.apply_updates(W, updates, state, 2).shape
+      (6, 4)
+    """
+    spec, state = as_spec(spec), find_state(opt_state)
+    leaves, treedef = paths.flatten(params)
+    steps, _ = paths.flatten(updates, is_leaf=is_factor)
+    plans = plan_leaves(spec, leaves)
+    # The state has counted the update that is being applied.
+    count = jnp.maximum(state.count - 1, 0)
+
+    def one(path: str, weight: Any) -> Any:
+        step, plan = steps.get(path), plans[path]
+        if step is None:
+            return weight
+        if not is_factor(step):
+            return optax.apply_updates(weight, step)
+        check_factor(step.value, plan)
+        if path in state.master:
+            return state.master[path].astype(weight.dtype)
+        if spec.cache:
+            sketch = state.sketches.values[path]
+        else:
+            sketch = draw(state.key_data, link_of(count, spec), plan)
+        wide = weight.astype(plan.wide_dtype)
+        exact = wide + (lift_leaf(step.value, sketch, plan) - step.decay * wide)
+        key = _rounding_key(state.key_data, path, count)
+        return rounding.settle(exact, weight.dtype, spec.rounding, key).astype(
+            weight.dtype
+        )
+
+    return paths.unflatten(treedef, {p: one(p, w) for p, w in leaves.items()})
+
+
+class _Step(NamedTuple):
+    """One step in factor coordinates, before learning rate and decay."""
+
+    state: RacLoraState
+    plans: dict[str, LeafPlan]
+    grads: dict[str, Any]
+    treedef: Any
+    sketches: dict[str, Array]
+    directions: dict[str, Array]
+    emitted: Array
+
+    def lifted(self, path: str, value: Array) -> Array:
+        """A leaf-shaped delta, whichever way the leaf is trained."""
+        if self.plans[path].mode == "dense":
+            return value
+        return lift_leaf(value, self.sketches[path], self.plans[path])
+
+    def answer(self, one: Callable[[str, Any], Any]) -> Any:
+        """The updates tree: ``one(path, grad)`` per trained leaf, zeros for frozen."""
+
+        def each(path: str, grad: Any) -> Any:
+            frozen = self.plans[path].mode == "frozen"
+            return jnp.zeros_like(grad) if frozen else one(path, grad)
+
+        return paths.unflatten(
+            self.treedef, {p: each(p, g) for p, g in self.grads.items()}
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Core:
+    """What both transformations share: init, and a step up to the learning rate."""
+
+    spec: Spec
+    chain: Chain
+    key_data: Array
+    steps_weights: bool
+
+    @classmethod
+    def of(
+        cls, spec: Any, inner: Any, moments: str, key: Any, steps_weights: bool = False
+    ) -> _Core:
+        spec = as_spec(spec)
+        if moments not in MOMENTS:
+            raise ValueError(
+                f"moments must be one of {', '.join(map(repr, MOMENTS))}, got {moments!r}"
+            )
+        inner = optax.scale_by_adam() if inner is None else inner
+        _check_inner(inner)
+        chain = Chain(spec, optax.with_extra_args_support(inner), moments)
+        return cls(spec, chain, key_data(key), steps_weights)
+
+    def init(self, params: Any) -> RacLoraState:
+        if isinstance(params, _placeholder_type()):
+            # optax.tree.map_params asks which parts mirror the params: none do.
+            zeros: Any = [jnp.zeros((), jnp.int32) for _ in RacLoraState._fields]
+            return RacLoraState(*zeros)
+        plans = plan_tree(self.spec, params)
+        leaves, _ = paths.flatten(params)
+        keeps_master = self.steps_weights and self.spec.rounding == "master"
+        master = master_copy(plans, leaves) if keeps_master else {}
+        return self.chain.init(self.key_data, tuple(plans.values()), master)
+
+    def step(
+        self, updates: Any, state: RacLoraState, params: Any, extra: dict[str, Any]
+    ) -> _Step:
+        grads, treedef = paths.flatten(updates, is_leaf=is_factor)
+        plans = _plan_gradients(self.spec, grads, params)
+        self.chain.check(state, tuple(plans.values()))
+        sketches, state = self.chain.enter_link(state, tuple(plans.values()))
+        factors: dict[str, Array] = {}
+        dense: dict[str, Array] = {}
+        directions: dict[str, Array] = {}
+        for path, grad in grads.items():
+            plan = plans[path]
+            if is_factor(grad):
+                factors[path] = grad.value.astype(plan.wide_dtype)
+            elif plan.mode == "lowrank":
+                factors[path] = project_leaf(grad, sketches[path], plan)
+            elif plan.mode == "dense":
+                dense[path] = grad.astype(plan.wide_dtype)
+        before = after = state.inner_state
+        rule, went = self.chain.inner.update, jnp.asarray(True)
+        for field, group in (("dense", dense), ("lowrank", factors)):
+            if group:
+                old = getattr(before, field)
+                moved, new = rule(group, old, None, **extra)
+                directions |= moved
+                after = after._replace(**{field: jax.tree.map(_same_type, new, old)})
+                went = emitted(old, new)
+        count = jnp.where(went, optax.safe_increment(state.count), state.count)
+        state = state._replace(count=count, inner_state=after)
+        return _Step(state, plans, grads, treedef, sketches, directions, went)
+
+
+def _plan_gradients(
+    spec: Spec, grads: dict[str, Any], params: Any
+) -> dict[str, LeafPlan]:
+    """Plans the leaves that came with a gradient, by the params where given."""
+    like = grads
+    if params is not None:
+        leaves, _ = paths.flatten(params)
+        missing = [path for path in grads if path not in leaves]
+        if missing:
+            raise ValueError(
+                f"the gradient of {paths.show(missing[0])} has no leaf in params; take "
+                "gradients with respect to the tree that tx.init saw"
+            )
+        like = {path: leaves[path] for path in grads}
+    elif any(map(is_factor, grads.values())):
+        raise ValueError(
+            "Factor gradients need params to know their leaves; call "
+            "tx.update(grads, state, params)"
+        )
+    plans = plan_leaves(spec, like)
+    for path, grad in grads.items():
+        if is_factor(grad):
+            check_factor(grad.value, plans[path])
+        elif jnp.shape(grad) != plans[path].shape:
+            raise ValueError(
+                f"leaf {paths.show(path)}: expected a gradient of shape "
+                f"{plans[path].shape}, got {jnp.shape(grad)}"
+            )
+    return plans
+
+
+def _weights(step: _Step, params: Any, decays: bool) -> dict[str, Array]:
+    """The weights, where the step needs them."""
+    if params is not None:
+        leaves, _ = paths.flatten(params)
+        return leaves
+    low = [p for p, plan in step.plans.items() if rounding.is_low(plan.dtype)]
+    if decays or low:
+        why = "weight_decay" if decays else f"leaf {paths.show(low[0])} below float32"
+        raise ValueError(
+            f"raclora needs params for {why}: call tx.update(grads, state, params)"
+        )
+    return {}
+
+
+def _decaying(mask: Any, params: Any) -> dict[str, bool]:
+    """Which leaves decay; a mask may stop at a prefix of the params."""
+    leaves, _ = paths.flatten(params)
+    if mask is None:
+        return dict.fromkeys(leaves, True)
+    flags, _ = paths.flatten(mask(params) if callable(mask) else mask)
+
+    def decays(path: str) -> bool:
+        prefix = path
+        while prefix not in flags and prefix:
+            prefix = prefix.rpartition("/")[0]
+        if prefix not in flags:
+            raise ValueError(
+                f"mask says nothing about leaf {paths.show(path)}; it must be a tree of "
+                "bools like the params, or a prefix of one"
+            )
+        return bool(flags[prefix])
+
+    return {path: decays(path) for path in leaves}
+
+
+def _rounding_key(data: Array, path: str, count: Array) -> Array:
+    return jax.random.fold_in(leaf_key(data, "rounding", path), count)
+
+
+def _like(grad: Factor, value: Any, decay: Any) -> Factor:
+    """A ``Factor`` in the dtypes of the gradient."""
+    return Factor(
+        jnp.asarray(value, grad.value.dtype), jnp.asarray(decay, grad.decay.dtype)
+    )
+
+
+def _wide_scalar(value: Any) -> Array:
+    value = jnp.asarray(value)
+    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+
+
+def _same_type(new: Any, old: Any) -> Array:
+    """Strong types that never drift, whatever the inner rule promotes."""
+    return lax.convert_element_type(new, jnp.asarray(old).dtype)
+
+
+@functools.cache
+def _placeholder_type() -> type:
+    """The type optax.tree.map_params calls ``init`` with, asked of itself."""
+    seen: list[type] = []
+
+    def init(params: Any) -> tuple[()]:
+        seen.append(type(params))
+        return ()
+
+    optax.tree.map_params(init, None, ())
+    return seen[0]
+
+
+def _check_inner(inner: Any) -> None:
+    """Refuses an inner rule that needs params or carries a learning rate."""
+    if not hasattr(inner, "init") or not hasattr(inner, "update"):
+        raise TypeError(
+            f"inner must be an optax transformation, got {type(inner).__name__}; pass "
+            "for example optax.scale_by_adam()"
+        )
+    rule = optax.with_extra_args_support(inner)
+    gradient = {"probe": jnp.ones((2, 2), jnp.float32)}
+
+    def probe() -> Array:
+        def advance(carry: Any) -> Any:
+            count, state, _ = carry
+            update, new = rule.update(gradient, state, None)
+            return count + 1, jax.tree.map(_same_type, new, state), update["probe"]
+
+        def waits(carry: Any) -> Array:
+            count, _, update = carry
+            return (count < 4096) & jnp.all(update == 0)
+
+        start = jax.tree.map(jnp.asarray, rule.init(gradient))
+        first = advance((jnp.zeros((), jnp.int32), start, None))
+        held_back = ~emitted(start, first[1])
+        return lax.while_loop(lambda c: waits(c) & held_back, advance, first)[2]
+
+    try:
+        with jax.ensure_compile_time_eval():
+            answer = probe()
+    except Exception as error:
+        raise ValueError(
+            "inner could not take a step without params "
+            f"({type(error).__name__}: {error}); use a preconditioner that needs none, "
+            "such as optax.scale_by_adam(), and raclora's weight_decay for decay"
+        ) from error
+    if not isinstance(answer, jax.core.Tracer) and bool(jnp.any(answer < 0)):
+        raise ValueError(
+            "inner answered a positive gradient with a negative update, so it carries a "
+            "learning rate; pass the preconditioner alone, optax.scale_by_adam() in "
+            "place of optax.adam(...), and the rate as learning_rate"
+        )
