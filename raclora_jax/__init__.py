@@ -15,6 +15,7 @@ from raclora_jax.optimizer import apply_updates, raclora, scale_by_raclora
 from raclora_jax.plan import Rule, Spec
 from raclora_jax.sketch import sample_sketch
 from raclora_jax.state import RacLoraState
+from raclora_jax.summary import summary
 
 __version__ = "0.1.0"
 
@@ -37,4 +38,5 @@ __all__ = [
     "restart",
     "sample_sketch",
     "scale_by_raclora",
+    "summary",
 ]

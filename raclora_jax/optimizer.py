@@ -237,7 +237,9 @@ def apply_updates(params: Any, updates: Any, opt_state: Any, spec: Spec | int) -
         if spec.cache:
             sketch = state.sketches.values[path]
         else:
+            # Fused into its use, a sketch would round otherwise than a cached one.
             sketch = draw(state.key_data, link_of(count, spec), plan)
+            sketch = lax.optimization_barrier(sketch)
         wide = weight.astype(plan.wide_dtype)
         exact = wide + (lift_leaf(step.value, sketch, plan) - step.decay * wide)
         key = _rounding_key(state.key_data, path, count)

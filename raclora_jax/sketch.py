@@ -36,17 +36,14 @@ def key_data(key: Any) -> Array:
       >>> key_data(7).tolist()
       [0, 7]
     """
-    if key is None or isinstance(key, bool):
+    is_array, is_int = hasattr(key, "dtype"), hasattr(key, "__index__")
+    if isinstance(key, bool) or not (is_array or is_int):
         raise TypeError(
-            f"key must be a key or an int seed, got {key!r}; pass key=jax.random.key(0)"
+            f"key must be a jax key or an int seed, got {key!r} of type "
+            f"{type(key).__name__}; pass key=jax.random.key(0)"
         )
-    if hasattr(key, "__index__") and not hasattr(key, "dtype"):
+    if not is_array:
         return _seed(operator.index(key))
-    if not hasattr(key, "dtype"):
-        raise TypeError(
-            f"key must be a jax key or an int seed, got {type(key).__name__}; pass "
-            "key=jax.random.key(0)"
-        )
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         impl = str(jax.random.key_impl(key))
         if impl != _IMPL or key.shape != ():
@@ -66,7 +63,13 @@ def key_data(key: Any) -> Array:
 
 
 def _seed(seed: Any) -> Array:
-    return jax.random.key_data(jax.random.key(seed, impl=_IMPL))
+    """What ``jax.random.key`` makes of a seed of 32 bits, whether x64 is on or off."""
+    if not isinstance(seed, jax.core.Tracer) and not 0 <= int(seed) < 2**32:
+        raise ValueError(
+            f"an int seed must be between 0 and 2**32 - 1, got {seed}: JAX reads others "
+            "differently when x64 is on; pass key=jax.random.key(seed)"
+        )
+    return jnp.stack([jnp.uint32(0), jnp.asarray(seed, jnp.uint32)])
 
 
 def leaf_key(data: Array, domain: str, path: str) -> Array:
@@ -194,7 +197,9 @@ def _orthonormal(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def _rademacher(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    signs = jax.random.rademacher(jax.random.fold_in(key, 0), shape, dtype)
+    # Not jax.random.rademacher, which draws other bits when x64 is on.
+    bits = jax.random.bits(jax.random.fold_in(key, 0), shape, jnp.uint32)
+    signs = jnp.where(bits >> 31, -1, 1).astype(dtype)
     spare = jax.random.normal(jax.random.fold_in(key, 1), shape, dtype)
     # A singular draw gives way to a Gaussian one. Both laws, and being singular, are
     # blind to permutations and signs of the axes, so the mean projector stays

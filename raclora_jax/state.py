@@ -128,7 +128,8 @@ class Chain:
         state = state._replace(sketches=cache, inner_state=inner_state)
         if self.spec.cache:
             return cache.values, state
-        return draw_all(state.key_data, link, plans), state
+        # Fused into its use, a sketch would round otherwise than a cached one.
+        return lax.optimization_barrier(draw_all(state.key_data, link, plans)), state
 
     def check(self, state: RacLoraState, plans: Plans) -> None:
         """Refuses a state that was made for other leaves or another spec."""

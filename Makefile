@@ -1,0 +1,33 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# An extra is installed once, and again when pyproject.toml changes.
+$(VENV)/.installed-%: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[$*]'
+	touch $@
+
+.PHONY: finetune test check format bench clean
+
+finetune: $(VENV)/.installed-examples
+	$(BIN)/python -m examples.finetune $(ARGS)
+
+test: $(VENV)/.installed-tests
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-benchmarks
+	$(BIN)/python -m benchmarks.counterexample
+	$(BIN)/python -m benchmarks.linear_regression
+
+clean:
+	rm -rf $(VENV) out dist build

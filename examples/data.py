@@ -1,0 +1,91 @@
+"""Digit images, split into a pre-training and a fine-tuning task."""
+
+from __future__ import annotations
+
+import gzip
+import pathlib
+from typing import NamedTuple
+
+import numpy as np
+import sklearn.datasets
+import sklearn.model_selection
+
+
+class Split(NamedTuple):
+    """Images (n, pixels) in float32 and labels (n,) in int32, counted from 0."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+class Task(NamedTuple):
+    """Five digits: what to train on, what to tune on, what to report."""
+
+    train: Split
+    validation: Split
+    test: Split
+
+
+def digits() -> tuple[Task, Task]:
+    """scikit-learn's 8 x 8 digits: the tasks 0-4 and 5-9, split 60 / 20 / 20."""
+    images, labels = sklearn.datasets.load_digits(return_X_y=True)
+    images = (images / 16).astype(np.float32)
+    return _digits_task(images, labels, 0), _digits_task(images, labels, 5)
+
+
+def mnist(folder: pathlib.Path) -> tuple[Task, Task]:
+    """MNIST's idx files: the tasks 0-4 and 5-9, with the last 3000 for validation."""
+    names = ("train", "t10k")
+    parts = [
+        Split(
+            _idx(folder / f"{name}-images-idx3-ubyte.gz", header=16, width=784),
+            _idx(folder / f"{name}-labels-idx1-ubyte.gz", header=8),
+        )
+        for name in names
+    ]
+    return _mnist_task(*parts, first=0), _mnist_task(*parts, first=5)
+
+
+def _digits_task(images: np.ndarray, labels: np.ndarray, first: int) -> Task:
+    images, labels = _five(images, labels, first)
+    rest, test = _stratified(images, labels, test_size=0.2)
+    train, validation = _stratified(*rest, test_size=0.25)
+    return Task(train, validation, test)
+
+
+def _stratified(
+    images: np.ndarray, labels: np.ndarray, test_size: float
+) -> tuple[Split, Split]:
+    a, b, la, lb = sklearn.model_selection.train_test_split(
+        images, labels, test_size=test_size, random_state=0, stratify=labels
+    )
+    return Split(a, la), Split(b, lb)
+
+
+def _mnist_task(train: Split, test: Split, first: int) -> Task:
+    mean, deviation = 0.1307, 0.3081
+
+    def scaled(part: Split) -> Split:
+        images, labels = _five(part.images, part.labels, first)
+        return Split(((images / 255 - mean) / deviation).astype(np.float32), labels)
+
+    images, labels = scaled(train)
+    head, tail = (
+        Split(images[:-3000], labels[:-3000]),
+        Split(images[-3000:], labels[-3000:]),
+    )
+    return Task(head, tail, scaled(test))
+
+
+def _five(images: np.ndarray, labels: np.ndarray, first: int) -> Split:
+    chosen = (labels >= first) & (labels < first + 5)
+    return Split(images[chosen], (labels[chosen] - first).astype(np.int32))
+
+
+def _idx(path: pathlib.Path, header: int, width: int | None = None) -> np.ndarray:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing; --data-dir must hold the four gzipped idx files of MNIST"
+        )
+    values = np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header)
+    return values if width is None else values.reshape(-1, width)

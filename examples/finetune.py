@@ -1,0 +1,260 @@
+"""Fine-tune a network through rank-1 steps, beside every other method.
+
+A small MLP learns the digits 0-4, then is fine-tuned on 5-9: by full fine-tuning, LoRA,
+Chain of LoRA, Asymmetric LoRA, RAC-LoRA as published, and RAC-LoRA as this library has
+it, at rank 1 and with biases frozen for all but the first. Learning rate and, where
+there is a chain, link length are tuned for each method over the same grid on validation
+images; the table reports test images over fresh seeds.
+
+    python -m examples.finetune                                # scikit-learn's digits
+    python -m examples.finetune --data mnist --data-dir DIR    # the paper's experiment
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+import raclora_jax as rl
+from benchmarks import rows as result_rows
+from examples import data, report, training
+from raclora_jax import methods
+
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+TUNING_SEEDS = (1000, 1001, 1002)
+
+
+class Setting(NamedTuple):
+    """What the data decide: size of the run and the links tried."""
+
+    steps: int
+    batch: int
+    blocks: int
+    links: tuple[int, ...]
+
+
+class Entry(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    make: Callable[[optax.Schedule, rl.Spec, Array], methods.Method]
+    side: str
+    chained: bool
+
+    def build(self, link: int | None) -> training.Build:
+        """The method at rank 1 with biases frozen, for a schedule and a key."""
+        spec = rl.Spec(1, side=self.side, rest="frozen")
+        if link is not None:
+            spec = rl.Spec(1, side=self.side, rest="frozen", resample_every=link)
+        return lambda schedule, key: self.make(schedule, spec, key)
+
+
+def entries() -> list[Entry]:
+    """Every method; a left sketch trains the output side, a right one the input side."""
+    table = [
+        Entry("full fine-tuning", lambda lr, _s, _k: methods.full(lr), "auto", False)
+    ]
+    kinds = (
+        ("LoRA", methods.lora, False),
+        ("Chain of LoRA", methods.cola, True),
+        ("Asymmetric LoRA", methods.asymmetric, False),
+        ("RAC-LoRA as published", methods.published_raclora, True),
+        ("RAC-LoRA", methods.raclora, True),
+    )
+    for (name, make, chained), side in itertools.product(kinds, ("left", "right")):
+        table.append(Entry(f"{name}, {side}", _keyed(make), side, chained))
+    return table
+
+
+def _keyed(make: Callable[..., methods.Method]) -> Callable[..., methods.Method]:
+    return lambda schedule, spec, key: make(schedule, spec, key=key)
+
+
+class Tuned(NamedTuple):
+    """The setting of one method that did best on validation images."""
+
+    accuracy: float
+    rate: float
+    link: int | None
+    run: Callable[..., training.Result]
+
+
+def tune(entry: Entry, params: Any, task: data.Task, setting: Setting, tick) -> Tuned:
+    """Tries every learning rate and link; ``tick`` is called after each run."""
+    tried = []
+    for link in setting.links if entry.chained else (None,):
+        run = training.runner(
+            entry.build(link),
+            task,
+            steps=setting.steps,
+            batch=setting.batch,
+            blocks=setting.blocks,
+        )
+        for rate in RATES:
+            scores = []
+            for seed in TUNING_SEEDS:
+                result = run(params, jnp.float32(rate), jax.random.key(seed))
+                scores.append(float(result.validation[-1]))
+                tick()
+            tried.append(Tuned(statistics.mean(scores), rate, link, run))
+    return max(tried, key=lambda one: one.accuracy)
+
+
+def measure(
+    entry: Entry, best: Tuned, params: Any, seeds: range, tick
+) -> tuple[dict[str, Any], Any]:
+    """The row of one method over fresh seeds, and its weights of the best seed."""
+    results, seconds = [], []
+    for seed in seeds:
+        start = time.perf_counter()
+        result = best.run(params, jnp.float32(best.rate), jax.random.key(seed))
+        results.append(jax.block_until_ready(result))
+        seconds.append(time.perf_counter() - start)
+        tick()
+    curves = 100 * np.array([result.test for result in results])
+    final = curves[:, -1].tolist()
+    method = entry.build(best.link)(optax.constant_schedule(best.rate), jax.random.key(0))
+    row = {
+        "method": entry.name,
+        "trained": method.trained(params),
+        "optimizer_bytes": method.optimizer_bytes(params),
+        "link": best.link,
+        "learning_rate": best.rate,
+        "validation": round(100 * best.accuracy, 3),
+        "accuracy_mean": round(statistics.mean(final), 3),
+        "accuracy_std": round(statistics.stdev(final), 3),
+        "accuracy": [round(value, 3) for value in final],
+        "seconds": round(statistics.median(seconds), 4),
+        "curves": np.round(curves, 2).tolist(),
+    }
+    winner = max(results, key=lambda result: float(result.validation[-1]))
+    return row, winner.params
+
+
+def pretrain(task: data.Task, steps: int, batch: int) -> Any:
+    """The MLP trained in full on the digits 0-4."""
+    first = training.MLP().init(jax.random.key(0), task.train.images[:1])["params"]
+    run = training.runner(
+        lambda schedule, _: methods.full(schedule),
+        task,
+        steps=steps,
+        batch=batch,
+        blocks=1,
+    )
+    result = run(first, jnp.float32(1e-3), jax.random.key(0))
+    print(f"pre-trained on 0-4: {100 * float(result.test[-1]):.2f} % of test images")
+    return result.params
+
+
+def save_weights(params: Any, path: pathlib.Path) -> None:
+    """Writes the weights beside the target, then renames."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(flax.serialization.msgpack_serialize(jax.device_get(params)))
+    partial.replace(path)
+
+
+def main() -> None:
+    """Runs the comparison and writes table, figure, rows and weights."""
+    options = _options()
+    if options.data == "mnist":
+        before, after = data.mnist(options.data_dir)
+        epoch = len(after.train.labels) // 128
+        setting = Setting(steps=50 * epoch, batch=128, blocks=50, links=(50, epoch))
+    else:
+        before, after = data.digits()
+        setting = Setting(steps=1600, batch=64, blocks=20, links=(10, 50))
+    params = pretrain(before, setting.steps // 2, setting.batch)
+    rows, weights = _compare(params, after, setting, range(options.seeds))
+    for row in rows:
+        row["steps"] = np.linspace(0, setting.steps, setting.blocks + 1)[1:].tolist()
+
+    out, name = options.out, options.data
+    title = f"{name}, digits 5-9 after 0-4, rank 1, {options.seeds} seeds"
+    report.print_table(rows, title)
+    report.draw_figure(rows, out / f"{name}.png", title)
+    result_rows.save(
+        out / f"{name}.json",
+        f"python -m examples.finetune --data {name}",
+        rows,
+        seeds=list(range(options.seeds)),
+        tuning_seeds=TUNING_SEEDS,
+        learning_rates=RATES,
+        **setting._asdict(),
+    )
+    path = out / f"raclora_{name}.msgpack"
+    save_weights(weights, path)
+    print(f"figure: {out / name}.png   rows: {out / name}.json   load the weights with")
+    print(f"  flax.serialization.msgpack_restore(open({str(path)!r}, 'rb').read())")
+
+
+def _compare(
+    params: Any, task: data.Task, setting: Setting, seeds: range
+) -> tuple[list[dict[str, Any]], Any]:
+    """All rows, and the weights of the RAC-LoRA run that validated best."""
+    table = entries()
+    tries = sum(len(setting.links) if entry.chained else 1 for entry in table)
+    total = tries * len(RATES) * len(TUNING_SEEDS) + len(table) * len(seeds)
+    rows, best_weights, best_accuracy = [], None, -1.0
+    for entry, tick in _with_progress(table, total):
+        best = tune(entry, params, task, setting, tick)
+        row, weights = measure(entry, best, params, seeds, tick)
+        rows.append(row)
+        if entry.name.startswith("RAC-LoRA,") and best.accuracy > best_accuracy:
+            best_weights, best_accuracy = weights, best.accuracy
+    return rows, best_weights
+
+
+def _with_progress(
+    table: list[Entry], total: int
+) -> Iterator[tuple[Entry, Callable[[], None]]]:
+    columns = (
+        TextColumn("{task.description:<30}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("runs"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns) as progress:
+        bar = progress.add_task("", total=total)
+        for entry in table:
+            progress.update(bar, description=entry.name)
+            yield entry, lambda: progress.advance(bar)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", choices=("digits", "mnist"), default="digits")
+    parser.add_argument(
+        "--data-dir", type=pathlib.Path, help="folder of MNIST's idx files"
+    )
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/finetune"))
+    parser.add_argument("--seeds", type=int, default=5)
+    options = parser.parse_args()
+    if options.data == "mnist" and options.data_dir is None:
+        parser.error("--data mnist needs --data-dir DIR with the four gzipped idx files")
+    if options.seeds < 2:
+        parser.error("--seeds must be at least 2: the table reports a spread")
+    return options
+
+
+if __name__ == "__main__":
+    main()

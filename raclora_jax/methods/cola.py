@@ -1,0 +1,48 @@
+"""Chain of LoRA: both factors trained, merged and begun anew."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from raclora_jax.methods.method import Method
+from raclora_jax.methods.pair import pair_method
+from raclora_jax.plan import Spec
+
+
+def cola(
+    learning_rate: optax.ScalarOrSchedule,
+    spec: Spec | int,
+    *,
+    inner: optax.GradientTransformation | None = None,
+    key: Any,
+) -> Method:
+    """Chain of LoRA: LoRA merged every ``spec.resample_every`` steps, with a fresh pair.
+
+    Args:
+      learning_rate: A float or a schedule of the steps.
+      spec: Which leaves, ranks and scaling; ``side`` is the side of the drawn factor.
+      inner: Preconditioner without learning rate; Adam by default.
+      key: Typed threefry key, raw key data, or int seed.
+
+    Returns:
+      A ``Method``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> cola(1e-3, Spec(2), key=0).trained({"kernel": jnp.zeros((6, 4))})
+      20
+
+    References:
+      Xia et al., `Chain of LoRA <https://arxiv.org/abs/2401.04151>`_, 2024.
+    """
+    return pair_method(
+        learning_rate,
+        spec,
+        inner=inner,
+        train_drawn=True,
+        chain=True,
+        restart=True,
+        key=key,
+    )

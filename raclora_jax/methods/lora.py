@@ -1,0 +1,48 @@
+"""LoRA: one pair, both factors trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optax
+
+from raclora_jax.methods.method import Method
+from raclora_jax.methods.pair import pair_method
+from raclora_jax.plan import Spec
+
+
+def lora(
+    learning_rate: optax.ScalarOrSchedule,
+    spec: Spec | int,
+    *,
+    inner: optax.GradientTransformation | None = None,
+    key: Any,
+) -> Method:
+    """LoRA: ``W + (alpha / rank) * left * right`` with both factors trained.
+
+    Args:
+      learning_rate: A float or a schedule of the steps.
+      spec: Which leaves, ranks and scaling; ``side`` is the side of the drawn factor.
+      inner: Preconditioner without learning rate; Adam by default.
+      key: Typed threefry key, raw key data, or int seed.
+
+    Returns:
+      A ``Method``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> lora(1e-3, Spec(2), key=0).trained({"kernel": jnp.zeros((6, 4))})
+      20
+
+    References:
+      Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021.
+    """
+    return pair_method(
+        learning_rate,
+        spec,
+        inner=inner,
+        train_drawn=True,
+        chain=False,
+        restart=False,
+        key=key,
+    )

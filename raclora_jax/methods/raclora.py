@@ -1,0 +1,45 @@
+"""The library's own RAC-LoRA, as a ``Method`` beside the others."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import optax
+
+from raclora_jax import optimizer
+from raclora_jax.methods.method import Method, from_transform
+from raclora_jax.plan import Spec, plan_tree
+from raclora_jax.state import find_state
+
+
+def raclora(
+    learning_rate: optax.ScalarOrSchedule, spec: Spec | int, *, key: Any, **options: Any
+) -> Method:
+    """``raclora_jax.raclora`` in the shape of a ``Method``.
+
+    Args:
+      learning_rate: A float or a schedule of the steps.
+      spec: A ``Spec`` or a rank.
+      key: Typed threefry key, raw key data, or int seed.
+      **options: As ``raclora_jax.raclora`` takes them: ``inner``, ``moments``, ...
+
+    Returns:
+      A ``Method``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> raclora(1e-3, Spec(2), key=0).trained({"kernel": jnp.zeros((6, 4))})
+      12
+    """
+    tx = optimizer.raclora(learning_rate, spec, key=key, **options)
+
+    def trained(params: Any) -> int:
+        plans = plan_tree(spec, params).values()
+        sizes = {"lowrank": "factor_shape", "dense": "shape"}
+        shapes = [getattr(p, sizes[p.mode]) for p in plans if p.mode != "frozen"]
+        return sum(math.prod(shape) for shape in shapes)
+
+    return from_transform(
+        tx, trained=trained, moments=lambda opt_state: find_state(opt_state).inner_state
+    )

@@ -1,0 +1,285 @@
+"""What a spec will cost: every leaf, in numbers, bytes and lambda, before any compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import DictKey
+
+from raclora_jax import paths
+from raclora_jax.optimizer import raclora
+from raclora_jax.plan import LeafPlan, Spec, as_spec, plan_tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The cost of one leaf.
+
+    Args:
+      path: Canonical path.
+      view: How the leaf is read, ``[batch] x rows x cols``.
+      mode: ``"lowrank"``, ``"dense"`` or ``"frozen"``.
+      why: What decided the mode.
+      rank: Rank of the sketch, 0 if not adapted.
+      side: Sketched side, empty if not adapted.
+      lam: Smallest eigenvalue of the mean projector, ``rank / dim``; 1 for dense.
+      trained: Numbers trained.
+      weight_bytes: Bytes of the leaf.
+      gradient_bytes: Bytes of its gradient in factor coordinates.
+      state_bytes: Bytes of the inner rule's state, and of a master copy.
+      sketch_bytes: Bytes of the cached sketch.
+      traffic_bytes: Bytes a data-parallel all-reduce carries per step.
+    """
+
+    path: str
+    view: str
+    mode: str
+    why: str
+    rank: int
+    side: str
+    lam: float
+    trained: int
+    weight_bytes: int
+    gradient_bytes: int
+    state_bytes: int
+    sketch_bytes: int
+    traffic_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """The cost of a whole tree under one method; fields as in ``Row``."""
+
+    trained: int
+    weight_bytes: int
+    gradient_bytes: int
+    state_bytes: int
+    sketch_bytes: int
+    traffic_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What ``summary`` returns: print it, or read its fields.
+
+    Args:
+      rows: One ``Row`` per leaf, in tree order.
+      total: The run itself; counters included.
+      full: Full fine-tuning with Adam, float32 moments.
+      lora: LoRA of the same ranks, both factors trained, Adam.
+      warnings: What to look at again.
+    """
+
+    rows: tuple[Row, ...]
+    total: Cost
+    full: Cost
+    lora: Cost
+    warnings: tuple[str, ...]
+
+    def __str__(self) -> str:
+        head = "path view mode rank side lambda trained weights gradient state sketch"
+        lines: list[tuple[str, ...]] = [(*head.split(), "traffic")]
+        lines += [
+            (row.path or "(leaf)", row.view, row.mode, *_adapted_cells(row), *_costs(row))
+            for row in self.rows
+        ]
+        for name, cost in (
+            ("total", self.total),
+            ("full fine-tuning, Adam", self.full),
+            ("LoRA, Adam", self.lora),
+        ):
+            lines.append((name, "", "", "", "", "", *_costs(cost)))
+        return "\n".join([*_aligned(lines), *(f"warning: {w}" for w in self.warnings)])
+
+
+def summary(
+    params: Any,
+    spec: Spec | int,
+    *,
+    inner: optax.GradientTransformation | None = None,
+) -> Summary:
+    """Prices every leaf of a spec: view, rank, lambda, trained numbers and bytes.
+
+    Args:
+      params: Tree of arrays or ``ShapeDtypeStruct``s.
+      spec: A ``Spec`` or a rank.
+      inner: The rule whose state is counted; Adam by default.
+
+    Returns:
+      A ``Summary``; ``print`` shows the table, ``.rows`` are for programs.
+
+    Raises:
+      ValueError: If the spec does not fit the tree.
+
+    Example:
+      >>> import jax
+      >>> params = {"kernel": jax.ShapeDtypeStruct((1024, 512), "float32")}
+      >>> costs = summary(params, 8)
+      >>> costs.rows[0].view, costs.total.trained, costs.full.trained
+      ('1024 x 512', 8192, 524288)
+    """
+    spec = as_spec(spec)
+    leaves, treedef = paths.flatten(params)
+    plans = plan_tree(spec, params)
+    shapes = {p: _abstract(leaf) for p, leaf in leaves.items()}
+    tx = raclora(0.0, spec, inner=inner, key=0)
+    state = jax.eval_shape(tx.init, paths.unflatten(treedef, shapes))
+    held = _bytes_by_path((state.inner_state, state.master))
+    sketches = _bytes_by_path(state.sketches)
+    rows = tuple(
+        _row(plan, held.get(path, 0), sketches.get(path, 0))
+        for path, plan in plans.items()
+    )
+    total = _total(rows)
+    counters = held.get(None, 0) + sketches.get(None, 0)
+    counters += _nbytes(state.count) + _nbytes(state.key_data)
+    total = dataclasses.replace(total, state_bytes=total.state_bytes + counters)
+    return Summary(rows, total, _full(plans), _lora(plans), _warnings(plans))
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+
+
+def _nbytes(array: Any) -> int:
+    return int(array.size) * array.dtype.itemsize
+
+
+def _bytes_by_path(tree: Any) -> dict[str | None, int]:
+    """Bytes of a state by the leaf they belong to; counters under ``None``."""
+    found: dict[str | None, int] = {}
+    for keypath, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+        last = keypath[-1]
+        path = last.key if isinstance(last, DictKey) else None
+        found[path] = found.get(path, 0) + _nbytes(leaf)
+    return found
+
+
+def _row(plan: LeafPlan, state_bytes: int, sketch_bytes: int) -> Row:
+    shape = {"lowrank": plan.factor_shape, "dense": plan.shape, "frozen": (0,)}
+    trained = math.prod(shape[plan.mode])
+    itemsize = plan.wide_dtype.itemsize if plan.mode == "lowrank" else _itemsize(plan)
+    return Row(
+        path=plan.path,
+        view=_view(plan),
+        mode=plan.mode,
+        why=plan.reason,
+        rank=plan.rank,
+        side=plan.side,
+        lam={"lowrank": plan.lam, "dense": 1.0, "frozen": 0.0}[plan.mode],
+        trained=trained,
+        weight_bytes=math.prod(plan.shape) * _itemsize(plan),
+        gradient_bytes=trained * itemsize,
+        state_bytes=state_bytes,
+        sketch_bytes=sketch_bytes,
+        traffic_bytes=trained * itemsize,
+    )
+
+
+def _itemsize(plan: LeafPlan) -> int:
+    return jnp.dtype(plan.dtype).itemsize
+
+
+def _view(plan: LeafPlan) -> str:
+    if plan.mode != "lowrank":
+        return " x ".join(map(str, plan.shape)) or "scalar"
+    batch = "".join(f"[{size}] x " for size in plan.batch_shape)
+    groups = (plan.rows, plan.cols)
+    sides = ["*".join(str(plan.shape[axis]) for axis in group) for group in groups]
+    return batch + " x ".join(sides)
+
+
+def _total(rows: tuple[Row, ...]) -> Cost:
+    names = [field.name for field in dataclasses.fields(Cost)]
+    return Cost(**{name: sum(getattr(row, name) for row in rows) for name in names})
+
+
+def _adam(trained: int, gradient_bytes: int, weight_bytes: int) -> Cost:
+    """Adam with float32 moments and a step counter."""
+    return Cost(
+        trained=trained,
+        weight_bytes=weight_bytes,
+        gradient_bytes=gradient_bytes,
+        state_bytes=8 * trained + 4,
+        sketch_bytes=0,
+        traffic_bytes=gradient_bytes,
+    )
+
+
+def _full(plans: dict[str, LeafPlan]) -> Cost:
+    trained = [p for p in plans.values() if (p.mode, p.reason) != ("frozen", "rule")]
+    numbers = sum(math.prod(plan.shape) for plan in trained)
+    gradients = sum(math.prod(plan.shape) * _itemsize(plan) for plan in trained)
+    return _adam(numbers, gradients, _weights(plans))
+
+
+def _lora(plans: dict[str, LeafPlan]) -> Cost:
+    numbers = gradients = factors = 0
+    for plan in plans.values():
+        if plan.mode == "lowrank":
+            pair = math.prod(plan.sketch_shape) + math.prod(plan.factor_shape)
+            factors += pair
+            numbers += pair
+            gradients += pair * plan.wide_dtype.itemsize
+        elif plan.mode == "dense":
+            numbers += math.prod(plan.shape)
+            gradients += math.prod(plan.shape) * _itemsize(plan)
+    return _adam(numbers, gradients, _weights(plans) + 4 * factors)
+
+
+def _weights(plans: dict[str, LeafPlan]) -> int:
+    return sum(math.prod(plan.shape) * _itemsize(plan) for plan in plans.values())
+
+
+def _warnings(plans: dict[str, LeafPlan]) -> tuple[str, ...]:
+    said = []
+    assumed = [p.path for p in plans.values() if p.mode == "lowrank" and p.assumed_view]
+    if assumed:
+        said.append(
+            f"{len(assumed)} leaves with two axes were read as (rows, cols) without a "
+            f"rule or a trace, first {paths.show(assumed[0])}; a stacked vector such as "
+            "a scanned norm scale looks the same"
+        )
+    said += [
+        f"leaf {paths.show(plan.path)} is {plan.mode}: {plan.reason}"
+        for plan in plans.values()
+        if plan.reason.startswith("rank ")
+    ]
+    return tuple(said)
+
+
+def _adapted_cells(row: Row) -> tuple[str, str, str]:
+    if row.mode != "lowrank":
+        return "", "", ""
+    return str(row.rank), row.side, f"{row.lam:.3g}"
+
+
+def _costs(cost: Row | Cost) -> tuple[str, ...]:
+    held = (cost.weight_bytes, cost.gradient_bytes, cost.state_bytes, cost.sketch_bytes)
+    return f"{cost.trained:,}", *map(_human, (*held, cost.traffic_bytes))
+
+
+def _human(size: int) -> str:
+    value, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    words = 3  # path, view and mode are words; what follows is numbers
+
+    def pad(index: int, cell: str) -> str:
+        width = widths[index]
+        return cell.ljust(width) if index < words else cell.rjust(width)
+
+    text = ["  ".join(pad(i, c) for i, c in enumerate(line)).rstrip() for line in lines]
+    return [text[0], "-" * len(text[0]), *text[1:-3], "-" * len(text[0]), *text[-3:]]
