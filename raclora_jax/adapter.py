@@ -259,27 +259,59 @@ def _sum(
     leaves, treedef = paths.flatten(base_params)
     values, _ = paths.flatten(factors)
     plans = plan_leaves(spec, leaves)
+    _check_rounding(spec, plans)
+    _check_factors(values, plans)
 
     def one(path: str, weight: Any) -> Any:
         plan = plans[path]
         if plan.mode == "frozen":
             return weight
+        delta = values[path]
+        if plan.mode == "lowrank":
+            delta = lift_leaf(delta, _sketch(chain, plan), plan)
+        return finish(plan, jnp.asarray(weight, plan.wide_dtype) + delta)
+
+    return paths.unflatten(treedef, {p: one(p, w) for p, w in leaves.items()})
+
+
+def _sketch(chain: AdapterChain, plan: LeafPlan) -> Array:
+    """The cached sketch, or the same one drawn where it was not kept."""
+    if plan.path not in chain.sketches:
+        return draw(chain.key_data, chain.link, plan)
+    sketch = chain.sketches[plan.path]
+    if jnp.shape(sketch) != plan.sketch_shape:
+        raise ValueError(
+            f"leaf {paths.show(plan.path)}: expected a sketch of shape "
+            f"{plan.sketch_shape}, got {jnp.shape(sketch)}; use the spec the chain was "
+            "made with"
+        )
+    return sketch
+
+
+def _check_factors(values: dict[str, Any], plans: dict[str, LeafPlan]) -> None:
+    """Refuses factors that were made for other weights or another spec."""
+    trained = {path: plan for path, plan in plans.items() if plan.mode != "frozen"}
+    for path, plan in trained.items():
         if path not in values:
             raise ValueError(
                 f"leaf {paths.show(path)} is {plan.mode} in this spec but has no entry "
                 "in factors; make them with init_adapter and the same spec"
             )
-        wide = jnp.asarray(weight, plan.wide_dtype)
-        if plan.mode == "dense":
-            return finish(plan, wide + values[path])
-        check_factor(values[path], plan)
-        if spec.cache:
-            sketch = chain.sketches[path]
-        else:
-            sketch = draw(chain.key_data, chain.link, plan)
-        return finish(plan, wide + lift_leaf(values[path], sketch, plan))
-
-    return paths.unflatten(treedef, {p: one(p, w) for p, w in leaves.items()})
+        if plan.mode == "lowrank":
+            check_factor(values[path], plan)
+        elif jnp.shape(values[path]) != plan.shape:
+            raise ValueError(
+                f"leaf {paths.show(path)}: expected a difference of shape {plan.shape}, "
+                f"got {jnp.shape(values[path])}; make factors with init_adapter and the "
+                "same spec"
+            )
+    for path in values:
+        if path not in trained:
+            why = "frozen in this spec" if path in plans else "no leaf of base_params"
+            raise ValueError(
+                f"factor {paths.show(path)} is {why}; make factors with init_adapter "
+                "and the same spec"
+            )
 
 
 def _zeros(plans: dict[str, LeafPlan]) -> dict[str, Any]:

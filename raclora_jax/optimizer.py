@@ -13,6 +13,7 @@ import optax
 from jax import Array, lax
 
 from raclora_jax import paths, rounding
+from raclora_jax.inner import ADAM, check_inner, emitted, same_type
 from raclora_jax.lowrank import (
     Factor,
     check_factor,
@@ -25,7 +26,6 @@ from raclora_jax.sketch import draw, key_data, leaf_key
 from raclora_jax.state import (
     Chain,
     RacLoraState,
-    emitted,
     find_state,
     link_of,
     master_copy,
@@ -153,9 +153,9 @@ def raclora(
     def update(
         updates: Any, state: RacLoraState, params: Any = None, **extra: Any
     ) -> tuple[Any, RacLoraState]:
-        step = core.step(updates, state, params, extra)
-        weights = _weights(step, params, decays)
+        weights = _weights(updates, params, decays)
         decaying = _decaying(mask, params) if decays else {}
+        step = core.step(updates, state, params, extra)
         rate = _wide_scalar(
             learning_rate(state.count) if callable(learning_rate) else learning_rate
         )
@@ -297,10 +297,11 @@ class _Core:
             raise ValueError(
                 f"moments must be one of {', '.join(map(repr, MOMENTS))}, got {moments!r}"
             )
-        inner = optax.scale_by_adam() if inner is None else inner
-        _check_inner(inner)
-        chain = Chain(spec, optax.with_extra_args_support(inner), moments)
-        return cls(spec, chain, key_data(key), steps_weights)
+        if inner is None:
+            inner = ADAM
+        else:
+            check_inner(inner)
+        return cls(spec, Chain(spec, inner, moments), key_data(key), steps_weights)
 
     def init(self, params: Any) -> RacLoraState:
         if isinstance(params, _placeholder_type()):
@@ -332,13 +333,14 @@ class _Core:
             elif plan.mode == "dense":
                 dense[path] = grad.astype(plan.wide_dtype)
         before = after = state.inner_state
-        rule, went = self.chain.inner.update, jnp.asarray(True)
+        rule = optax.with_extra_args_support(self.chain.inner).update
+        went = jnp.asarray(True)
         for field, group in (("dense", dense), ("lowrank", factors)):
             if group:
                 old = getattr(before, field)
                 moved, new = rule(group, old, None, **extra)
                 directions |= moved
-                after = after._replace(**{field: jax.tree.map(_same_type, new, old)})
+                after = after._replace(**{field: jax.tree.map(same_type, new, old)})
                 went = emitted(old, new)
         count = jnp.where(went, optax.safe_increment(state.count), state.count)
         state = state._replace(count=count, inner_state=after)
@@ -376,14 +378,15 @@ def _plan_gradients(
     return plans
 
 
-def _weights(step: _Step, params: Any, decays: bool) -> dict[str, Array]:
+def _weights(updates: Any, params: Any, decays: bool) -> dict[str, Array]:
     """The weights, where the step needs them."""
     if params is not None:
         leaves, _ = paths.flatten(params)
         return leaves
-    low = [p for p, plan in step.plans.items() if rounding.is_low(plan.dtype)]
+    grads, _ = paths.flatten(updates, is_leaf=is_factor)
+    low = [p for p, g in grads.items() if is_factor(g) or rounding.is_low(g.dtype)]
     if decays or low:
-        why = "weight_decay" if decays else f"leaf {paths.show(low[0])} below float32"
+        why = "weight_decay" if decays else f"leaf {paths.show(low[0])}"
         raise ValueError(
             f"raclora needs params for {why}: call tx.update(grads, state, params)"
         )
@@ -427,11 +430,6 @@ def _wide_scalar(value: Any) -> Array:
     return value.astype(jnp.promote_types(value.dtype, jnp.float32))
 
 
-def _same_type(new: Any, old: Any) -> Array:
-    """Strong types that never drift, whatever the inner rule promotes."""
-    return lax.convert_element_type(new, jnp.asarray(old).dtype)
-
-
 @functools.cache
 def _placeholder_type() -> type:
     """The type optax.tree.map_params calls ``init`` with, asked of itself."""
@@ -443,45 +441,3 @@ def _placeholder_type() -> type:
 
     optax.tree.map_params(init, None, ())
     return seen[0]
-
-
-def _check_inner(inner: Any) -> None:
-    """Refuses an inner rule that needs params or carries a learning rate."""
-    if not hasattr(inner, "init") or not hasattr(inner, "update"):
-        raise TypeError(
-            f"inner must be an optax transformation, got {type(inner).__name__}; pass "
-            "for example optax.scale_by_adam()"
-        )
-    rule = optax.with_extra_args_support(inner)
-    gradient = {"probe": jnp.ones((2, 2), jnp.float32)}
-
-    def probe() -> Array:
-        def advance(carry: Any) -> Any:
-            count, state, _ = carry
-            update, new = rule.update(gradient, state, None)
-            return count + 1, jax.tree.map(_same_type, new, state), update["probe"]
-
-        def waits(carry: Any) -> Array:
-            count, _, update = carry
-            return (count < 4096) & jnp.all(update == 0)
-
-        start = jax.tree.map(jnp.asarray, rule.init(gradient))
-        first = advance((jnp.zeros((), jnp.int32), start, None))
-        held_back = ~emitted(start, first[1])
-        return lax.while_loop(lambda c: waits(c) & held_back, advance, first)[2]
-
-    try:
-        with jax.ensure_compile_time_eval():
-            answer = probe()
-    except Exception as error:
-        raise ValueError(
-            "inner could not take a step without params "
-            f"({type(error).__name__}: {error}); use a preconditioner that needs none, "
-            "such as optax.scale_by_adam(), and raclora's weight_decay for decay"
-        ) from error
-    if not isinstance(answer, jax.core.Tracer) and bool(jnp.any(answer < 0)):
-        raise ValueError(
-            "inner answered a positive gradient with a negative update, so it carries a "
-            "learning rate; pass the preconditioner alone, optax.scale_by_adam() in "
-            "place of optax.adam(...), and the rate as learning_rate"
-        )

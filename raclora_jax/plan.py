@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import numbers
 import operator
 import re
 from collections.abc import Iterable, Mapping
@@ -76,7 +77,7 @@ class Rule:
         _check_choice(where, "mode", self.mode, MODES)
         if self.rank is not None:
             object.__setattr__(self, "rank", _check_count(where, "rank", self.rank))
-        _check_alpha(where, self.alpha)
+        object.__setattr__(self, "alpha", _check_alpha(where, self.alpha))
         if self.side is not None:
             _check_choice(where, "side", self.side, SIDES)
         if self.sketch is not None:
@@ -139,7 +140,7 @@ class Spec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", _check_count("Spec", "rank", self.rank))
-        _check_alpha("Spec", self.alpha)
+        object.__setattr__(self, "alpha", _check_alpha("Spec", self.alpha))
         _check_choice("Spec", "side", self.side, SIDES)
         _check_choice("Spec", "sketch", self.sketch, SKETCHES)
         every = _check_count("Spec", "resample_every", self.resample_every)
@@ -182,6 +183,8 @@ class Spec:
           TypeError: If a field is missing or unknown.
         """
         fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise TypeError(f"a spec in JSON is an object, got {text[:40]!r}")
         rules = [Rule(**_tuples(rule)) for rule in fields.pop("rules", ())]
         return cls(**fields, rules=rules)
 
@@ -307,11 +310,12 @@ def as_spec(spec: Spec | int) -> Spec:
             "spec must be static, got a traced value; under optax.inject_hyperparams "
             'pass a Spec, or static_args=("spec",)'
         )
-    if isinstance(spec, bool) or not hasattr(spec, "__index__"):
+    rank = None if isinstance(spec, bool) else _as_int(spec)
+    if rank is None:
         raise TypeError(
             f"spec must be a Spec or an int rank, got {_kind(spec)}; write Spec(rank=8)"
         )
-    return Spec(operator.index(spec))
+    return Spec(rank)
 
 
 def plan_tree(spec: Spec | int, tree: Any) -> dict[str, LeafPlan]:
@@ -447,7 +451,7 @@ def _sized(spec: Spec, rule: Rule | None, plan: LeafPlan) -> LeafPlan:
         plan,
         side=side,
         rank=rank,
-        scaling=1.0 if alpha is None else float(alpha) / rank,
+        scaling=1.0 if alpha is None else alpha / rank,
         sketch=choose("sketch"),
     )
     if rank < plan.dim:
@@ -498,21 +502,35 @@ def _kind(value: Any) -> str:
 
 
 def _check_count(where: str, name: str, value: Any) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{where}: {name} must be an int, got {_kind(value)}")
-    count = operator.index(value)
+    count = None if isinstance(value, bool) else _as_int(value)
+    if count is None:
+        raise TypeError(
+            f"{where}: {name} must be an int, got {_kind(value)}; it fixes shapes, so "
+            f"write a static one, such as {name}=8"
+        )
     if count < 1:
         raise ValueError(f"{where}: {name} must be at least 1, got {count}")
     return count
 
 
-def _check_alpha(where: str, alpha: Any) -> None:
+def _as_int(value: Any) -> int | None:
+    """The int that a value is, if it is one and not traced."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _check_alpha(where: str, alpha: Any) -> float | None:
     if alpha is None:
-        return
-    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
-        raise TypeError(f"{where}: alpha must be a number, got {_kind(alpha)}")
+        return None
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+        raise TypeError(
+            f"{where}: alpha must be a number or None for scaling 1, got {_kind(alpha)}"
+        )
     if not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"{where}: alpha must be positive and finite, got {alpha}")
+    return float(alpha)
 
 
 def _check_choice(where: str, name: str, value: Any, known: tuple[str, ...]) -> None:
@@ -524,11 +542,12 @@ def _check_choice(where: str, name: str, value: Any, known: tuple[str, ...]) -> 
 
 def _axes_tuple(where: str, name: str, axes: Any) -> tuple[int, ...]:
     parts = axes if isinstance(axes, (tuple, list)) else (axes,)
-    if any(isinstance(a, bool) or not hasattr(a, "__index__") for a in parts):
+    found = [None if isinstance(axis, bool) else _as_int(axis) for axis in parts]
+    if None in found:
         raise TypeError(
             f"{where}: {name} must be an int or a tuple of ints, got {_kind(axes)}"
         )
-    return tuple(operator.index(axis) for axis in parts)
+    return tuple(axis for axis in found if axis is not None)
 
 
 def _resolve(where: str, name: str, axes: Any, ndim: int) -> tuple[int, ...]:

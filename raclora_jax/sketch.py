@@ -166,14 +166,28 @@ def _gram(sketch: Array) -> Array:
     return lax.dot_general(sketch, sketch, dims, precision=lax.Precision.HIGHEST)
 
 
+def _invert_cholesky(gram: Array) -> Array:
+    """L^-1 with L L^T = gram."""
+    lower = jnp.linalg.cholesky(gram)
+    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
+    return jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
+
+
+# On CPU one matrix at a time: a batched LAPACK call waits on the thread pool it runs on,
+# and as many of them as there are threads, one per stacked leaf, wait for ever.
+@jax.jit
+def _inverse_factor(gram: Array) -> Array:
+    one_by_one = jax.custom_batching.sequential_vmap(_invert_cholesky)
+    return lax.platform_dependent(gram, cpu=one_by_one, default=_invert_cholesky)
+
+
 def _whiten_once(sketch: Array, shift: float) -> Array:
     """L^-1 S with L L^T = S S^T + shift * trace(S S^T) I."""
     gram = _gram(sketch)
     eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    lower = jnp.linalg.cholesky(gram + shift * jnp.trace(gram) * eye)
     # Inverting at rank x rank and multiplying is far cheaper than a triangular solve
     # on the tall matrix.
-    inverse = jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
+    inverse = _inverse_factor(gram + shift * jnp.trace(gram) * eye)
     return jnp.tensordot(inverse, sketch, axes=1, precision=lax.Precision.HIGHEST)
 
 
@@ -205,8 +219,8 @@ def _rademacher(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     # blind to permutations and signs of the axes, so the mean projector stays
     # (rank / dim) I.
     gram = _gram(signs) / math.prod(shape[1:])
-    lower = jnp.linalg.cholesky(gram)
-    regular = jnp.all(jnp.diagonal(lower) > 1e-2)  # NaN compares false
+    # A diagonal of L above 1e-2; NaN compares false.
+    regular = jnp.all(jnp.diagonal(_inverse_factor(gram)) < 1e2)
     return _whiten(jnp.where(regular, signs, spare))
 
 

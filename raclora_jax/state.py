@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.tree_util import DictKey, GetAttrKey
 
 from raclora_jax import paths, rounding
+from raclora_jax.inner import keep_gradient_steps, nothing_accumulated
 from raclora_jax.lowrank import change_of_basis, in_basis
 from raclora_jax.plan import LeafPlan, Spec
 from raclora_jax.sketch import draw, draw_all
@@ -78,7 +79,7 @@ class Chain:
     """A spec, an inner rule and what happens to its moments at a new link."""
 
     spec: Spec
-    inner: optax.GradientTransformationExtraArgs
+    inner: optax.GradientTransformation
     moments: str
 
     @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -103,9 +104,13 @@ class Chain:
         factor-sized. A cache that was dropped is filled again by the same branch.
         """
         link = link_of(state.count, self.spec)
+        stale = state.sketches.link != link
         begins = (state.count > 0) & (state.count % self.spec.resample_every == 0)
-        begins &= _nothing_accumulated(state.inner_state.lowrank)
-        restarts = begins & (self.moments != "keep")
+        begins &= nothing_accumulated(state.inner_state.lowrank)
+        # A mini-step that MultiSteps skips comes again: a second reset changes nothing,
+        # a second transport would.
+        again = stale if self.moments == "transport" else self.moments == "reset"
+        restarts = begins & again
 
         def refresh(cache: SketchCache, inner: Any) -> tuple[SketchCache, Any]:
             values = draw_all(state.key_data, link, plans) if self.spec.cache else {}
@@ -120,9 +125,12 @@ class Chain:
         def stay(cache: SketchCache, inner: Any) -> tuple[SketchCache, Any]:
             return cache, inner
 
-        stale = (state.sketches.link != link) & self.spec.cache
         cache, inner = lax.cond(
-            stale | restarts, refresh, stay, state.sketches, state.inner_state.lowrank
+            (stale & self.spec.cache) | restarts,
+            refresh,
+            stay,
+            state.sketches,
+            state.inner_state.lowrank,
         )
         inner_state = state.inner_state._replace(lowrank=inner)
         state = state._replace(sketches=cache, inner_state=inner_state)
@@ -162,7 +170,7 @@ class Chain:
     def _carry(self, state: RacLoraState, inner: Any, plans: Plans) -> Any:
         """The inner state of the factors as a new link starts with it."""
         if self.moments == "reset":
-            return _keep_gradient_steps(inner, self._inner_init(plans, "lowrank"))
+            return keep_gradient_steps(inner, self._inner_init(plans, "lowrank"))
         link = link_of(state.count, self.spec)
         adapted = {plan.path: plan for plan in plans if plan.mode == "lowrank"}
         bases = {
@@ -182,13 +190,6 @@ class Chain:
             return leaf
 
         return jax.tree_util.tree_map_with_path(transport, inner)
-
-
-def emitted(before: Any, after: Any) -> Array:
-    """Whether the inner rule let an update through; ``MultiSteps`` holds some back."""
-    pairs = zip(_multi_steps(before), _multi_steps(after), strict=True)
-    flags = [old.gradient_step != new.gradient_step for old, new in pairs]
-    return jnp.all(jnp.asarray(flags)) if flags else jnp.asarray(True)
 
 
 def find_state(opt_state: Any) -> RacLoraState:
@@ -229,31 +230,6 @@ def master_copy(plans: dict[str, LeafPlan], leaves: dict[str, Any]) -> dict[str,
             )
         copies[path] = jnp.asarray(leaves[path], plan.wide_dtype)
     return copies
-
-
-def _multi_steps(inner: Any) -> list[optax.MultiStepsState]:
-    nodes = jax.tree.leaves(inner, is_leaf=_is_multi_steps)
-    return [node for node in nodes if _is_multi_steps(node)]
-
-
-def _is_multi_steps(node: Any) -> bool:
-    return isinstance(node, optax.MultiStepsState)
-
-
-def _nothing_accumulated(inner: Any) -> Array:
-    flags = [node.mini_step == 0 for node in _multi_steps(inner)]
-    return jnp.all(jnp.asarray(flags)) if flags else jnp.asarray(True)
-
-
-def _keep_gradient_steps(old: Any, fresh: Any) -> Any:
-    """A restart must not turn back the schedule of how much is accumulated."""
-
-    def one(old: Any, fresh: Any) -> Any:
-        if _is_multi_steps(old):
-            return fresh._replace(gradient_step=old.gradient_step)
-        return fresh
-
-    return jax.tree.map(one, old, fresh, is_leaf=_is_multi_steps)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,103 @@
+"""What the library knows of the optax rule inside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+# One object: what is compiled for a rule is found again by the rule's identity, also when
+# optax.inject_hyperparams builds the transformation anew in every step.
+ADAM = optax.scale_by_adam()
+
+
+def check_inner(inner: Any) -> None:
+    """Refuses an inner rule that needs params or carries a learning rate.
+
+    Args:
+      inner: What the user passed.
+
+    Raises:
+      TypeError: If it is no optax transformation.
+      ValueError: If it cannot step without params, or answers a constant positive
+        gradient with a negative update.
+    """
+    if not hasattr(inner, "init") or not hasattr(inner, "update"):
+        raise TypeError(
+            f"inner must be an optax transformation, got {type(inner).__name__}; pass "
+            "for example optax.scale_by_adam()"
+        )
+    rule = optax.with_extra_args_support(inner)
+    gradient = {"probe": jnp.ones((2, 2), jnp.float32)}
+
+    def probe() -> Array:
+        def advance(carry: Any) -> Any:
+            count, state, _ = carry
+            update, new = rule.update(gradient, state, None)
+            return count + 1, jax.tree.map(same_type, new, state), update["probe"]
+
+        def waits(carry: Any) -> Array:
+            count, _, update = carry
+            return (count < 4096) & jnp.all(update == 0)
+
+        start = jax.tree.map(jnp.asarray, rule.init(gradient))
+        first = advance((jnp.zeros((), jnp.int32), start, None))
+        held_back = ~emitted(start, first[1])
+        return lax.while_loop(lambda c: waits(c) & held_back, advance, first)[2]
+
+    try:
+        with jax.ensure_compile_time_eval():
+            answer = probe()
+    except Exception as error:
+        raise ValueError(
+            "inner could not take a step without params "
+            f"({type(error).__name__}: {error}); use a preconditioner that needs none, "
+            "such as optax.scale_by_adam(), and raclora's weight_decay for decay"
+        ) from error
+    if not isinstance(answer, jax.core.Tracer) and bool(jnp.any(answer < 0)):
+        raise ValueError(
+            "inner answered a positive gradient with a negative update, so it carries a "
+            "learning rate; pass the preconditioner alone, optax.scale_by_adam() in "
+            "place of optax.adam(...), and the rate as learning_rate"
+        )
+
+
+def emitted(before: Any, after: Any) -> Array:
+    """Whether the inner rule let an update through; ``MultiSteps`` holds some back."""
+    pairs = zip(_multi_steps(before), _multi_steps(after), strict=True)
+    flags = [old.gradient_step != new.gradient_step for old, new in pairs]
+    return jnp.all(jnp.asarray(flags)) if flags else jnp.asarray(True)
+
+
+def nothing_accumulated(inner: Any) -> Array:
+    """Whether no mini-step of ``MultiSteps`` waits for the next emission."""
+    flags = [node.mini_step == 0 for node in _multi_steps(inner)]
+    return jnp.all(jnp.asarray(flags)) if flags else jnp.asarray(True)
+
+
+def keep_gradient_steps(old: Any, fresh: Any) -> Any:
+    """A restart must not turn back the schedule of how much is accumulated."""
+
+    def one(old: Any, fresh: Any) -> Any:
+        if _is_multi_steps(old):
+            return fresh._replace(gradient_step=old.gradient_step)
+        return fresh
+
+    return jax.tree.map(one, old, fresh, is_leaf=_is_multi_steps)
+
+
+def same_type(new: Any, old: Any) -> Array:
+    """Strong types that never drift, whatever the inner rule promotes."""
+    return lax.convert_element_type(new, jnp.asarray(old).dtype)
+
+
+def _multi_steps(inner: Any) -> list[optax.MultiStepsState]:
+    nodes = jax.tree.leaves(inner, is_leaf=_is_multi_steps)
+    return [node for node in nodes if _is_multi_steps(node)]
+
+
+def _is_multi_steps(node: Any) -> bool:
+    return isinstance(node, optax.MultiStepsState)

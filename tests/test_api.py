@@ -1,0 +1,165 @@
+"""Conventions as tests: rooms, imports, names and docstrings."""
+
+import ast
+import importlib
+import inspect
+import pathlib
+import pkgutil
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import raclora_jax as rl
+
+PACKAGE = pathlib.Path(rl.__file__).parent
+
+# Each room imports only from rooms before it.
+ROOMS = (
+    "paths",
+    "plan",
+    "sketch",
+    "lowrank",
+    "rounding",
+    "inner",
+    "state",
+    "optimizer",
+    "adapter",
+    "summary",
+    "flax",
+)
+STRANGERS = ({"sketch", "lowrank", "rounding"}, {"optimizer", "adapter"})
+
+
+def imported_rooms(path: pathlib.Path) -> set[str]:
+    """Rooms of this package that a file imports."""
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            first, _, rest = node.module.partition(".")
+            if first == "raclora_jax":
+                names = [rest] if rest else [alias.name for alias in node.names]
+                rooms.update(name.partition(".")[0] for name in names)
+    return rooms
+
+
+def imported_packages(path: pathlib.Path) -> set[str]:
+    """Top-level packages that a file imports."""
+    packages = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            packages.update(alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            packages.add(node.module.partition(".")[0])
+    return packages
+
+
+def test_rooms_are_known():
+    rooms = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert rooms == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_data_flows_one_way(room):
+    imports = imported_rooms(PACKAGE / f"{room}.py")
+    assert imports <= set(ROOMS[: ROOMS.index(room)])
+    for group in STRANGERS:
+        if room in group:
+            assert not imports & group
+
+
+def test_nothing_imports_methods():
+    for room in ROOMS:
+        assert "methods" not in imported_rooms(PACKAGE / f"{room}.py")
+
+
+def test_only_flax_room_imports_flax():
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "flax.py":
+            assert "flax" not in imported_packages(path), path.name
+
+
+def test_core_needs_few_packages():
+    allowed = {"jax", "optax", "raclora_jax"} | set(__import__("sys").stdlib_module_names)
+    for path in PACKAGE.rglob("*.py"):
+        extra = {"flax"} if path.name == "flax.py" else set()
+        assert imported_packages(path) <= allowed | extra, path.name
+
+
+def test_no_private_modules():
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(alias.name for alias in node.names)]
+            elif isinstance(node, ast.Attribute):
+                names = [node.attr] if node.attr in ("_src",) else []
+            assert not any("_src" in name for name in names), path.name
+
+
+def modules():
+    yield rl
+    for found in pkgutil.walk_packages(rl.__path__, "raclora_jax."):
+        yield importlib.import_module(found.name)
+
+
+def public_functions():
+    for name in rl.__all__:
+        yield name, getattr(rl, name)
+    for name in rl.methods.__all__:
+        yield f"methods.{name}", getattr(rl.methods, name)
+    yield "flax.to_tree", rl.flax.to_tree
+
+
+for namespace in ("methods", "flax"):
+    importlib.import_module(f"raclora_jax.{namespace}")
+PUBLIC = list(public_functions())
+
+
+def test_all_is_sorted_and_true():
+    assert list(rl.__all__) == sorted(rl.__all__)
+    for module in modules():
+        for name in getattr(module, "__all__", ()):
+            assert hasattr(module, name)
+
+
+@pytest.mark.parametrize(("name", "thing"), PUBLIC, ids=[name for name, _ in PUBLIC])
+def test_public_docstrings(name, thing):
+    doc = inspect.getdoc(thing)
+    assert doc, name
+    assert doc.splitlines()[0].endswith(".")
+    if not inspect.isfunction(thing):
+        return
+    sections = ["Args:", "Returns:", "Example:"]
+    for section in sections:
+        assert section in doc, f"{name} lacks {section}"
+    for parameter in inspect.signature(thing).parameters.values():
+        assert parameter.name in doc, f"{name} does not explain {parameter.name}"
+        if parameter.default is not inspect.Parameter.empty:
+            # link counts sketches and reads naturally by position or name alike.
+            assert parameter.kind is inspect.Parameter.KEYWORD_ONLY or (
+                parameter.name == "link"
+            )
+
+
+@pytest.mark.parametrize(("name", "thing"), PUBLIC, ids=[name for name, _ in PUBLIC])
+def test_randomness_is_a_required_keyword(name, thing):
+    if not inspect.isfunction(thing):
+        return
+    key = inspect.signature(thing).parameters.get("key")
+    assert key is None or key.kind is inspect.Parameter.KEYWORD_ONLY
+    assert key is None or key.default is inspect.Parameter.empty
+
+
+def test_learning_rate_annotation_tells_of_schedules():
+    parameter = inspect.signature(rl.raclora).parameters["learning_rate"]
+    assert "ScalarOrSchedule" in str(parameter.annotation)
+
+
+def test_package_is_quiet_about_precision():
+    """Importing the package and using it changes no global JAX setting."""
+    before = jax.config.jax_enable_x64, jax.config.jax_threefry_partitionable
+    rl.sample_sketch(jnp.zeros((6, 4)), 2, key=0)
+    assert (jax.config.jax_enable_x64, jax.config.jax_threefry_partitionable) == before

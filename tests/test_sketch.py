@@ -1,0 +1,264 @@
+"""Sketches: a pure function of key, path, link and stack index, with the right mean.
+
+Statistical claims are judged by z-scores: the deviation from the claim over its standard
+error, taken from the sample itself. 5 is above the largest of a few hundred correct ones.
+"""
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+
+import raclora_jax as rl
+from raclora_jax import plan, sketch
+
+PROJECTORS = tuple(name for name in plan.SKETCHES if name != "gaussian_raw")
+MAX_Z = 5.0
+# What a float32 draw may differ by when the compiler orders its sums in another way.
+COMPILED = 1e-5
+
+
+def spec_of(name, rank=3, **fields):
+    return rl.Spec(rank, sketch=name, **fields)
+
+
+def tree():
+    return {"head": jnp.zeros((9, 5)), "body": {"kernel": jnp.zeros((6, 11))}}
+
+
+def z_scores(draws, expected):
+    """Deviation of the mean over the first axis, in standard errors."""
+    error = draws.std(axis=0) / np.sqrt(len(draws))
+    return (draws.mean(axis=0) - expected) / np.maximum(error, 1e-9)
+
+
+def projectors(sketches):
+    """H = S^+ S of every sketch (n, rank, dim), in float64."""
+    wide = np.asarray(sketches, np.float64)
+    gram = np.einsum("nri,nsi->nrs", wide, wide)
+    return np.einsum("nri,nrj->nij", wide, np.linalg.solve(gram, wide))
+
+
+def test_the_registry_has_exactly_the_named_distributions():
+    assert set(sketch._DISTRIBUTIONS) == set(plan.SKETCHES)
+
+
+@pytest.mark.parametrize("name", plan.SKETCHES)
+def test_other_leaves_and_tree_order_do_not_enter(name):
+    leaves = [("head", (9, 5)), ("body", (6, 11)), ("other", (4, 7)), ("bias", (11,))]
+
+    def drawn(pairs):
+        params = collections.OrderedDict((k, jnp.zeros(shape)) for k, shape in pairs)
+        return rl.sample_sketch(params, spec_of(name), key=5)
+
+    few, many, turned = drawn(leaves[:2]), drawn(leaves), drawn(leaves[::-1])
+    assert list(many) != list(turned)
+    for path in few:
+        np.testing.assert_array_equal(few[path], many[path])
+        np.testing.assert_array_equal(few[path], turned[path])
+    assert many["bias"] == optax.MaskedNode()
+    # Two leaves of one shape under two names differ, and so do two links and two keys.
+    twins = {"head": jnp.zeros((9, 5)), "tail": jnp.zeros((9, 5))}
+    first = rl.sample_sketch(twins, spec_of(name), key=5)
+    np.testing.assert_array_equal(first["head"], few["head"])
+    others = [
+        first["tail"],
+        rl.sample_sketch(twins, spec_of(name), key=5, link=1)["head"],
+        rl.sample_sketch(twins, spec_of(name), key=6)["head"],
+    ]
+    for other in others:
+        assert np.abs(np.asarray(other) - np.asarray(first["head"])).max() > 1e-2
+
+
+@pytest.mark.parametrize("name", plan.SKETCHES)
+def test_the_process_and_its_transformations_do_not_enter(name):
+    def drawn():
+        params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree())
+        return rl.sample_sketch(params, spec_of(name), key=3, link=2)
+
+    def in_cond():
+        draw = lambda: rl.sample_sketch(tree(), spec_of(name), key=3, link=2)  # noqa: E731
+        zeros = lambda: jax.tree.map(jnp.zeros_like, draw())  # noqa: E731
+        return lax.cond(jnp.asarray(True), draw, zeros)
+
+    want = drawn()
+    for flag in (False, True):
+        with jax.threefry_partitionable(flag):
+            jax.tree.map(np.testing.assert_array_equal, drawn(), want)
+    with jax.default_prng_impl("rbg"):
+        jax.tree.map(np.testing.assert_array_equal, drawn(), want)
+    with jax.enable_x64(True):
+        with_x64 = drawn()
+    assert {leaf.dtype for leaf in jax.tree.leaves(with_x64)} == {jnp.dtype("float32")}
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=COMPILED)  # noqa: E731
+    jax.tree.map(close, with_x64, want)
+    with jax.threefry_partitionable(False):
+        jax.tree.map(close, jax.jit(drawn)(), want)
+    jax.tree.map(close, jax.jit(in_cond)(), want)
+
+
+def test_a_float64_leaf_is_drawn_in_float64():
+    with jax.enable_x64(True):
+        S = rl.sample_sketch(jnp.zeros((40, 31), jnp.float64), 5, key=0)
+        assert S.dtype == jnp.float64
+        np.testing.assert_allclose(S @ S.T, np.eye(5), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", plan.SKETCHES)
+def test_a_slice_of_a_stack_depends_on_its_index_only(name):
+    def drawn(layers, axis):
+        shape = [6, 9]
+        shape.insert(axis, layers)
+        rule = rl.Rule("kernel", rows=1 if axis == 0 else 0, batch=axis)
+        spec = spec_of(name, rules=[rule])
+        return rl.sample_sketch({"kernel": jnp.zeros(shape)}, spec, key=1)["kernel"]
+
+    five = drawn(5, axis=0)
+    assert five.shape == (5, 3, 6)
+    np.testing.assert_allclose(drawn(3, axis=0), five[:3], rtol=0, atol=COMPILED)
+    np.testing.assert_allclose(drawn(5, axis=1), five, rtol=0, atol=COMPILED)
+    gaps = [np.abs(five[i] - five[j]).max() for i in range(5) for j in range(i)]
+    assert min(gaps) > 1e-2
+
+
+def test_two_stack_axes_count_in_row_major_order():
+    rule = rl.Rule("experts", rows=2, batch=(0, 1))
+    S = rl.sample_sketch(
+        {"experts": jnp.zeros((2, 3, 6, 9))}, rl.Spec(2, rules=[rule]), key=1
+    )
+    flat = rl.Rule("experts", rows=1, batch=0)
+    T = rl.sample_sketch(
+        {"experts": jnp.zeros((6, 6, 9))}, rl.Spec(2, rules=[flat]), key=1
+    )
+    np.testing.assert_array_equal(S["experts"].reshape(6, 2, 6), T["experts"])
+
+
+def test_axes_of_the_sketched_side_are_kept():
+    """A sketch over (heads, head_dim) is that over their product, unflattened."""
+    spread = rl.Spec(4, rules=[rl.Rule("out", rows=(0, 1))])
+    S = rl.sample_sketch({"out": jnp.zeros((2, 3, 10))}, spread, key=8)["out"]
+    T = rl.sample_sketch({"out": jnp.zeros((6, 10))}, 4, key=8)["out"]
+    assert S.shape == (4, 2, 3)
+    np.testing.assert_allclose(S.reshape(4, 6), T, rtol=0, atol=COMPILED)
+
+
+def test_every_form_of_a_key_is_the_same_key():
+    forms = {
+        "int": 7,
+        "numpy int": np.int64(7),
+        "jax int": jnp.int32(7),
+        "typed": jax.random.key(7),
+        "raw": jax.random.PRNGKey(7),
+        "numpy raw": np.array([0, 7], np.uint32),
+    }
+    W = jnp.zeros((6, 5))
+    want = rl.sample_sketch(W, 2, key=7)
+    for name, key in forms.items():
+        got = rl.sample_sketch(W, 2, key=key)
+        np.testing.assert_array_equal(got, want, err_msg=name)
+        traced = jax.jit(sketch.key_data)(key)
+        np.testing.assert_array_equal(traced, [0, 7], err_msg=name)
+    # The largest seed is still what jax.random.key makes of it, with x64 and without.
+    for x64 in (False, True):
+        with jax.enable_x64(x64):
+            last = 2**32 - 1
+            want = jax.random.key_data(jax.random.key(last))
+            np.testing.assert_array_equal(sketch.key_data(last), want)
+
+
+GOLDEN = {
+    "orthonormal": [
+        [-0.715394, -0.467529, -0.431356, 0.284859, -0.049158],
+        [0.037998, 0.402132, 0.089312, 0.823786, -0.387616],
+    ],
+    "rademacher": [
+        [-0.447214, 0.447214, 0.447214, -0.447214, -0.447214],
+        [-0.365148, 0.365148, -0.547723, -0.365148, 0.547723],
+    ],
+    "coordinate": [[1, 0, 0, 0, 0], [0, 0, 1, 0, 0]],
+    "gaussian_raw": [
+        [-1.531813, -1.00108, -0.923627, 0.609945, -0.105258],
+        [-0.384288, 0.55486, -0.089864, 1.945149, -0.860028],
+    ],
+}
+
+
+@pytest.mark.parametrize("name", GOLDEN)
+def test_golden_values(name):
+    """A chain begun under one release goes on under the next.
+
+    The first two rows at seed 0, link 3; the tolerance is for the logarithms and
+    square roots of other versions of XLA.
+    """
+    params = {"decoder/layer_0/kernel": jnp.zeros((5, 8))}
+    S = rl.sample_sketch(params, spec_of(name), key=0, link=3)["decoder/layer_0/kernel"]
+    np.testing.assert_allclose(S[:2], GOLDEN[name], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", PROJECTORS)
+def test_large_sketches_are_orthonormal_in_float32(name):
+    W = jax.ShapeDtypeStruct((4096, 5000), jnp.float32)
+    S = np.asarray(rl.sample_sketch(W, spec_of(name, rank=128), key=2), np.float64)
+    assert S.shape == (128, 4096)
+    assert np.abs(S @ S.T - np.eye(128)).max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["orthonormal", "rademacher"])
+def test_small_sketches_are_orthonormal_at_any_rank(name):
+    """At rank = dim - 1 a third of the sign draws are singular at dim 4."""
+    rules = [rl.Rule(f"{dim}", rank=dim - 1, rows=1, batch=0) for dim in range(2, 10)]
+    params = {r.path: jnp.zeros((500, int(r.path), 10), jnp.float32) for r in rules}
+    spec = spec_of(name, rank=1, rules=rules)
+    drawn = jax.jit(lambda key: rl.sample_sketch(params, spec, key=key))
+    for seed in range(4):
+        for path, S in drawn(seed).items():
+            S = np.asarray(S, np.float64)
+            gram = np.einsum("nri,nsi->nrs", S, S)
+            error = np.abs(gram - np.eye(S.shape[1])).max()
+            assert error <= 1e-5, (seed, path)  # NaN compares false
+
+
+@pytest.mark.parametrize(("dim", "rank"), [(5, 2), (4, 3)])
+@pytest.mark.parametrize("name", plan.SKETCHES)
+def test_the_mean_projector_is_isotropic(name, dim, rank):
+    """E[H] = (rank / dim) I, whatever the distribution: the theory's lambda."""
+    count = 20_000
+    spec = spec_of(name, rank=rank, rules=[rl.Rule("kernel", rows=1, batch=0)])
+    params = {"kernel": jax.ShapeDtypeStruct((count, dim, dim + 3), jnp.float32)}
+    S = jax.jit(lambda: rl.sample_sketch(params, spec, key=17)["kernel"])()
+    H = projectors(S)
+    expected = rank / dim * np.eye(dim)
+    assert np.abs(z_scores(H, expected)).max() < MAX_Z
+    # A vector without symmetry sees an axis that is favoured or turned.
+    skew = np.array([5.0, 3.0, 1.0, -0.5, -2.0])[:dim]
+    along = np.einsum("i,nij,j->n", skew, H, skew) / (skew @ skew)
+    assert abs(z_scores(along, rank / dim)) < MAX_Z
+    if name in PROJECTORS:
+        # S S^T (S tall, as on paper) is H itself: one learning rate fits all of them.
+        outer = np.einsum("nri,nrj->nij", S, S)
+        assert np.abs(outer - H).max() < 1e-5
+    else:
+        # N(0, 1) entries: rank / dim as seen by H only.
+        outer = np.einsum("nri,nrj->nij", S, S, dtype=np.float64)
+        assert np.abs(z_scores(outer, rank * np.eye(dim))).max() < MAX_Z
+
+
+def test_the_mean_projector_test_sees_a_favoured_axis():
+    """The z-scores above would catch an axis stretched by a tenth."""
+    spec = rl.Spec(2, sketch="gaussian_raw", rules=[rl.Rule("kernel", rows=1, batch=0)])
+    params = {"kernel": jax.ShapeDtypeStruct((20_000, 5, 8), jnp.float32)}
+    S = np.asarray(rl.sample_sketch(params, spec, key=17)["kernel"])
+    H = projectors(S * np.array([1.1, 1, 1, 1, 1], np.float32))
+    assert np.abs(z_scores(H, 0.4 * np.eye(5))).max() > 2 * MAX_Z
+
+
+def test_no_gradient_reaches_a_sketch():
+    """A sketch is drawn from key, path and link: NaN weights leave it as it is."""
+    W = jnp.full((6, 5), jnp.nan)
+    np.testing.assert_array_equal(
+        rl.sample_sketch(W, 2, key=0), rl.sample_sketch(jnp.zeros((6, 5)), 2, key=0)
+    )
