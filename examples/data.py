@@ -25,6 +25,13 @@ class Task(NamedTuple):
     validation: Split
     test: Split
 
+    def refit(self) -> Task:
+        """The same task once the settings are chosen: train on validation images too."""
+        joined = (
+            np.concatenate(pair) for pair in zip(self.train, self.validation, strict=True)
+        )
+        return self._replace(train=Split(*joined))
+
 
 def digits() -> tuple[Task, Task]:
     """scikit-learn's 8 x 8 digits: the tasks 0-4 and 5-9, split 60 / 20 / 20."""

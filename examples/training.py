@@ -46,6 +46,10 @@ class Result(NamedTuple):
     test: Array
 
 
+# A whole run: params, learning rate, key.
+Runner = Callable[[Any, Array, Array], Result]
+
+
 def loss_fn(params: Any, images: Array, labels: Array) -> Array:
     """Mean cross-entropy."""
     logits = MLP().apply({"params": params}, images)
@@ -70,9 +74,7 @@ def batches(key: Array, count: int, size: int, steps: int) -> Array:
     return orders.reshape(-1, size)[:steps]
 
 
-def runner(
-    build: Build, task: Task, *, steps: int, batch: int, blocks: int
-) -> Callable[[Any, Array, Array], Result]:
+def runner(build: Build, task: Task, *, steps: int, batch: int, blocks: int) -> Runner:
     """``run(params, learning_rate, key)``, jitted: cosine decay, accuracy per block."""
 
     @jax.jit

@@ -12,8 +12,8 @@ from raclora_jax.adapter import (
 )
 from raclora_jax.lowrank import Factor, lift, project
 from raclora_jax.optimizer import apply_updates, raclora, scale_by_raclora
-from raclora_jax.plan import Rule, Spec
 from raclora_jax.sketch import sample_sketch
+from raclora_jax.spec import Rule, Spec
 from raclora_jax.state import RacLoraState
 from raclora_jax.summary import summary
 

@@ -12,8 +12,9 @@ from jax import Array
 
 from raclora_jax import paths, rounding
 from raclora_jax.lowrank import check_factor, lift_leaf
-from raclora_jax.plan import LeafPlan, Spec, as_spec, plan_leaves, plan_tree
+from raclora_jax.plan import LeafPlan, plan_leaves, plan_tree
 from raclora_jax.sketch import draw, draw_all, key_data, leaf_key
+from raclora_jax.spec import Spec, as_spec
 
 
 class AdapterChain(NamedTuple):

@@ -11,7 +11,9 @@ import optax
 from jax import Array, lax
 
 from raclora_jax import paths
-from raclora_jax.plan import LeafPlan, Spec, as_spec, plan_leaves
+from raclora_jax.factorize import inverse_cholesky
+from raclora_jax.plan import LeafPlan, plan_leaves
+from raclora_jax.spec import Spec, as_spec
 
 
 @jax.tree_util.register_dataclass
@@ -107,7 +109,13 @@ def change_of_basis(new: Array, old: Array, plan: LeafPlan) -> Array:
 
     if plan.sketch != "gaussian_raw":
         return cross(new, old)
-    return jnp.linalg.solve(cross(new, new), cross(new, old))
+    whiten = inverse_cholesky
+    for _ in stack:
+        whiten = jax.vmap(whiten)
+    inverse = whiten(cross(new, new))
+    # (L L^T)^-1 = L^-T L^-1.
+    whitened = jnp.matmul(inverse, cross(new, old), precision=lax.Precision.HIGHEST)
+    return jnp.matmul(inverse.mT, whitened, precision=lax.Precision.HIGHEST)
 
 
 def in_basis(basis: Array, factor: Array, plan: LeafPlan) -> Array:

@@ -21,14 +21,14 @@ from raclora_jax.lowrank import (
     lift_leaf,
     project_leaf,
 )
-from raclora_jax.plan import LeafPlan, Spec, as_spec, plan_leaves, plan_tree
+from raclora_jax.plan import LeafPlan, plan_leaves, plan_tree
 from raclora_jax.sketch import draw, key_data, leaf_key
+from raclora_jax.spec import Spec, as_spec
 from raclora_jax.state import (
     Chain,
     RacLoraState,
     find_state,
     link_of,
-    master_copy,
 )
 
 MOMENTS = ("reset", "keep", "transport")
@@ -222,6 +222,7 @@ def apply_updates(params: Any, updates: Any, opt_state: Any, spec: Spec | int) -
     leaves, treedef = paths.flatten(params)
     steps, _ = paths.flatten(updates, is_leaf=is_factor)
     plans = plan_leaves(spec, leaves)
+    _check_steps(steps, plans)
     # The state has counted the update that is being applied.
     count = jnp.maximum(state.count - 1, 0)
 
@@ -231,7 +232,6 @@ def apply_updates(params: Any, updates: Any, opt_state: Any, spec: Spec | int) -
             return weight
         if not is_factor(step):
             return optax.apply_updates(weight, step)
-        check_factor(step.value, plan)
         if path in state.master:
             return state.master[path].astype(weight.dtype)
         if spec.cache:
@@ -286,7 +286,6 @@ class _Core:
     spec: Spec
     chain: Chain
     key_data: Array
-    steps_weights: bool
 
     @classmethod
     def of(
@@ -301,7 +300,8 @@ class _Core:
             inner = ADAM
         else:
             check_inner(inner)
-        return cls(spec, Chain(spec, inner, moments), key_data(key), steps_weights)
+        masters = steps_weights and spec.rounding == "master"
+        return cls(spec, Chain(spec, inner, moments, masters), key_data(key))
 
     def init(self, params: Any) -> RacLoraState:
         if isinstance(params, _placeholder_type()):
@@ -310,8 +310,7 @@ class _Core:
             return RacLoraState(*zeros)
         plans = plan_tree(self.spec, params)
         leaves, _ = paths.flatten(params)
-        keeps_master = self.steps_weights and self.spec.rounding == "master"
-        master = master_copy(plans, leaves) if keeps_master else {}
+        master = self.chain.master_copy(plans, leaves)
         return self.chain.init(self.key_data, tuple(plans.values()), master)
 
     def step(
@@ -376,6 +375,24 @@ def _plan_gradients(
                 f"{plans[path].shape}, got {jnp.shape(grad)}"
             )
     return plans
+
+
+def _check_steps(steps: dict[str, Any], plans: dict[str, LeafPlan]) -> None:
+    """Refuses updates that do not belong to the weights they are to be added to."""
+    for path, step in steps.items():
+        if path not in plans:
+            raise ValueError(
+                f"the update of {paths.show(path)} has no leaf in params; apply updates "
+                "to the tree whose gradients tx.update took"
+            )
+        if is_factor(step):
+            check_factor(step.value, plans[path])
+        elif jnp.shape(step) != plans[path].shape:
+            raise ValueError(
+                f"leaf {paths.show(path)}: expected an update of shape "
+                f"{plans[path].shape}, got {jnp.shape(step)}; apply what tx.update "
+                "returned"
+            )
 
 
 def _weights(updates: Any, params: Any, decays: bool) -> dict[str, Array]:

@@ -6,6 +6,7 @@ to bfloat16 and back may be optimised away by the compiler.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,15 +22,16 @@ def is_low(dtype: Any) -> bool:
 def nearest(exact: Array, dtype: Any) -> Array:
     """float32 values rounded to the grid of a dtype, still as float32."""
     info = jnp.finfo(dtype)
-    return lax.reduce_precision(exact, int(info.nexp), int(info.nmant))
+    rounded = lax.reduce_precision(exact, int(info.nexp), int(info.nmant))
+    # reduce_precision takes subnormal numbers to zero; float32 has room for float16's.
+    return _where_subnormal(exact, dtype, jnp.round, rounded)
 
 
 def stochastic(exact: Array, dtype: Any, key: Array) -> Array:
     """One of the two neighbours on the grid of a dtype, right on average.
 
-    ``E[result] = exact`` for values in the normal range of ``dtype``. Adding random bits
-    below the last kept one and cutting them off draws the upper neighbour with a
-    probability equal to the distance from the lower.
+    ``E[result] = exact``: the neighbour away from zero is drawn with a probability equal
+    to the distance from the other one, in units of the gap.
 
     Args:
       exact: float32 array.
@@ -39,10 +41,8 @@ def stochastic(exact: Array, dtype: Any, key: Array) -> Array:
     Returns:
       float32 array of values on the grid of ``dtype``; not-finite values stay.
     """
-    drop = _dropped_bits(dtype)
-    noise = jax.random.bits(key, exact.shape, jnp.uint32) >> (32 - drop)
-    bits = lax.bitcast_convert_type(exact, jnp.uint32)
-    drawn = _toward_zero(lax.bitcast_convert_type(bits + noise, jnp.float32), dtype)
+    inner, outer = _neighbours(exact, dtype)
+    drawn = _draw(exact, (inner, outer), (inner, outer), key)
     return jnp.where(jnp.isfinite(exact), drawn, exact)
 
 
@@ -86,27 +86,54 @@ def landing_update(weight: Array, target: Array, dtype: Any, key: Array) -> Arra
     step = target - wide
     if not is_low(dtype):
         return step.astype(dtype)
-    inner = _toward_zero(step, dtype)
-    bits = lax.bitcast_convert_type(inner, jnp.uint32) + jnp.uint32(
-        1 << _dropped_bits(dtype)
-    )
-    outer = jnp.where(inner == step, step, lax.bitcast_convert_type(bits, jnp.float32))
+    inner, outer = _neighbours(step, dtype)
     at_inner = nearest(wide + inner, weight.dtype)
     at_outer = nearest(wide + outer, weight.dtype)
-    reach = at_outer - at_inner
-    share = jnp.where(reach == 0, 0.0, (target - at_inner) / reach)
-    take_outer = jax.random.uniform(key, step.shape) < share
-    update = jnp.where(take_outer, outer, inner)
+    update = _draw(target, (at_inner, at_outer), (inner, outer), key)
     return jnp.where(jnp.isfinite(step), update, step).astype(dtype)
 
 
-def _dropped_bits(dtype: Any) -> int:
-    """How many of float32's mantissa bits a dtype lacks."""
-    return int(jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant)
+def _draw(
+    target: Array,
+    landings: tuple[Array, Array],
+    choices: tuple[Array, Array],
+    key: Array,
+) -> Array:
+    """The choice that lands on one of two points around a target, right on average."""
+    near, far = landings
+    reach = far - near
+    share = jnp.where(reach == 0, 0.0, (target - near) / reach)
+    takes_far = jax.random.uniform(key, target.shape) < share
+    return jnp.where(takes_far, choices[1], choices[0])
 
 
-def _toward_zero(exact: Array, dtype: Any) -> Array:
-    """float32 values cut to the mantissa of a dtype."""
-    keep = jnp.uint32(0xFFFFFFFF << _dropped_bits(dtype) & 0xFFFFFFFF)
+def _neighbours(exact: Array, dtype: Any) -> tuple[Array, Array]:
+    """The points of a dtype's grid next to float32 values, towards and away from zero.
+
+    Equal where the value is on the grid. Cutting mantissa bits goes towards zero, and
+    adding one in the last kept place goes to the next number.
+    """
+    ulp = 1 << int(jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant)
     bits = lax.bitcast_convert_type(exact, jnp.uint32)
-    return lax.bitcast_convert_type(bits & keep, jnp.float32)
+    cut = bits & jnp.uint32(0xFFFFFFFF ^ (ulp - 1))
+    inner = lax.bitcast_convert_type(cut, jnp.float32)
+    outer = lax.bitcast_convert_type(cut + jnp.uint32(ulp), jnp.float32)
+    inner = _where_subnormal(exact, dtype, jnp.trunc, inner)
+    outer = _where_subnormal(exact, dtype, _away, outer)
+    return inner, jnp.where(inner == exact, exact, outer)
+
+
+def _away(values: Array) -> Array:
+    return jnp.trunc(values) + jnp.sign(values)
+
+
+def _where_subnormal(
+    exact: Array, dtype: Any, integer: Callable[[Array], Array], otherwise: Array
+) -> Array:
+    """Puts values too small for a dtype's exponent on its even grid of subnormals."""
+    info = jnp.finfo(dtype)
+    if info.nexp == jnp.finfo(jnp.float32).nexp:
+        return otherwise  # bfloat16 and float32 are subnormal alike
+    spacing = float(info.smallest_subnormal)
+    small = jnp.abs(exact) < float(info.smallest_normal)
+    return jnp.where(small, integer(exact / spacing) * spacing, otherwise)

@@ -14,7 +14,9 @@ import optax
 from jax import Array, lax
 
 from raclora_jax import paths
-from raclora_jax.plan import LeafPlan, Spec, plan_tree
+from raclora_jax.factorize import inverse_cholesky
+from raclora_jax.plan import LeafPlan, plan_tree
+from raclora_jax.spec import Spec
 
 _IMPL = "threefry2x32"
 
@@ -66,8 +68,8 @@ def _seed(seed: Any) -> Array:
     """What ``jax.random.key`` makes of a seed of 32 bits, whether x64 is on or off."""
     if not isinstance(seed, jax.core.Tracer) and not 0 <= int(seed) < 2**32:
         raise ValueError(
-            f"an int seed must be between 0 and 2**32 - 1, got {seed}: JAX reads others "
-            "differently when x64 is on; pass key=jax.random.key(seed)"
+            f"an int as key must be between 0 and 2**32 - 1, got {seed}: JAX reads "
+            "other seeds differently when x64 is on; pass key=jax.random.key(seed)"
         )
     return jnp.stack([jnp.uint32(0), jnp.asarray(seed, jnp.uint32)])
 
@@ -166,28 +168,13 @@ def _gram(sketch: Array) -> Array:
     return lax.dot_general(sketch, sketch, dims, precision=lax.Precision.HIGHEST)
 
 
-def _invert_cholesky(gram: Array) -> Array:
-    """L^-1 with L L^T = gram."""
-    lower = jnp.linalg.cholesky(gram)
-    eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    return jax.scipy.linalg.solve_triangular(lower, eye, lower=True)
-
-
-# On CPU one matrix at a time: a batched LAPACK call waits on the thread pool it runs on,
-# and as many of them as there are threads, one per stacked leaf, wait for ever.
-@jax.jit
-def _inverse_factor(gram: Array) -> Array:
-    one_by_one = jax.custom_batching.sequential_vmap(_invert_cholesky)
-    return lax.platform_dependent(gram, cpu=one_by_one, default=_invert_cholesky)
-
-
 def _whiten_once(sketch: Array, shift: float) -> Array:
     """L^-1 S with L L^T = S S^T + shift * trace(S S^T) I."""
     gram = _gram(sketch)
     eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
     # Inverting at rank x rank and multiplying is far cheaper than a triangular solve
     # on the tall matrix.
-    inverse = _inverse_factor(gram + shift * jnp.trace(gram) * eye)
+    inverse = inverse_cholesky(gram + shift * jnp.trace(gram) * eye)
     return jnp.tensordot(inverse, sketch, axes=1, precision=lax.Precision.HIGHEST)
 
 
@@ -220,7 +207,7 @@ def _rademacher(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     # (rank / dim) I.
     gram = _gram(signs) / math.prod(shape[1:])
     # A diagonal of L above 1e-2; NaN compares false.
-    regular = jnp.all(jnp.diagonal(_inverse_factor(gram)) < 1e2)
+    regular = jnp.all(jnp.diagonal(inverse_cholesky(gram)) < 1e2)
     return _whiten(jnp.where(regular, signs, spare))
 
 

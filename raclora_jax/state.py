@@ -15,8 +15,9 @@ from jax.tree_util import DictKey, GetAttrKey
 from raclora_jax import paths, rounding
 from raclora_jax.inner import keep_gradient_steps, nothing_accumulated
 from raclora_jax.lowrank import change_of_basis, in_basis
-from raclora_jax.plan import LeafPlan, Spec
+from raclora_jax.plan import LeafPlan
 from raclora_jax.sketch import draw, draw_all
+from raclora_jax.spec import Spec
 
 # The plans of a tree's leaves, in tree order: static and hashable.
 Plans = tuple[LeafPlan, ...]
@@ -76,21 +77,33 @@ def link_of(count: Array, spec: Spec) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """A spec, an inner rule and what happens to its moments at a new link."""
+    """A spec, an inner rule, and what happens to its moments at a new link.
+
+    Args:
+      spec: The spec.
+      inner: The rule, as the user gave it.
+      moments: ``"reset"``, ``"keep"`` or ``"transport"``.
+      masters: Whether weights below float32 have a float32 copy in the state.
+    """
 
     spec: Spec
     inner: optax.GradientTransformation
     moments: str
+    masters: bool
 
     @functools.partial(jax.jit, static_argnums=(0, 2))
     def init(self, data: Array, plans: Plans, master: dict[str, Array]) -> RacLoraState:
         """The state before the first update, from shapes and dtypes alone."""
-        link = jnp.zeros((), jnp.int32)
-        values = draw_all(data, link, plans) if self.spec.cache else {}
+        values = {
+            plan.path: jnp.zeros(plan.sketch_shape, plan.wide_dtype)
+            for plan in plans
+            if plan.mode == "lowrank" and self.spec.cache
+        }
         inner_state = InnerStates(
             self._inner_init(plans, "lowrank"), self._inner_init(plans, "dense")
         )
-        cache = SketchCache(link, values)
+        # Nothing is drawn yet: the first update finds the cache stale and fills it.
+        cache = SketchCache(jnp.full((), -1, jnp.int32), values)
         return RacLoraState(jnp.zeros((), jnp.int32), data, inner_state, cache, master)
 
     # Compiled as one piece, so that a step outside jit does not trace its cond anew.
@@ -142,7 +155,7 @@ class Chain:
     def check(self, state: RacLoraState, plans: Plans) -> None:
         """Refuses a state that was made for other leaves or another spec."""
         want = self._expected(plans)
-        got = _shapes(state._replace(master={}))
+        got = _shapes(state)
         for where in [*want, *got]:
             if want.get(where) != got.get(where):
                 raise ValueError(
@@ -155,7 +168,35 @@ class Chain:
     @functools.lru_cache(maxsize=64)  # noqa: B019, a chain is a value
     def _expected(self, plans: Plans) -> dict[str, tuple[int, ...]]:
         data = jax.ShapeDtypeStruct((2,), jnp.uint32)
-        return _shapes(jax.eval_shape(lambda data: self.init(data, plans, {}), data))
+        master = {
+            plan.path: jax.ShapeDtypeStruct(plan.shape, plan.wide_dtype)
+            for plan in plans
+            if self.has_master(plan)
+        }
+        init = jax.eval_shape(
+            lambda *args: self.init(args[0], plans, args[1]), data, master
+        )
+        return _shapes(init)
+
+    def has_master(self, plan: LeafPlan) -> bool:
+        """Whether the state holds a float32 copy of this leaf."""
+        return self.masters and plan.mode != "frozen" and rounding.is_low(plan.dtype)
+
+    def master_copy(
+        self, plans: dict[str, LeafPlan], leaves: dict[str, Any]
+    ) -> dict[str, Array]:
+        """The float32 copies a run starts with."""
+        copies = {}
+        for path, plan in plans.items():
+            if not self.has_master(plan):
+                continue
+            if isinstance(leaves[path], jax.ShapeDtypeStruct):
+                raise TypeError(
+                    f"leaf {paths.show(path)} is abstract, but rounding='master' copies "
+                    "the weights; use jax.eval_shape(tx.init, params)"
+                )
+            copies[path] = jnp.asarray(leaves[path], plan.wide_dtype)
+        return copies
 
     def _inner_init(self, plans: Plans, mode: str) -> Any:
         zeros = {
@@ -215,21 +256,6 @@ def find_state(opt_state: Any) -> RacLoraState:
             "tx.init or tx.update returned, where tx contains raclora(...) once"
         )
     return found[0]
-
-
-def master_copy(plans: dict[str, LeafPlan], leaves: dict[str, Any]) -> dict[str, Array]:
-    """float32 copies of the trained leaves below float32."""
-    copies = {}
-    for path, plan in plans.items():
-        if plan.mode == "frozen" or not rounding.is_low(plan.dtype):
-            continue
-        if isinstance(leaves[path], jax.ShapeDtypeStruct):
-            raise TypeError(
-                f"leaf {paths.show(path)} is abstract, but rounding='master' copies the "
-                "weights; use jax.eval_shape(tx.init, params)"
-            )
-        copies[path] = jnp.asarray(leaves[path], plan.wide_dtype)
-    return copies
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,8 @@ from jax.tree_util import DictKey
 
 from raclora_jax import paths
 from raclora_jax.optimizer import raclora
-from raclora_jax.plan import LeafPlan, Spec, as_spec, plan_tree
+from raclora_jax.plan import LeafPlan, plan_tree
+from raclora_jax.spec import Spec, as_spec
 
 
 @dataclasses.dataclass(frozen=True)

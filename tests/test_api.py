@@ -17,7 +17,9 @@ PACKAGE = pathlib.Path(rl.__file__).parent
 # Each room imports only from rooms before it.
 ROOMS = (
     "paths",
+    "spec",
     "plan",
+    "factorize",
     "sketch",
     "lowrank",
     "rounding",

@@ -256,10 +256,13 @@ def test_all_forms_are_one_trajectory(name, side, seed, only):
 
     tx = rl.raclora(RATE, spec, inner=make_inner(), key=seed)
     state = jit(tx.init)(params)
-    # The oracle's sketches are those of the state, so that no form has its own.
+    # The oracle's sketches are those the state draws, so that no form has its own; none
+    # is drawn before the first update.
     cached = by_path(sketches)
-    assert cached.keys() == state.sketches.values.keys()
-    for path, sketch in state.sketches.values.items():
+    assert int(state.sketches.link) == -1
+    _, first = jit(tx.update)(params, state, params)
+    assert cached.keys() == first.sketches.values.keys()
+    for path, sketch in first.sketches.values.items():
         np.testing.assert_allclose(sketch, cached[path][0], atol=1e-14)
     words = jax.random.key_data(jax.random.key(seed))
     np.testing.assert_array_equal(state.key_data, words)

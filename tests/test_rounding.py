@@ -267,7 +267,7 @@ def test_dense_form_and_factor_form_draw_the_same_neighbours(rounded):
         start[f"kernel_{dtype}"] = normal(seed, (11, 7), dtype)
         start[f"tiny_{dtype}"] = (3e-5 * normal(seed, (11, 7))).astype(dtype)
         start[f"bias_{dtype}"] = normal(seed, (13,), dtype)
-    tx = rl.raclora(1e-4, spec, weight_decay=0.1, key=1)
+    tx = rl.raclora(3e-3, spec, weight_decay=0.1, key=1)
     dense, factor = start, start
     dense_state, factor_state = tx.init(start), tx.init(start)
     for step in range(3):
@@ -283,5 +283,5 @@ def test_dense_form_and_factor_form_draw_the_same_neighbours(rounded):
         factor = rl.apply_updates(factor, updates, factor_state, spec)
         for path in start:
             np.testing.assert_array_equal(dense[path], factor[path], err_msg=path)
-    moved = jax.tree.map(lambda a, b: bool((a != b).any()), start, dense)
-    assert all(moved.values()) or rounded == "nearest"
+    moved = [bool((start[path] != dense[path]).any()) for path in start]
+    assert all(moved) if rounded == "auto" else any(moved)

@@ -8,7 +8,7 @@ import optax
 
 from raclora_jax.methods.method import Method
 from raclora_jax.methods.pair import pair_method
-from raclora_jax.plan import Spec
+from raclora_jax.spec import Spec
 
 
 def cola(

@@ -17,8 +17,9 @@ from jax import Array, lax
 from raclora_jax import paths
 from raclora_jax.lowrank import lift_leaf
 from raclora_jax.methods.method import Method, nbytes, rate_at, size
-from raclora_jax.plan import LeafPlan, Spec, as_spec, plan_tree
+from raclora_jax.plan import LeafPlan, plan_tree
 from raclora_jax.sketch import draw_all, key_data
+from raclora_jax.spec import Spec, as_spec
 
 
 class PairState(NamedTuple):

@@ -9,7 +9,7 @@ import optax
 
 from raclora_jax.methods.method import Method
 from raclora_jax.methods.pair import pair_method
-from raclora_jax.plan import Spec, as_spec
+from raclora_jax.spec import Spec, as_spec
 
 
 def published_raclora(

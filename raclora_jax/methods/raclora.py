@@ -9,7 +9,8 @@ import optax
 
 from raclora_jax import optimizer
 from raclora_jax.methods.method import Method, from_transform
-from raclora_jax.plan import Spec, plan_tree
+from raclora_jax.plan import plan_tree
+from raclora_jax.spec import Spec
 from raclora_jax.state import find_state
 
 

@@ -1,0 +1,81 @@
+"""Writes the README's tables from the result files, so that no number is typed.
+
+python -m benchmarks.tables
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+from benchmarks.rows import RESULTS
+
+README = pathlib.Path(__file__).parent.parent / "README.md"
+
+
+def finetune_table(name: str) -> str:
+    """The rows of ``make finetune`` as Markdown."""
+    record = json.loads((RESULTS / f"{name}.json").read_text())
+    lines = [
+        "| method | trained numbers | optimizer bytes | link | learning rate "
+        "| test accuracy, % |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in record["rows"]:
+        cells = (
+            row["method"],
+            f"{row['trained']:,}",
+            f"{row['optimizer_bytes']:,}",
+            str(row["link"] or "-"),
+            f"{row['learning_rate']:g}",
+            f"{row['accuracy_mean']:.2f} ± {row['accuracy_std']:.2f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def counterexample_table() -> str:
+    """Median gaps of the counterexample at c = 1/2, and how many runs diverged."""
+    rows = json.loads((RESULTS / "counterexample.json").read_text())["rows"]
+    by_cell = {(r["method"], r["c"], r["step_times_L"]): r for r in rows}
+
+    def cell(method: str, step: float) -> str:
+        row = by_cell[method, 0.5, step]
+        said = []
+        if row["diverged"]:
+            said.append(f"{row['diverged']}/{row['runs']} diverge")
+        if row["median"] is not None:
+            gap = row["median"]
+            said.append("< 1e-12" if gap < 1e-12 else f"{gap:.2g}")
+        return "; ".join(said)
+
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = ["| method | step 1/L | step 0.1/L |", "|---|---:|---:|"]
+    lines += [f"| {m} | {cell(m, 1.0)} | {cell(m, 0.1)} |" for m in methods]
+    return "\n".join(lines)
+
+
+TABLES = {
+    "digits": lambda: finetune_table("digits"),
+    "mnist": lambda: finetune_table("mnist"),
+    "counterexample": counterexample_table,
+}
+
+
+def filled(text: str) -> str:
+    """The text with every marked table written anew."""
+    for name, table in TABLES.items():
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = f"{before}{begin}\n{table()}\n{end}{after}"
+    return text
+
+
+def main() -> None:
+    """Rewrites the README in place."""
+    README.write_text(filled(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""What users say about a run: ``Rule`` and ``Spec``, plain validated data."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import numbers
+import operator
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+MODES = ("lowrank", "dense", "frozen")
+SIDES = ("left", "right", "auto")
+SKETCHES = ("orthonormal", "gaussian", "rademacher", "coordinate", "gaussian_raw")
+ROUNDINGS = ("auto", "nearest", "stochastic", "master")
+RESTS = ("dense", "frozen")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How the leaves whose whole path matches a regular expression are trained.
+
+    What is left ``None`` is taken from the ``Spec``. A view is named by axes: ``rows``
+    are those the model contracts over, ``batch`` those that stack independent
+    matrices (layers, experts); the remaining axes are the columns.
+
+    Args:
+      path: Regular expression; it must match the whole canonical path.
+      mode: ``"lowrank"``, ``"dense"`` (trained in full) or ``"frozen"``.
+      rank: Rank of the sketch.
+      alpha: Numerator of the scaling ``alpha / rank``.
+      side: ``"left"`` sketches the rows, ``"right"`` the columns, ``"auto"`` the
+        smaller of both.
+      sketch: Distribution of the sketch.
+      rows: Axes of the rows, an int or a tuple of ints.
+      batch: Axes of the stack, an int or a tuple of ints.
+
+    Raises:
+      ValueError: If a value is unknown or out of range.
+      TypeError: If a value has the wrong type.
+
+    Example:
+      >>> Rule("attention/(query|key|value)/kernel", rows=0).rows
+      (0,)
+    """
+
+    path: str
+    _: dataclasses.KW_ONLY
+    mode: str = "lowrank"
+    rank: int | None = None
+    alpha: float | None = None
+    side: str | None = None
+    sketch: str | None = None
+    rows: int | tuple[int, ...] | None = None
+    batch: int | tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        where = f"Rule({self.path!r})"
+        if not isinstance(self.path, str):
+            raise TypeError(f"{where}: path must be a str, got {kind(self.path)}")
+        try:
+            re.compile(self.path)
+        except re.error as error:
+            raise ValueError(
+                f"{where}: path is not a regular expression ({error}); escape literal "
+                "characters with re.escape"
+            ) from error
+        _check_choice(where, "mode", self.mode, MODES)
+        if self.rank is not None:
+            object.__setattr__(self, "rank", _check_count(where, "rank", self.rank))
+        object.__setattr__(self, "alpha", _check_alpha(where, self.alpha))
+        if self.side is not None:
+            _check_choice(where, "side", self.side, SIDES)
+        if self.sketch is not None:
+            _check_choice(where, "sketch", self.sketch, SKETCHES)
+        if self.rows is not None:
+            object.__setattr__(self, "rows", _axes_tuple(where, "rows", self.rows))
+        object.__setattr__(self, "batch", _axes_tuple(where, "batch", self.batch))
+
+    @property
+    def has_view(self) -> bool:
+        """Whether the rule says how to read a leaf as matrices."""
+        return self.rows is not None or self.batch != ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Everything static about a RAC-LoRA run: frozen, hashable, plain data.
+
+    Every floating leaf with two axes is adapted unless the first rule that matches its
+    path says otherwise; a leaf with more axes needs a rule that names its view; leaves
+    that are no matrix (biases, norms) or too small for the rank are the ``rest``.
+
+    Args:
+      rank: Rank of every sketch, unless a rule says otherwise.
+      alpha: Numerator of the scaling ``alpha / rank``; ``None`` means scaling 1.
+      side: ``"left"`` sketches the rows, ``"right"`` the columns, ``"auto"`` the
+        smaller of both (largest lambda), ties to the rows.
+      sketch: ``"orthonormal"``, ``"gaussian"`` or ``"rademacher"`` (whitened),
+        ``"coordinate"``, or ``"gaussian_raw"`` (N(0, 1), not a projector).
+      resample_every: Steps a sketch lives, one link of the chain.
+      rounding: How weights below float32 take a small step: ``"auto"`` and
+        ``"stochastic"`` draw one of the two neighbours, ``"nearest"`` rounds,
+        ``"master"`` keeps a float32 copy in the state.
+      cache: Whether the state keeps the sketches of the running link. Without, they
+        are drawn in every step and the state holds a seed only.
+      rules: ``Rule``s; the first whose expression matches the whole path wins.
+      rest: ``"dense"`` trains the leaves that are not adapted in full, ``"frozen"``
+        leaves them as they are.
+
+    Raises:
+      ValueError: If a value is unknown or out of range.
+      TypeError: If a value has the wrong type.
+
+    Example:
+      >>> spec = Spec(rank=8, rules=[Rule("head/.*", mode="dense")])
+      >>> Spec.from_json(spec.to_json()) == spec
+      True
+    """
+
+    rank: int
+    _: dataclasses.KW_ONLY
+    alpha: float | None = None
+    side: str = "auto"
+    sketch: str = "orthonormal"
+    resample_every: int = 50
+    rounding: str = "auto"
+    cache: bool = True
+    rules: Iterable[Rule] = ()
+    rest: str = "dense"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rank", _check_count("Spec", "rank", self.rank))
+        object.__setattr__(self, "alpha", _check_alpha("Spec", self.alpha))
+        _check_choice("Spec", "side", self.side, SIDES)
+        _check_choice("Spec", "sketch", self.sketch, SKETCHES)
+        every = _check_count("Spec", "resample_every", self.resample_every)
+        object.__setattr__(self, "resample_every", every)
+        _check_choice("Spec", "rounding", self.rounding, ROUNDINGS)
+        if not isinstance(self.cache, bool):
+            raise TypeError(f"Spec: cache must be a bool, got {kind(self.cache)}")
+        _check_choice("Spec", "rest", self.rest, RESTS)
+        if isinstance(self.rules, Rule) or not isinstance(self.rules, Iterable):
+            raise TypeError(
+                f"Spec: rules must be a sequence of Rule, got {kind(self.rules)}; "
+                "write rules=[Rule(...)]"
+            )
+        object.__setattr__(self, "rules", tuple(self.rules))
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise TypeError(f"Spec: rules must hold Rule, got {kind(rule)}")
+
+    def to_json(self) -> str:
+        """The spec as JSON text, to be kept beside a checkpoint.
+
+        Returns:
+          Text that ``Spec.from_json`` reads back to an equal spec.
+        """
+        fields = dataclasses.asdict(self)
+        return json.dumps(fields, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> Spec:
+        """Reads what ``to_json`` wrote.
+
+        Args:
+          text: JSON text.
+
+        Returns:
+          The spec.
+
+        Raises:
+          ValueError: If the text is not JSON or a value is out of range.
+          TypeError: If a field is missing or unknown.
+        """
+        fields = json.loads(text)
+        if not isinstance(fields, dict):
+            raise TypeError(f"a spec in JSON is an object, got {text[:40]!r}")
+        rules = [Rule(**_tuples(rule)) for rule in fields.pop("rules", ())]
+        return cls(**fields, rules=rules)
+
+    def check_resumes(self, saved: Spec) -> None:
+        """Refuses to go on with a chain that another spec began.
+
+        Args:
+          saved: The spec kept beside the checkpoint.
+
+        Raises:
+          ValueError: If any field but ``cache`` differs.
+        """
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(saved, field.name)
+            if field.name != "cache" and mine != theirs:
+                raise ValueError(
+                    f"this spec has {field.name}={mine!r}, the checkpoint was written "
+                    f"with {field.name}={theirs!r}: the chain would not go on where it "
+                    "stopped; resume with the saved spec, or start a new state with "
+                    "tx.init"
+                )
+
+
+def as_spec(spec: Spec | int) -> Spec:
+    """The spec itself, or ``Spec(rank)`` for an int.
+
+    Args:
+      spec: A ``Spec`` or a rank.
+
+    Returns:
+      A ``Spec``.
+
+    Raises:
+      TypeError: If it is neither.
+
+    Example:
+      >>> as_spec(8).rank
+      8
+    """
+    if isinstance(spec, Spec):
+        return spec
+    if isinstance(spec, jax.core.Tracer):
+        raise TypeError(
+            "spec must be static, got a traced value; under optax.inject_hyperparams "
+            'pass a Spec, or static_args=("spec",)'
+        )
+    rank = None if isinstance(spec, bool) else _as_int(spec)
+    if rank is None:
+        raise TypeError(
+            f"spec must be a Spec or an int rank, got {kind(spec)}; write Spec(rank=8)"
+        )
+    return Spec(rank)
+
+
+def kind(value: Any) -> str:
+    """A value and its type, for messages."""
+    return f"{value!r} of type {type(value).__name__}"
+
+
+def _check_count(where: str, name: str, value: Any) -> int:
+    count = None if isinstance(value, bool) else _as_int(value)
+    if count is None:
+        raise TypeError(
+            f"{where}: {name} must be an int, got {kind(value)}; it fixes shapes, so "
+            f"write a static one, such as {name}=8"
+        )
+    if count < 1:
+        raise ValueError(f"{where}: {name} must be at least 1, got {count}")
+    return count
+
+
+def _as_int(value: Any) -> int | None:
+    """The int that a value is, if it is one and not traced."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _check_alpha(where: str, alpha: Any) -> float | None:
+    if alpha is None:
+        return None
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+        raise TypeError(
+            f"{where}: alpha must be a number or None for scaling 1, got {kind(alpha)}"
+        )
+    number = float(alpha)
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(f"{where}: alpha must be positive and finite, got {number}")
+    return number
+
+
+def _check_choice(where: str, name: str, value: Any, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(
+            f"{where}: {name} must be one of {', '.join(map(repr, known))}, got {value!r}"
+        )
+
+
+def _axes_tuple(where: str, name: str, axes: Any) -> tuple[int, ...]:
+    parts = axes if isinstance(axes, (tuple, list)) else (axes,)
+    found = [None if isinstance(axis, bool) else _as_int(axis) for axis in parts]
+    if None in found:
+        raise TypeError(
+            f"{where}: {name} must be an int or a tuple of ints, got {kind(axes)}"
+        )
+    return tuple(axis for axis in found if axis is not None)
+
+
+def _tuples(rule: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in rule.items()}

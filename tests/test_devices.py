@@ -1,0 +1,85 @@
+"""Sketches and steps do not depend on how many devices hold the weights."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import raclora_jax as rl
+from raclora_jax import rounding
+
+SPEC = rl.Spec(3, resample_every=2, rules=[rl.Rule("stack", batch=0)])
+STEPS = 5
+SPECS = {
+    "kernel": PartitionSpec("rows", None),
+    "stack": PartitionSpec(None, None, "rows"),
+    "bias": PartitionSpec("rows"),
+}
+
+
+def params_on(devices: int, dtype=jnp.float32):
+    """The weights, sharded over some devices."""
+    auto = (AxisType.Auto,)
+    mesh = jax.make_mesh((devices,), ("rows",), auto, devices=jax.devices()[:devices])
+    tree = {
+        "kernel": jnp.sin(jnp.arange(16.0 * 24)).reshape(16, 24),
+        "stack": jnp.cos(jnp.arange(2.0 * 12 * 8)).reshape(2, 12, 8),
+        "bias": jnp.arange(8.0) / 8,
+    }
+    return {
+        name: jax.device_put(leaf.astype(dtype), NamedSharding(mesh, SPECS[name]))
+        for name, leaf in tree.items()
+    }
+
+
+def run(params):
+    """A few steps of a quadratic, with a change of link among them."""
+    tx = rl.raclora(0.05, SPEC, weight_decay=0.1, key=3)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.tree.map(lambda w: 0.3 * w + 0.1, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    state = tx.init(params)
+    for _ in range(STEPS):
+        params, state = step(params, state)
+    return params, state
+
+
+def test_there_are_eight():
+    assert jax.device_count() == 8
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_same_sketches(devices):
+    def drawn(params):
+        draw = jax.jit(lambda params: rl.sample_sketch(params, SPEC, key=3, link=1))
+        return jax.device_get(draw(params))
+
+    chex.assert_trees_all_equal(drawn(params_on(devices)), drawn(params_on(1)))
+
+
+def test_same_steps():
+    alone, alone_state = run(params_on(1))
+    spread, spread_state = run(params_on(8))
+    assert not spread["kernel"].sharding.is_fully_replicated
+    for path, sketch in alone_state.sketches.values.items():
+        drawn = spread_state.sketches.values[path]
+        np.testing.assert_allclose(drawn, sketch, rtol=0, atol=1e-6)
+    chex.assert_trees_all_close(jax.device_get(spread), jax.device_get(alone), atol=2e-5)
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_rounding_draws_the_same(devices):
+    def rounded(weight):
+        key = jax.random.key(5)
+        return jax.jit(lambda x: rounding.stochastic(x, jnp.bfloat16, key))(weight)
+
+    spread, alone = (rounded(params_on(count)["kernel"]) for count in (devices, 1))
+    np.testing.assert_array_equal(np.asarray(spread), np.asarray(alone))
+    assert np.any(np.asarray(alone) != np.asarray(params_on(1)["kernel"]))
