@@ -17,9 +17,30 @@ from raclora_jax.plan import LeafPlan, plan_tree
 from raclora_jax.spec import Spec, as_spec
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """The cost of one leaf.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What something costs: a leaf, or a whole tree under one method.
+
+    Args:
+      trained: Numbers trained.
+      weight_bytes: Bytes of the weights.
+      gradient_bytes: Bytes of the gradient, in factor coordinates where adapted.
+      state_bytes: Bytes of the inner rule's state, and of a master copy.
+      sketch_bytes: Bytes of the cached sketches.
+      traffic_bytes: Bytes a data-parallel all-reduce carries per step.
+    """
+
+    trained: int
+    weight_bytes: int
+    gradient_bytes: int
+    state_bytes: int
+    sketch_bytes: int
+    traffic_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row(Cost):
+    """The cost of one leaf, and why.
 
     Args:
       path: Canonical path.
@@ -29,12 +50,6 @@ class Row:
       rank: Rank of the sketch, 0 if not adapted.
       side: Sketched side, empty if not adapted.
       lam: Smallest eigenvalue of the mean projector, ``rank / dim``; 1 for dense.
-      trained: Numbers trained.
-      weight_bytes: Bytes of the leaf.
-      gradient_bytes: Bytes of its gradient in factor coordinates.
-      state_bytes: Bytes of the inner rule's state, and of a master copy.
-      sketch_bytes: Bytes of the cached sketch.
-      traffic_bytes: Bytes a data-parallel all-reduce carries per step.
     """
 
     path: str
@@ -44,24 +59,6 @@ class Row:
     rank: int
     side: str
     lam: float
-    trained: int
-    weight_bytes: int
-    gradient_bytes: int
-    state_bytes: int
-    sketch_bytes: int
-    traffic_bytes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """The cost of a whole tree under one method; fields as in ``Row``."""
-
-    trained: int
-    weight_bytes: int
-    gradient_bytes: int
-    state_bytes: int
-    sketch_bytes: int
-    traffic_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +257,7 @@ def _adapted_cells(row: Row) -> tuple[str, str, str]:
     return str(row.rank), row.side, f"{row.lam:.3g}"
 
 
-def _costs(cost: Row | Cost) -> tuple[str, ...]:
+def _costs(cost: Cost) -> tuple[str, ...]:
     held = (cost.weight_bytes, cost.gradient_bytes, cost.state_bytes, cost.sketch_bytes)
     return f"{cost.trained:,}", *map(_human, (*held, cost.traffic_bytes))
 
