@@ -55,6 +55,7 @@ class Setting(NamedTuple):
     blocks: int
     links: tuple[int, ...]
     tuning_seeds: tuple[int, ...]
+    learning_rates: tuple[float, ...] = RATES
 
     def runner(self, build: training.Build, task: data.Task) -> training.Runner:
         """The jitted run of one method on one task."""
@@ -115,7 +116,7 @@ def tune(
     tried = []
     for link in setting.links if entry.chained else (None,):
         run = setting.runner(entry.build(link), task)
-        for rate in RATES:
+        for rate in setting.learning_rates:
             scores = []
             for seed in setting.tuning_seeds:
                 result = run(params, jnp.float32(rate), jax.random.key(seed))
@@ -192,13 +193,12 @@ def main() -> None:
     options = _options()
     if options.data == "mnist":
         before, after = data.mnist(options.data_dir)
-        epoch = len(after.train.labels) // 128
-        setting = Setting(100 * epoch, 128, 50, links=(10, 100), tuning_seeds=(1000,))
+        setting = mnist_setting(after)
     else:
         before, after = data.digits()
         setting = Setting(1600, 64, 20, links=(10, 50), tuning_seeds=(1000, 1001, 1002))
     params = pretrain(before, setting.steps // 4, setting.batch)
-    rows, weights = compare(params, after, setting, range(options.seeds))
+    rows, weights = compare(params, after, setting, entries(), range(options.seeds))
 
     out, name = options.out, options.data
     title = f"{name}, digits 5-9 after 0-4, rank 1, {options.seeds} seeds"
@@ -209,7 +209,6 @@ def main() -> None:
         f"python -m examples.finetune --data {name}",
         rows,
         seeds=list(range(options.seeds)),
-        learning_rates=RATES,
         **setting._asdict(),
     )
     path = out / f"raclora_{name}.msgpack"
@@ -218,14 +217,21 @@ def main() -> None:
     print(f"  flax.serialization.msgpack_restore(open({str(path)!r}, 'rb').read())")
 
 
+def mnist_setting(task: data.Task) -> Setting:
+    """100 epochs of batches of 128."""
+    epoch = len(task.train.labels) // 128
+    return Setting(100 * epoch, 128, 50, links=(10, 100), tuning_seeds=(1000,))
+
+
 def compare(
-    params: Any, task: data.Task, setting: Setting, seeds: range
+    params: Any, task: data.Task, setting: Setting, table: list[Entry], seeds: range
 ) -> tuple[list[dict[str, Any]], Any]:
     """All rows, and the weights of the RAC-LoRA run that validated best."""
-    table = entries()
     tries = sum(len(setting.links) if entry.chained else 1 for entry in table)
-    total = tries * len(RATES) * len(setting.tuning_seeds) + len(table) * len(seeds)
-    rows, best_weights, best_accuracy = [], None, -1.0
+    grid = len(setting.learning_rates) * len(setting.tuning_seeds)
+    total = tries * grid + len(table) * len(seeds)
+    rows: list[dict[str, Any]] = []
+    best_weights, best_accuracy = None, -1.0
     for entry, tick in _with_progress(table, total):
         best = tune(entry, params, task, setting, tick)
         row, weights = measure(entry, best, params, task, setting, seeds, tick)

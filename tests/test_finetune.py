@@ -26,8 +26,7 @@ def small(monkeypatch, tmp_path, *options):
     chosen = ("full fine-tuning", "Chain of LoRA, left", "RAC-LoRA, right")
     table = [entry for entry in finetune.entries() if entry.name in chosen]
     monkeypatch.setattr(finetune, "entries", lambda: table)
-    monkeypatch.setattr(finetune, "RATES", (1e-2, 3e-2))
-    setting = finetune.Setting(60, 32, 3, links=(10,), tuning_seeds=(1000,))
+    setting = finetune.Setting(60, 32, 3, (10,), (1000,), learning_rates=(1e-2, 3e-2))
     monkeypatch.setattr(finetune, "Setting", lambda *a, **k: setting)
     argv = ["finetune", "--out", str(tmp_path), "--seeds", "2", *options]
     monkeypatch.setattr(sys, "argv", argv)
