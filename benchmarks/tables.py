@@ -58,6 +58,7 @@ def counterexample_table() -> str:
 TABLES = {
     "digits": lambda: finetune_table("digits"),
     "mnist": lambda: finetune_table("mnist"),
+    "settings": lambda: finetune_table("mnist_settings"),
     "counterexample": counterexample_table,
 }
 

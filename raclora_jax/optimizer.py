@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,25 +10,21 @@ import optax
 from jax import Array, lax
 
 from raclora_jax import paths, rounding
-from raclora_jax.inner import ADAM, check_inner, emitted, same_type
 from raclora_jax.lowrank import (
     Factor,
     check_factor,
     is_factor,
     lift_leaf,
-    project_leaf,
 )
-from raclora_jax.plan import LeafPlan, plan_leaves, plan_tree
-from raclora_jax.sketch import draw, key_data, leaf_key
+from raclora_jax.plan import LeafPlan, plan_leaves
+from raclora_jax.sketch import draw, leaf_key
 from raclora_jax.spec import Spec, as_spec
 from raclora_jax.state import (
-    Chain,
     RacLoraState,
     find_state,
     link_of,
 )
-
-MOMENTS = ("reset", "keep", "transport")
+from raclora_jax.step import Core
 
 
 def scale_by_raclora(
@@ -77,7 +70,7 @@ def scale_by_raclora(
       Malinovsky et al., `Randomized Asymmetric Chain of LoRA
       <https://arxiv.org/abs/2410.08305>`_, 2024.
     """
-    core = _Core.of(spec, inner, moments, key)
+    core = Core.of(spec, inner, moments, key)
 
     def update(
         updates: Any, state: RacLoraState, params: Any = None, **extra: Any
@@ -147,7 +140,7 @@ def raclora(
       Malinovsky et al., `Randomized Asymmetric Chain of LoRA
       <https://arxiv.org/abs/2410.08305>`_, 2024.
     """
-    core = _Core.of(spec, inner, moments, key, steps_weights=True)
+    core = Core.of(spec, inner, moments, key, steps_weights=True)
     decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
 
     def update(
@@ -250,133 +243,6 @@ def apply_updates(params: Any, updates: Any, opt_state: Any, spec: Spec | int) -
     return paths.unflatten(treedef, {p: one(p, w) for p, w in leaves.items()})
 
 
-class _Step(NamedTuple):
-    """One step in factor coordinates, before learning rate and decay."""
-
-    state: RacLoraState
-    plans: dict[str, LeafPlan]
-    grads: dict[str, Any]
-    treedef: Any
-    sketches: dict[str, Array]
-    directions: dict[str, Array]
-    emitted: Array
-
-    def lifted(self, path: str, value: Array) -> Array:
-        """A leaf-shaped delta, whichever way the leaf is trained."""
-        if self.plans[path].mode == "dense":
-            return value
-        return lift_leaf(value, self.sketches[path], self.plans[path])
-
-    def answer(self, one: Callable[[str, Any], Any]) -> Any:
-        """The updates tree: ``one(path, grad)`` per trained leaf, zeros for frozen."""
-
-        def each(path: str, grad: Any) -> Any:
-            frozen = self.plans[path].mode == "frozen"
-            return jnp.zeros_like(grad) if frozen else one(path, grad)
-
-        return paths.unflatten(
-            self.treedef, {p: each(p, g) for p, g in self.grads.items()}
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Core:
-    """What both transformations share: init, and a step up to the learning rate."""
-
-    spec: Spec
-    chain: Chain
-    key_data: Array
-
-    @classmethod
-    def of(
-        cls, spec: Any, inner: Any, moments: str, key: Any, steps_weights: bool = False
-    ) -> _Core:
-        spec = as_spec(spec)
-        if moments not in MOMENTS:
-            raise ValueError(
-                f"moments must be one of {', '.join(map(repr, MOMENTS))}, got {moments!r}"
-            )
-        if inner is None:
-            inner = ADAM
-        else:
-            check_inner(inner)
-        masters = steps_weights and spec.rounding == "master"
-        return cls(spec, Chain(spec, inner, moments, masters), key_data(key))
-
-    def init(self, params: Any) -> RacLoraState:
-        if isinstance(params, _placeholder_type()):
-            # optax.tree.map_params asks which parts mirror the params: none do.
-            zeros: Any = [jnp.zeros((), jnp.int32) for _ in RacLoraState._fields]
-            return RacLoraState(*zeros)
-        plans = plan_tree(self.spec, params)
-        leaves, _ = paths.flatten(params)
-        master = self.chain.master_copy(plans, leaves)
-        return self.chain.init(self.key_data, tuple(plans.values()), master)
-
-    def step(
-        self, updates: Any, state: RacLoraState, params: Any, extra: dict[str, Any]
-    ) -> _Step:
-        grads, treedef = paths.flatten(updates, is_leaf=is_factor)
-        plans = _plan_gradients(self.spec, grads, params)
-        self.chain.check(state, tuple(plans.values()))
-        sketches, state = self.chain.enter_link(state, tuple(plans.values()))
-        factors: dict[str, Array] = {}
-        dense: dict[str, Array] = {}
-        directions: dict[str, Array] = {}
-        for path, grad in grads.items():
-            plan = plans[path]
-            if is_factor(grad):
-                factors[path] = grad.value.astype(plan.wide_dtype)
-            elif plan.mode == "lowrank":
-                factors[path] = project_leaf(grad, sketches[path], plan)
-            elif plan.mode == "dense":
-                dense[path] = grad.astype(plan.wide_dtype)
-        before = after = state.inner_state
-        rule = optax.with_extra_args_support(self.chain.inner).update
-        went = jnp.asarray(True)
-        for field, group in (("dense", dense), ("lowrank", factors)):
-            if group:
-                old = getattr(before, field)
-                moved, new = rule(group, old, None, **extra)
-                directions |= moved
-                after = after._replace(**{field: jax.tree.map(same_type, new, old)})
-                went = emitted(old, new)
-        count = jnp.where(went, optax.safe_increment(state.count), state.count)
-        state = state._replace(count=count, inner_state=after)
-        return _Step(state, plans, grads, treedef, sketches, directions, went)
-
-
-def _plan_gradients(
-    spec: Spec, grads: dict[str, Any], params: Any
-) -> dict[str, LeafPlan]:
-    """Plans the leaves that came with a gradient, by the params where given."""
-    like = grads
-    if params is not None:
-        leaves, _ = paths.flatten(params)
-        missing = [path for path in grads if path not in leaves]
-        if missing:
-            raise ValueError(
-                f"the gradient of {paths.show(missing[0])} has no leaf in params; take "
-                "gradients with respect to the tree that tx.init saw"
-            )
-        like = {path: leaves[path] for path in grads}
-    elif any(map(is_factor, grads.values())):
-        raise ValueError(
-            "Factor gradients need params to know their leaves; call "
-            "tx.update(grads, state, params)"
-        )
-    plans = plan_leaves(spec, like)
-    for path, grad in grads.items():
-        if is_factor(grad):
-            check_factor(grad.value, plans[path])
-        elif jnp.shape(grad) != plans[path].shape:
-            raise ValueError(
-                f"leaf {paths.show(path)}: expected a gradient of shape "
-                f"{plans[path].shape}, got {jnp.shape(grad)}"
-            )
-    return plans
-
-
 def _check_steps(steps: dict[str, Any], plans: dict[str, LeafPlan]) -> None:
     """Refuses updates that do not belong to the weights they are to be added to."""
     for path, step in steps.items():
@@ -445,16 +311,3 @@ def _like(grad: Factor, value: Any, decay: Any) -> Factor:
 def _wide_scalar(value: Any) -> Array:
     value = jnp.asarray(value)
     return value.astype(jnp.promote_types(value.dtype, jnp.float32))
-
-
-@functools.cache
-def _placeholder_type() -> type:
-    """The type optax.tree.map_params calls ``init`` with, asked of itself."""
-    seen: list[type] = []
-
-    def init(params: Any) -> tuple[()]:
-        seen.append(type(params))
-        return ()
-
-    optax.tree.map_params(init, None, ())
-    return seen[0]

@@ -127,7 +127,7 @@ class Spec:
     alpha: float | None = None
     side: str = "auto"
     sketch: str = "orthonormal"
-    resample_every: int = 50
+    resample_every: int = 25
     rounding: str = "auto"
     cache: bool = True
     rules: Iterable[Rule] = ()

@@ -25,6 +25,7 @@ ROOMS = (
     "rounding",
     "inner",
     "state",
+    "step",
     "optimizer",
     "adapter",
     "summary",
