@@ -2,7 +2,6 @@
 
 from raclora_jax.adapter import (
     AdapterChain,
-    adapted,
     effective_params,
     factor_labels,
     init_adapter,
@@ -10,12 +9,15 @@ from raclora_jax.adapter import (
     next_link,
     restart,
 )
+from raclora_jax.gradient import grad, value_and_grad
 from raclora_jax.lowrank import Factor, lift, project
 from raclora_jax.optimizer import apply_updates, raclora, scale_by_raclora
 from raclora_jax.sketch import sample_sketch
 from raclora_jax.spec import Rule, Spec
 from raclora_jax.state import RacLoraState
 from raclora_jax.summary import summary
+from raclora_jax.trace import trace_spec
+from raclora_jax.unmerged import adapted
 
 __version__ = "0.1.0"
 
@@ -29,6 +31,7 @@ __all__ = [
     "apply_updates",
     "effective_params",
     "factor_labels",
+    "grad",
     "init_adapter",
     "lift",
     "merge",
@@ -39,4 +42,6 @@ __all__ = [
     "sample_sketch",
     "scale_by_raclora",
     "summary",
+    "trace_spec",
+    "value_and_grad",
 ]

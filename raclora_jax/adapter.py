@@ -12,7 +12,7 @@ from jax import Array
 
 from raclora_jax import paths, rounding
 from raclora_jax.lowrank import check_factor, lift_leaf
-from raclora_jax.plan import LeafPlan, plan_leaves, plan_tree
+from raclora_jax.plan import LeafPlan, plan_leaves
 from raclora_jax.sketch import draw, draw_all, key_data, leaf_key
 from raclora_jax.spec import Spec, as_spec
 
@@ -62,16 +62,21 @@ def init_adapter(
       <https://arxiv.org/abs/2410.08305>`_, 2024, Algorithm 1.
     """
     spec = as_spec(spec)
-    plans = plan_tree(spec, base_params)
+    leaves, treedef = paths.flatten(base_params, is_leaf=is_quantised)
+    plans = plan_leaves(spec, leaves, whole=True)
     _check_rounding(spec, plans)
     link, data = jnp.zeros((), jnp.int32), key_data(key)
-    _, treedef = paths.flatten(base_params)
     chain = AdapterChain(link, data, _cached(spec, data, link, plans))
     return paths.unflatten(treedef, _zeros(plans)), chain
 
 
 def effective_params(
-    base_params: Any, factors: Any, chain: AdapterChain, spec: Spec | int
+    base_params: Any,
+    factors: Any,
+    chain: AdapterChain,
+    spec: Spec | int,
+    *,
+    dequantize: Callable[[Any], Array] | None = None,
 ) -> Any:
     """The exact sum ``W + lift(F)`` in the wider dtype.
 
@@ -80,6 +85,7 @@ def effective_params(
       factors: The trained tree.
       chain: Where the chain stands.
       spec: The spec of the run.
+      dequantize: Reads a quantised leaf as an array, such as ``qwix.dequantize``.
 
     Returns:
       The tree of ``base_params`` in at least float32; frozen leaves as they are.
@@ -94,7 +100,9 @@ def effective_params(
       >>> effective_params(W, factors, chain, 2)["kernel"].dtype
       dtype('float32')
     """
-    return _sum(base_params, factors, chain, as_spec(spec), lambda _, exact: exact)
+    return _sum(
+        base_params, factors, chain, as_spec(spec), lambda _, exact: exact, dequantize
+    )
 
 
 def merge(base_params: Any, factors: Any, chain: AdapterChain, spec: Spec | int) -> Any:
@@ -156,42 +164,12 @@ def next_link(
     """
     spec = as_spec(spec)
     merged = merge(base_params, factors, chain, spec)
-    leaves, _ = paths.flatten(base_params)
+    leaves, _ = paths.flatten(base_params, is_leaf=is_quantised)
     plans = plan_leaves(spec, leaves)
     link = chain.link + 1
     sketches = _cached(spec, chain.key_data, link, plans)
     zeros = jax.tree.map(jnp.zeros_like, factors)
     return merged, zeros, AdapterChain(link, chain.key_data, sketches)
-
-
-def adapted(loss_fn: Callable[..., Any], spec: Spec | int) -> Callable[..., Any]:
-    """A loss of the weights turned into a loss of the factors.
-
-    Args:
-      loss_fn: ``loss_fn(params, *args)``.
-      spec: The spec of the run.
-
-    Returns:
-      ``loss(factors, base_params, chain, *args)``: ``loss_fn`` at
-      ``W + lift(F)`` in the dtypes of ``base_params``.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> W = {"kernel": jnp.ones((6, 4))}
-      >>> factors, chain = init_adapter(W, 2, key=0)
-      >>> loss = adapted(lambda params: jnp.sum(params["kernel"] ** 2), 2)
-      >>> jax.grad(loss)(factors, W, chain)["kernel"].shape
-      (2, 6)
-    """
-    spec = as_spec(spec)
-
-    def loss(factors: Any, base_params: Any, chain: AdapterChain, *args: Any) -> Any:
-        params = _sum(
-            base_params, factors, chain, spec, lambda p, exact: exact.astype(p.dtype)
-        )
-        return loss_fn(params, *args)
-
-    return loss
 
 
 def factor_labels(base_params: Any, spec: Spec | int) -> Any:
@@ -213,8 +191,8 @@ def factor_labels(base_params: Any, spec: Spec | int) -> Any:
       >>> factor_labels(W, 2)
       {'bias': 'dense', 'kernel': 'lowrank'}
     """
-    plans = plan_tree(spec, base_params)
-    _, treedef = paths.flatten(base_params)
+    leaves, treedef = paths.flatten(base_params, is_leaf=is_quantised)
+    plans = plan_leaves(as_spec(spec), leaves, whole=True)
 
     def label(plan: LeafPlan) -> Any:
         return optax.MaskedNode() if plan.mode == "frozen" else plan.mode
@@ -249,19 +227,26 @@ def restart(opt_state: Any, tx: optax.GradientTransformation, factors: Any) -> A
     return opt_state._replace(inner_states=states)
 
 
+def is_quantised(node: Any) -> bool:
+    """Whether a node is a quantised array, one leaf made of several (``qwix.QArray``)."""
+    return hasattr(node, "qvalue") and hasattr(node, "shape")
+
+
 def _sum(
     base_params: Any,
     factors: Any,
     chain: AdapterChain,
     spec: Spec,
     finish: Callable[[LeafPlan, Array], Array],
+    dequantize: Callable[[Any], Array] | None = None,
 ) -> Any:
     """``finish(plan, W + lift(F))`` for every trained leaf."""
-    leaves, treedef = paths.flatten(base_params)
-    values, _ = paths.flatten(factors)
-    plans = plan_leaves(spec, leaves)
-    _check_rounding(spec, plans)
-    _check_factors(values, plans)
+    leaves, treedef, plans, values = matched(base_params, factors, spec)
+    if dequantize is None:
+        way_out = (
+            "sum them with effective_params(..., dequantize=...), then quantise anew"
+        )
+        refuse_quantised(leaves, plans, "merged into", way_out)
 
     def one(path: str, weight: Any) -> Any:
         plan = plans[path]
@@ -269,13 +254,39 @@ def _sum(
             return weight
         delta = values[path]
         if plan.mode == "lowrank":
-            delta = lift_leaf(delta, _sketch(chain, plan), plan)
+            delta = lift_leaf(delta, sketch_of(chain, plan), plan)
+        if dequantize is not None and is_quantised(weight):
+            weight = dequantize(weight)
         return finish(plan, jnp.asarray(weight, plan.wide_dtype) + delta)
 
     return paths.unflatten(treedef, {p: one(p, w) for p, w in leaves.items()})
 
 
-def _sketch(chain: AdapterChain, plan: LeafPlan) -> Array:
+def matched(
+    base_params: Any, factors: Any, spec: Spec
+) -> tuple[dict[str, Any], Any, dict[str, LeafPlan], dict[str, Any]]:
+    """Base leaves, their treedef and plans, and the factors that belong to them."""
+    leaves, treedef = paths.flatten(base_params, is_leaf=is_quantised)
+    values, _ = paths.flatten(factors)
+    plans = plan_leaves(spec, leaves)
+    _check_rounding(spec, plans)
+    _check_factors(values, plans)
+    return leaves, treedef, plans, values
+
+
+def refuse_quantised(
+    leaves: dict[str, Any], plans: dict[str, LeafPlan], verb: str, way_out: str
+) -> None:
+    """Refuses quantised leaves where nothing says how to read them."""
+    for path, leaf in leaves.items():
+        if is_quantised(leaf) and (verb == "read" or plans[path].mode != "frozen"):
+            raise ValueError(
+                f"leaf {paths.show(path)} is quantised ({leaf.dtype} of shape "
+                f"{leaf.shape}) and cannot be {verb}; {way_out}"
+            )
+
+
+def sketch_of(chain: AdapterChain, plan: LeafPlan) -> Array:
     """The cached sketch, or the same one drawn where it was not kept."""
     if plan.path not in chain.sketches:
         return draw(chain.key_data, chain.link, plan)

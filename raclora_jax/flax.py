@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import nnx, struct
+from flax.training import train_state
 
-from raclora_jax import paths
+from raclora_jax import gradient, optimizer, paths
+from raclora_jax.spec import Spec
 
 
 def to_tree(model: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
@@ -61,6 +63,141 @@ def to_tree(model: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
         return finish(jax.tree.unflatten(treedef, [back[path] for path in leaves]))
 
     return tree, restore
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any], spec: Spec | int, *, has_aux: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    """``raclora_jax.value_and_grad`` for an nnx module in place.
+
+    What the loss changes in the module besides parameters (batch statistics, counters of
+    random streams) is changed in ``model``, as ``nnx.value_and_grad`` does.
+
+    Args:
+      loss_fn: ``loss_fn(model, *args)``, a real scalar, or ``(scalar, aux)``.
+      spec: The spec of the run.
+      has_aux: Whether ``loss_fn`` returns ``(loss, aux)``.
+
+    Returns:
+      ``function(model, opt_state, *args)`` that returns ``(loss, grads)``, or
+      ``((loss, aux), grads)``, where ``opt_state`` began as
+      ``tx.init(to_tree(model)[0])``.
+
+    Raises:
+      TypeError: From the function, if ``model`` is no ``nnx.Module``.
+      ValueError: From the function, as ``raclora_jax.value_and_grad``.
+
+    Example:
+      >>> import jax.numpy as jnp, raclora_jax as rl
+      >>> from flax import nnx
+      >>> model, tx = nnx.Linear(6, 4, rngs=nnx.Rngs(0)), rl.raclora(0.1, 2, key=0)
+      >>> opt_state = tx.init(to_tree(model)[0])
+      >>> grad_fn = value_and_grad(lambda model, x: jnp.sum(model(x) ** 2), 2)
+      >>> loss, grads = grad_fn(model, opt_state, jnp.ones((3, 6)))
+      >>> grads["kernel"].value.shape
+      (2, 6)
+    """
+
+    def compute(model: Any, opt_state: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_module(model, "value_and_grad")
+        tree, restore = to_tree(model)
+
+        def loss(tree: Any) -> tuple[Any, tuple[Any, Any]]:
+            inside = restore(tree)
+            out = loss_fn(inside, *args, **kwargs)
+            value, aux = out if has_aux else (out, None)
+            return value, (aux, nnx.state(inside, nnx.Not(nnx.Param)))
+
+        grad_fn = gradient.value_and_grad(loss, spec, has_aux=True)
+        (value, (aux, rest)), grads = grad_fn(tree, opt_state)
+        nnx.update(model, rest)
+        return ((value, aux) if has_aux else value), grads
+
+    return compute
+
+
+def apply_updates(
+    model: nnx.Module, updates: Any, opt_state: Any, spec: Spec | int
+) -> None:
+    """``raclora_jax.apply_updates`` on the parameters of an nnx module, in place.
+
+    Args:
+      model: The module.
+      updates: What ``tx.update`` returned.
+      opt_state: The optimizer state that ``tx.update`` returned with them.
+      spec: The spec of the run.
+
+    Raises:
+      TypeError: If ``model`` is no ``nnx.Module``.
+      ValueError: As ``raclora_jax.apply_updates``.
+
+    Example:
+      >>> import jax.numpy as jnp, raclora_jax as rl
+      >>> from flax import nnx
+      >>> model, tx = nnx.Linear(6, 4, rngs=nnx.Rngs(0)), rl.raclora(0.1, 2, key=0)
+      >>> tree, _ = to_tree(model)
+      >>> grad_fn = value_and_grad(lambda model, x: jnp.sum(model(x) ** 2), 2)
+      >>> loss, grads = grad_fn(model, tx.init(tree), jnp.ones((3, 6)))
+      >>> updates, opt_state = tx.update(grads, tx.init(tree), tree)
+      >>> apply_updates(model, updates, opt_state, 2)
+    """
+    _check_module(model, "apply_updates")
+    tree, restore = to_tree(model)
+    stepped = optimizer.apply_updates(tree, updates, opt_state, spec)
+    nnx.update(model, nnx.state(restore(stepped), nnx.Param))
+
+
+class TrainState(train_state.TrainState):
+    """A linen ``TrainState`` that steps in factor form.
+
+    Gradients come from ``raclora_jax.value_and_grad(loss_fn, spec)(state.params,
+    state.opt_state, *args)``; dense ones are taken as well.
+
+    Attributes:
+      spec: The spec that ``raclora(...)`` in ``tx`` was given.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, raclora_jax as rl
+      >>> from flax import linen as nn
+      >>> model, x = nn.Dense(4), jnp.ones((3, 6))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> tx = rl.raclora(0.1, 2, key=0)
+      >>> state = TrainState.create(
+      ...     apply_fn=model.apply, params=params, tx=tx, spec=rl.Spec(2)
+      ... )
+      >>> def loss_fn(params, x):
+      ...     return jnp.mean(state.apply_fn({"params": params}, x) ** 2)
+      >>> grad_fn = rl.value_and_grad(loss_fn, state.spec)
+      >>> loss, grads = grad_fn(state.params, state.opt_state, x)
+      >>> int(state.apply_gradients(grads=grads).step)
+      1
+    """
+
+    spec: Spec = struct.field(pytree_node=False)
+
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> TrainState:
+        """The state after one step.
+
+        Args:
+          grads: Gradients of the params, dense or in factor coordinates.
+          **kwargs: Other fields to replace.
+
+        Returns:
+          The new state.
+        """
+        updates, opt_state = self.tx.update(grads, self.opt_state, self.params)
+        params = optimizer.apply_updates(self.params, updates, opt_state, self.spec)
+        return self.replace(
+            step=self.step + 1, params=params, opt_state=opt_state, **kwargs
+        )
+
+
+def _check_module(model: Any, name: str) -> None:
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"flax.{name} takes an nnx.Module, got {type(model).__name__}; for linen "
+            f"params and plain trees use raclora_jax.{name}"
+        )
 
 
 def _parameters(model: Any) -> tuple[Any, Callable[[Any], Any]]:

@@ -7,7 +7,7 @@ import functools
 import math
 import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -131,6 +131,25 @@ def plan_leaves(
     return dict(_plan(spec, shapes, whole))
 
 
+def winner(spec: Spec, path: str) -> Rule | None:
+    """The rule that decides about a path: the first that matches the whole of it."""
+    matching = (rule for rule in spec.rules if re.fullmatch(rule.path, path))
+    return next(matching, None)
+
+
+def check_rules_win(spec: Spec, names: Sequence[str]) -> None:
+    """Refuses a rule that decides about none of the paths."""
+    won = {id(winner(spec, path)) for path in names}
+    for rule in spec.rules:
+        if id(rule) not in won:
+            shown = ", ".join(map(paths.show, names[:8]))
+            raise ValueError(
+                f"Rule({rule.path!r}) wins no leaf; the expression must match the whole "
+                f"path and an earlier rule must not match first. The paths are {shown}"
+                f"{', ...' if len(names) > 8 else ''}"
+            )
+
+
 def _shape_and_dtype(path: str, leaf: Any) -> tuple[tuple[int, ...], str]:
     if not (hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
         raise TypeError(
@@ -144,18 +163,12 @@ def _shape_and_dtype(path: str, leaf: Any) -> tuple[tuple[int, ...], str]:
 def _plan(
     spec: Spec, shapes: tuple[tuple[str, tuple[int, ...], str], ...], whole: bool
 ) -> dict[str, LeafPlan]:
-    won: set[int] = set()
-    plans: dict[str, LeafPlan] = {}
-    for path, shape, dtype in shapes:
-        rule = None
-        for index, candidate in enumerate(spec.rules):
-            if re.fullmatch(candidate.path, path):
-                rule = candidate
-                won.add(index)
-                break
-        plans[path] = _plan_leaf(spec, rule, path, shape, dtype)
+    plans = {
+        path: _plan_leaf(spec, winner(spec, path), path, shape, dtype)
+        for path, shape, dtype in shapes
+    }
     if whole and plans:
-        _check_rules_win(spec, won, plans)
+        check_rules_win(spec, list(plans))
         _check_any_adapted(spec, plans)
     return plans
 
@@ -255,17 +268,6 @@ def _sized(spec: Spec, rule: Rule | None, plan: LeafPlan) -> LeafPlan:
         mode=spec.rest,
         reason=f"rank {rank} >= sketched side {plan.dim}",
     )
-
-
-def _check_rules_win(spec: Spec, won: set[int], plans: dict[str, LeafPlan]) -> None:
-    for index, rule in enumerate(spec.rules):
-        if index not in won:
-            shown = ", ".join(map(paths.show, list(plans)[:8]))
-            raise ValueError(
-                f"Rule({rule.path!r}) wins no leaf; the expression must match the whole "
-                f"path and an earlier rule must not match first. The paths are {shown}"
-                f"{', ...' if len(plans) > 8 else ''}"
-            )
 
 
 def _check_any_adapted(spec: Spec, plans: dict[str, LeafPlan]) -> None:

@@ -1,0 +1,336 @@
+"""Rules for the operations that use a leaf up: products, convolutions, lookups.
+
+Each gives the model's own output, and says how it would change with the factor. With
+``y = x . W`` and ``W = base + scaling * S F`` the change is ``x . S F``. Where the
+sketch meets ``x``, ``x . S`` is all that is kept for the backward pass, ``rank`` numbers
+per token; where it meets ``y``, ``x`` is kept and the cotangent goes through ``S`` first.
+The gradient of the base, the product of ``x`` and the cotangent, is never asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from raclora_jax.contraction import Label, contract
+from raclora_jax.weight import RANK, Axis, Part, Weight, einsum_parts
+
+Push = Callable[[Any, Array], Array]
+
+
+def dot_general(eqn: Any, left: Any, right: Any) -> Array | None:
+    """A product with the leaf on either side, any axes contracted, free or stacked."""
+    if isinstance(left, Weight) and isinstance(right, Weight):
+        right = right.materialise("dot_general")
+    first = isinstance(left, Weight)
+    weight, x = (left, right) if first else (right, left)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return None
+    summed, stacked = eqn.params["dimension_numbers"]
+    mine, its = (0, 1) if first else (1, 0)
+    shared = dict(
+        zip((*summed[its], *stacked[its]), (*summed[mine], *stacked[mine]), strict=True)
+    )
+    x_axes: list[Axis] = [
+        weight.axes[shared[axis]] if axis in shared else _own(axis, size)
+        for axis, size in enumerate(x.shape)
+    ]
+    x_free = [a for axis, a in enumerate(x_axes) if axis not in shared]
+    w_free = [a for axis, a in enumerate(weight.axes) if axis not in shared.values()]
+    free = (*w_free, *x_free) if first else (*x_free, *w_free)
+    y_axes = [*(x_axes[axis] for axis in stacked[its]), *free]
+    weight.saw(
+        _atoms(weight.axes[axis] for axis in summed[mine]),
+        _atoms(weight.axes[axis] for axis in stacked[mine]),
+    )
+    operands = (weight.array, x) if first else (x, weight.array)
+    y = eqn.primitive.bind(*operands, **eqn.params)
+    return _product(weight, y, y_axes, x, x_axes, eqn.params["precision"])
+
+
+def _product(
+    weight: Weight,
+    y: Array,
+    y_axes: Sequence[Axis],
+    x: Array,
+    x_axes: Sequence[Axis],
+    precision: Any,
+) -> Array:
+    """``y`` attached to the three-operand contraction of x, sketch and factor."""
+    if weight.factor is None:
+        return weight.watched(y)
+    out = _Output.of(y, y_axes, precision)
+    x, x_names = einsum_parts(x, x_axes)
+    early, inner = _order(weight, x, x_names, out)
+    s_names, f_names = weight.sketch_axes, weight.factor_axes
+    sketch = weight.sketch.astype(x.dtype)
+    if early:
+        x = weight.constant(x)
+        known = contract(x, x_names, sketch, s_names, inner, **out.options)
+        return weight.attached(y, known, *out.early(inner, f_names))
+
+    def push(known: tuple[Array, Array], factor: Array) -> Array:
+        x, sketch = known
+        factor = factor.astype(x.dtype)
+        middle = contract(x, x_names, factor, f_names, inner, **out.options)
+        return out.made(middle, inner, sketch, s_names)
+
+    def pull(known: tuple[Array, Array], cotangent: Array) -> Array:
+        x, sketch = known
+        middle = out.met(cotangent, sketch, s_names, inner, wide=False)
+        return contract(x, x_names, middle, inner, f_names, dtype=out.wide, **out.options)
+
+    return weight.attached(y, (x, sketch), push, pull)
+
+
+def _order(
+    weight: Weight, x: Array, x_names: Sequence[Label], out: _Output
+) -> tuple[bool, list[Any]]:
+    """Whether the sketch meets x first, and the axes of what comes out of it.
+
+    By the multiplications of both orders; half as many again are a fair price for not
+    keeping x until the backward pass.
+    """
+    s_names, f_names = weight.sketch_axes, weight.factor_axes
+    sizes: dict[Label, int] = dict(zip(out.names, out.split, strict=True))
+    sizes |= dict(zip(x_names, x.shape, strict=True))
+    sizes |= dict(zip(s_names, jnp.shape(weight.sketch), strict=True))
+    sizes |= dict(zip(f_names, jnp.shape(weight.factor), strict=True))
+
+    def size(*names: Iterable[Label]) -> int:
+        return math.prod(sizes[name] for name in {n for group in names for n in group})
+
+    rank_last = [name for name in s_names if name != RANK] + [RANK]
+
+    def middle(start: Iterable[Label], end: Iterable[Label]) -> list[Label]:
+        names = dict.fromkeys((*start, *rank_last))
+        return [name for name in names if name in f_names or name in end]
+
+    with_x, with_y = middle(x_names, out.names), middle(out.names, x_names)
+    x_cost = size(x_names, s_names) + size(with_x, out.names, f_names)
+    y_cost = size(out.names, s_names) + size(with_y, x_names, f_names)
+    frees_x = size(with_x) < size(x_names) and x_cost <= 1.5 * y_cost
+    early = x_cost <= y_cost or frees_x
+    return early, with_x if early else with_y
+
+
+def conv_general_dilated(eqn: Any, x: Any, weight: Any) -> Array | None:
+    """A convolution whose kernel is the leaf; sketch and factor make thin kernels."""
+    params = eqn.params
+    if isinstance(x, Weight):
+        return None
+    numbers = params["dimension_numbers"]
+    features, place = numbers.rhs_spec[0], numbers.out_spec[1]
+    others = [axis for i, axis in enumerate(weight.axes) if i != features]
+    weight.saw(_atoms(others))
+    if params["feature_group_count"] * params["batch_group_count"] > 1:
+        return None
+    y = eqn.primitive.bind(x, weight.array, **params)
+    if weight.factor is None:
+        return weight.watched(y)
+    y_axes = [_own(axis, size) for axis, size in enumerate(y.shape)]
+    thin_names = [RANK if i == place else a.atom for i, (a,) in enumerate(y_axes)]
+    y_axes[place] = weight.axes[features]
+    out = _Output.of(y, y_axes, params["precision"])
+    kernel = [_atoms([axis]) for axis in weight.axes]
+    kernel[features] = [RANK]
+    kernel_names = [name for names in kernel for name in names]
+    s_names, f_names = weight.sketch_axes, weight.factor_axes
+
+    def thin(x: Array, part: Array, names: Sequence[Label]) -> Array:
+        """The convolution with a kernel that has a rank for features."""
+        part = part.astype(x.dtype)
+        part = lax.transpose(part, [names.index(name) for name in kernel_names])
+        shape = list(weight.shape)
+        shape[features] = part.shape[kernel_names.index(RANK)]
+        return eqn.primitive.bind(x, part.reshape(shape), **params)
+
+    if {*s_names} == {*kernel_names}:
+        known = thin(weight.constant(x), weight.sketch, s_names)
+        return weight.attached(y, known, *out.early(thin_names, f_names))
+    if {*f_names} != {*kernel_names}:
+        return None
+
+    def push(known: tuple[Array, Array], factor: Array) -> Array:
+        x, sketch = known
+        return out.made(thin(x, factor, f_names), thin_names, sketch, s_names)
+
+    return weight.attached(y, (x, weight.sketch), push)
+
+
+def gather(eqn: Any, weight: Any, indices: Any) -> Array | None:
+    """A lookup along one axis of the leaf, which counts as contracted."""
+    params = eqn.params
+    axis = None if isinstance(indices, Weight) else _looked_up(weight, params)
+    if axis is None:
+        return None
+    numbers = params["dimension_numbers"]
+    (part,) = weight.axes[axis]
+    weight.saw([part.atom])
+    y = eqn.primitive.bind(weight.array, indices, **params)
+    if weight.factor is None:
+        return weight.watched(y)
+    in_sketch, in_factor = (
+        part.atom in names for names in (weight.sketch_axes, weight.factor_axes)
+    )
+    if in_sketch == in_factor:
+        return None
+    lead = [_own(place, size) for place, size in enumerate(indices.shape[:-1])]
+    kept = [
+        () if i == axis else parts
+        for i, parts in enumerate(weight.axes)
+        if i not in numbers.collapsed_slice_dims
+    ]
+    places = [*numbers.offset_dims]
+    places += [place for place in range(y.ndim) if place not in places]
+    y_axes = [a for _, a in sorted(zip(places, (*kept, *lead), strict=True))]
+    out = _Output.of(y, y_axes, None)
+    column = tuple(numbers.start_index_map).index(axis)
+    picks = lax.index_in_dim(indices, column, indices.ndim - 1)
+
+    def pick(array: Array, names: Sequence[Label]) -> tuple[Array, list[Label]]:
+        """What the model's own lookup does, along the same axis of a factor."""
+        place = names.index(part.atom)
+        offset = range(len(lead), len(lead) + array.ndim - 1)
+        dimensions = lax.GatherDimensionNumbers(tuple(offset), (place,), (place,))
+        sizes = tuple(1 if i == place else n for i, n in enumerate(array.shape))
+        picked = lax.gather(array, picks, dimensions, sizes, mode=params["mode"],
+                            fill_value=0)  # fmt: skip
+        return picked, [*_atoms(lead), *(name for name in names if name != part.atom)]
+
+    sketch, s_names = weight.sketch.astype(y.dtype), weight.sketch_axes
+    if in_sketch:
+        known, names = pick(sketch, s_names)
+        return weight.attached(y, known, *out.early(names, weight.factor_axes))
+    factor, names = pick(weight.factor, weight.factor_axes)
+    push, pull = out.early(s_names, names)
+    return weight.attached(y, sketch, push, pull, factor)
+
+
+def ragged_dot_general(eqn: Any, x: Any, weight: Any, groups: Any) -> Array | None:
+    """A product of groups of rows, each with its own matrix of the stack."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    standard = (((1,), (1,)), ((), ()))
+    if isinstance(x, Weight) or any(len(axis) != 1 for axis in weight.axes):
+        return None
+    if numbers.dot_dimension_numbers != standard or len(weight.axes) != 3:
+        return None
+    stack, summed, free = _atoms(weight.axes)
+    weight.saw([summed], [stack])
+
+    def ragged(x: Array, matrices: Array, groups: Array) -> Array:
+        return eqn.primitive.bind(x, matrices.astype(x.dtype), groups, **eqn.params)
+
+    def laid_out(array: Array, names: Sequence[Label], order: Sequence[Label]) -> Array:
+        return lax.transpose(array, [names.index(name) for name in order])
+
+    y = ragged(x, weight.array, groups)
+    if weight.factor is None:
+        return weight.watched(y)
+    s_names, f_names = weight.sketch_axes, weight.factor_axes
+    early, late = [stack, summed, RANK], [stack, RANK, free]
+    sketch = weight.sketch
+    if {*s_names} == {*early} and {*f_names} == {*late}:
+        known = ragged(weight.constant(x), laid_out(sketch, s_names, early), groups)
+
+        def push(known: tuple[Array, Array], factor: Array) -> Array:
+            thin, groups = known
+            return ragged(thin, laid_out(factor, f_names, late), groups)
+
+        return weight.attached(y, (known, groups), push)
+    if {*s_names} != {*late} or {*f_names} != {*early}:
+        return None
+
+    def push_late(known: tuple[Array, Array, Array], factor: Array) -> Array:
+        x, sketch, groups = known
+        middle = ragged(x, laid_out(factor, f_names, early), groups)
+        return ragged(middle, laid_out(sketch, s_names, late), groups)
+
+    return weight.attached(y, (x, sketch, groups), push_late)
+
+
+class _Output(NamedTuple):
+    """An operation's output: its shape, merged and in parts, and how it is summed."""
+
+    shape: tuple[int, ...]
+    names: Sequence[Label]
+    split: list[int]
+    options: dict[str, Any]
+    wide: Any
+
+    @classmethod
+    def of(cls, y: Array, axes: Sequence[Axis], precision: Any) -> _Output:
+        parts = [part for axis in axes for part in axis]
+        if precision is None and jnp.finfo(y.dtype).bits >= 32:
+            precision = lax.Precision.HIGHEST
+        names, sizes = [part.atom for part in parts], [part.size for part in parts]
+        wide = jnp.promote_types(y.dtype, jnp.float32)
+        return cls(y.shape, names, sizes, {"precision": precision}, wide)
+
+    def made(self, left: Array, left_names: Any, right: Array, right_names: Any) -> Array:
+        """The output as a product of two arrays, in the dtype of the first."""
+        right = right.astype(left.dtype)
+        product = contract(
+            left, left_names, right, right_names, self.names, **self.options
+        )
+        return product.reshape(self.shape)
+
+    def met(
+        self, cotangent: Array, other: Array, other_names: Any, names: Any, wide: bool
+    ) -> Array:
+        """The cotangent times another array."""
+        cotangent = cotangent.reshape(self.split)
+        other = other.astype(cotangent.dtype)
+        dtype = self.wide if wide else None
+        return contract(
+            other, other_names, cotangent, self.names, names, dtype=dtype, **self.options
+        )
+
+    def early(self, names: Any, factor_names: Any) -> tuple[Push, Push]:
+        """``push`` and ``pull`` where the output is ``known`` times the factor."""
+
+        def push(known: Array, factor: Array) -> Array:
+            return self.made(known, names, factor, factor_names)
+
+        def pull(known: Array, cotangent: Array) -> Array:
+            return self.met(cotangent, known, names, factor_names, wide=True)
+
+        return push, pull
+
+
+def _looked_up(weight: Weight, params: dict[str, Any]) -> int | None:
+    """The one axis along which a gather picks, if it is as simple as that."""
+    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
+    if numbers.operand_batching_dims:
+        return None
+    short = [i for i, size in enumerate(sizes) if size != weight.shape[i]]
+    short = short or [*numbers.collapsed_slice_dims]
+    if len(short) != 1 or short[0] not in numbers.start_index_map:
+        return None
+    (axis,) = short
+    if sizes[axis] != 1 or len(weight.axes[axis]) != 1:
+        return None
+    # A full slice starts at 0 whatever its index, but where an index may be out of range.
+    fills = params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
+    return None if fills and len(numbers.start_index_map) > 1 else axis
+
+
+def _own(axis: int, size: int) -> Axis:
+    """An axis that the leaf has not."""
+    return (Part(("own", axis), size),)
+
+
+def _atoms(axes: Iterable[Axis]) -> list[Any]:
+    return [part.atom for axis in axes for part in axis]
+
+
+RULES: dict[str, Callable[..., Array | None]] = {
+    "conv_general_dilated": conv_general_dilated,
+    "dot_general": dot_general,
+    "gather": gather,
+    "ragged_dot_general": ragged_dot_general,
+}

@@ -1,0 +1,216 @@
+"""Gradients in factor coordinates, straight from the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.tree_util import DictKey
+
+from raclora_jax import paths
+from raclora_jax.interpret import arrays, evaluate, reads, stage
+from raclora_jax.lowrank import Factor
+from raclora_jax.plan import LeafPlan, plan_tree
+from raclora_jax.sketch import draw_all
+from raclora_jax.spec import Spec, as_spec
+from raclora_jax.state import RacLoraState, find_state, link_of
+from raclora_jax.weight import Uses, leaf_weight
+
+
+def value_and_grad(
+    loss_fn: Callable[..., Any], spec: Spec | int, *, has_aux: bool = False
+) -> Callable[..., tuple[Any, Any]]:
+    """``jax.value_and_grad`` whose gradients never exist at full size.
+
+    For an adapted leaf W with sketch S it gives ``project(dloss / dW)``, which for
+    ``y = x . W`` and a sketch of the rows is ``scaling * (x . S)^T dy``: the forward
+    pass keeps ``x . S`` in place of ``x``, and ``x^T dy`` is never computed. The model
+    stays as it is, and is staged as by ``jax.jit``. A use no rule is known for forms its
+    gradient in full and projects it, with a warning that names leaf and operation.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args)``, a real scalar, or ``(scalar, aux)``.
+      spec: The spec of the run.
+      has_aux: Whether ``loss_fn`` returns ``(loss, aux)``.
+
+    Returns:
+      ``function(params, opt_state, *args)`` that returns ``(loss, grads)``, or
+      ``((loss, aux), grads)``. ``grads`` has a ``Factor`` for each adapted leaf, an array
+      for each dense one, and ``optax.MaskedNode()`` for each frozen one.
+
+    Raises:
+      ValueError: From the function: if the loss is no real scalar, never uses an adapted
+        leaf, or ``opt_state`` does not hold one RAC-LoRA state of this spec.
+
+    Example:
+      >>> import jax.numpy as jnp, raclora_jax as rl
+      >>> W, x = jnp.zeros((6, 4)), jnp.ones((3, 6))
+      >>> tx = rl.raclora(0.1, 2, key=0)
+      >>> grad_fn = value_and_grad(lambda W, x: jnp.sum((x @ W - 1) ** 2), 2)
+      >>> loss, grads = grad_fn(W, tx.init(W), x)
+      >>> float(loss), grads.value.shape
+      (12.0, (2, 6))
+
+    References:
+      Malinovsky et al., `Randomized Asymmetric Chain of LoRA
+      <https://arxiv.org/abs/2410.08305>`_, 2024, Section 5.1.
+    """
+    spec = as_spec(spec)
+
+    def compute(params: Any, opt_state: Any, *args: Any, **kwargs: Any) -> Any:
+        plans = plan_tree(spec, params)
+        leaves, treedef = paths.flatten(params)
+        state = find_state(opt_state)
+        _check_state(state, plans)
+        staged = stage(lambda p: loss_fn(p, *args, **kwargs), params)
+        loss_shape = _loss_shape(staged.out_shape, has_aux)
+        _check_loss(loss_shape)
+        _check_used(staged.jaxpr, plans)
+        sketches = sketches_of(state, plans, spec)
+        uses = Uses()
+        trained = {
+            path: leaves[path]
+            if plan.mode == "dense"
+            else jnp.zeros(plan.factor_shape, plan.wide_dtype)
+            for path, plan in plans.items()
+            if plan.mode != "frozen"
+        }
+
+        def value(trained: dict[str, Array]) -> tuple[Array, Any]:
+            def stand_in(path: str, leaf: Any) -> Any:
+                if plans[path].mode != "lowrank":
+                    return trained.get(path, leaf)
+                sketch, factor = sketches[path], trained[path]
+                return leaf_weight(leaf, plans[path], uses, sketch, factor)
+
+            inputs = [stand_in(path, leaf) for path, leaf in leaves.items()]
+            out = staged.rebuilt(arrays(evaluate(staged.jaxpr, inputs), "output"))
+            return out if has_aux else (out, None)
+
+        (loss, aux), found = jax.value_and_grad(value, has_aux=True)(trained)
+        uses.warn()
+
+        def gradient(path: str) -> Any:
+            plan = plans[path]
+            if plan.mode == "frozen":
+                return optax.MaskedNode()
+            if plan.mode == "dense":
+                return found[path]
+            return Factor(found[path], jnp.zeros((), plan.wide_dtype))
+
+        grads = paths.unflatten(treedef, {path: gradient(path) for path in leaves})
+        return ((loss, aux) if has_aux else loss), grads
+
+    return compute
+
+
+def grad(
+    loss_fn: Callable[..., Any], spec: Spec | int, *, has_aux: bool = False
+) -> Callable[..., Any]:
+    """``jax.grad`` whose gradients never exist at full size; see ``value_and_grad``.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args)``, a real scalar, or ``(scalar, aux)``.
+      spec: The spec of the run.
+      has_aux: Whether ``loss_fn`` returns ``(loss, aux)``.
+
+    Returns:
+      ``function(params, opt_state, *args)`` that returns ``grads``, or ``(grads, aux)``.
+
+    Raises:
+      ValueError: From the function, as ``value_and_grad``.
+
+    Example:
+      >>> import jax.numpy as jnp, raclora_jax as rl
+      >>> W, x = jnp.zeros((6, 4)), jnp.ones((3, 6))
+      >>> tx = rl.raclora(0.1, 2, key=0)
+      >>> grads = grad(lambda W, x: jnp.sum((x @ W - 1) ** 2), 2)(W, tx.init(W), x)
+      >>> grads.value.shape
+      (2, 6)
+    """
+    both = value_and_grad(loss_fn, spec, has_aux=has_aux)
+
+    def compute(params: Any, opt_state: Any, *args: Any, **kwargs: Any) -> Any:
+        value, grads = both(params, opt_state, *args, **kwargs)
+        return (grads, value[1]) if has_aux else grads
+
+    return compute
+
+
+def sketches_of(
+    state: RacLoraState, plans: dict[str, LeafPlan], spec: Spec
+) -> dict[str, Array]:
+    """The sketches the next update will use: the cached ones, or those of a new link."""
+    link = link_of(state.count, spec)
+
+    def draw() -> dict[str, Array]:
+        return draw_all(state.key_data, link, plans.values())
+
+    if not spec.cache:
+        # Fused into its use, a sketch would round otherwise than a cached one.
+        return lax.optimization_barrier(draw())
+    return lax.cond(state.sketches.link == link, lambda: state.sketches.values, draw)
+
+
+def _loss_shape(out: Any, has_aux: bool) -> Any:
+    if has_aux and not (isinstance(out, tuple) and len(out) == 2):
+        raise ValueError(
+            "with has_aux=True loss_fn must return (loss, aux), got a "
+            f"{type(out).__name__}"
+        )
+    return out[0] if has_aux else out
+
+
+def _check_loss(loss: Any) -> None:
+    shape, dtype = getattr(loss, "shape", None), getattr(loss, "dtype", None)
+    if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        got = type(loss).__name__ if shape is None else f"{dtype} of shape {shape}"
+        raise ValueError(
+            f"loss_fn must return one real number, got {got}; reduce it, for example "
+            "with jnp.mean, and pass has_aux=True if it returns more than the loss"
+        )
+
+
+def _check_used(jaxpr: Any, plans: dict[str, LeafPlan]) -> None:
+    for index, (path, plan) in enumerate(plans.items()):
+        if plan.mode == "lowrank" and not reads(jaxpr, index):
+            raise ValueError(
+                f"leaf {paths.show(path)} is adapted, but the loss never uses it; leave "
+                "it out of params, or freeze it with "
+                f"Rule({path!r}, mode='frozen')"
+            )
+
+
+def _check_state(state: RacLoraState, plans: dict[str, LeafPlan]) -> None:
+    """Refuses a state whose sketches or moments belong to other plans."""
+    adapted = {p: plan for p, plan in plans.items() if plan.mode == "lowrank"}
+    held = {("sketch", path): v for path, v in state.sketches.values.items()}
+    for keypath, leaf in jax.tree_util.tree_flatten_with_path(state.inner_state.lowrank)[
+        0
+    ]:
+        if isinstance(keypath[-1], DictKey):
+            held["moment", str(keypath[-1].key)] = leaf
+    for (what, path), array in held.items():
+        plan = adapted.get(path)
+        want = None
+        if plan is not None:
+            want = plan.sketch_shape if what == "sketch" else plan.factor_shape
+        if jnp.shape(array) != want:
+            expected = "none" if want is None else f"one of shape {want}"
+            raise ValueError(
+                f"leaf {paths.show(path)}: opt_state holds a {what} of shape "
+                f"{jnp.shape(array)}, this spec and these params expect {expected}; "
+                "pass the spec that raclora(...) was given, and the state of tx.init "
+                "for these params"
+            )
+    known = {path for _, path in held}
+    for path in adapted:
+        if known and path not in known:
+            raise ValueError(
+                f"leaf {paths.show(path)} is adapted in this spec, but opt_state knows "
+                "nothing of it; pass the spec that raclora(...) was given"
+            )

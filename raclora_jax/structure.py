@@ -1,0 +1,300 @@
+"""Rules for the operations that rearrange a leaf and leave it one.
+
+Every rule takes the equation and its operands, and returns a ``Weight``, a list of them,
+or ``None`` where the leaf must be formed in full.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from raclora_jax.weight import Atom, Axis, Part, Weight, resized, varying_axes
+
+
+def transpose(eqn: Any, weight: Weight) -> Weight:
+    """Only the base moves: the factors are found by the names of their axes."""
+    order = eqn.params["permutation"]
+    axes = tuple(weight.axes[axis] for axis in order)
+    return weight.replace(base=lax.transpose(weight.array, order), axes=axes)
+
+
+def reshape(eqn: Any, weight: Weight) -> Weight | None:
+    """Splits and merges parts; a part that is split is split in the factors too."""
+    shape = eqn.params["new_sizes"]
+    if eqn.params["dimensions"] is not None:
+        return None
+    parts = [part for axis in weight.axes for part in axis]
+    axes: list[Axis] = []
+    for size in shape:
+        axis: list[Part] = []
+        while size > 1:
+            part = parts.pop(0)
+            if size % part.size:
+                if part.size % size:
+                    return None
+                weight, (part, rest) = _split_part(weight, part, size)
+                parts.insert(0, rest)
+            axis.append(part)
+            size //= part.size
+        axes.append(tuple(axis))
+    base = lax.reshape(weight.array, shape)
+    weight = weight.replace(base=base, axes=tuple(axes))
+    for part in parts:  # of size 1, like those that an axis of size 1 gave up
+        weight = _dropped(weight, part.atom)
+    return weight
+
+
+def squeeze(eqn: Any, weight: Weight) -> Weight:
+    gone = [axis % len(weight.axes) for axis in eqn.params["dimensions"]]
+    base = lax.squeeze(weight.array, gone)
+    kept = tuple(axis for i, axis in enumerate(weight.axes) if i not in gone)
+    for part in (part for i in gone for part in weight.axes[i]):
+        weight = _dropped(weight, part.atom)
+    return weight.replace(base=base, axes=kept)
+
+
+def broadcast_in_dim(eqn: Any, weight: Weight, *shape: Any) -> Weight | None:
+    sizes, places = eqn.params["shape"], eqn.params["broadcast_dimensions"]
+    if shape:
+        return None
+    base = lax.broadcast_in_dim(weight.array, sizes, places)
+    new = min([0, *(part.atom[0] for axis in weight.axes for part in axis)])
+    axes: list[Axis] = []
+    for place, size in enumerate(sizes):
+        axis: Axis = ()
+        if place in places:
+            axis = weight.axes[places.index(place)]
+            if base.shape[place] != weight.shape[places.index(place)]:
+                for part in axis:
+                    weight = _dropped(weight, part.atom)
+                axis = ()
+        if not axis and size > 1:
+            new -= 1
+            axis = (Part((new,), size),)
+        axes.append(axis)
+    return weight.replace(base=base, axes=tuple(axes))
+
+
+def slice_(eqn: Any, weight: Weight) -> Weight | None:
+    starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    strides = eqn.params["strides"] or (1,) * len(starts)
+
+    def cut(array: Array, axis: int, of: int) -> Array:
+        return lax.slice_in_dim(array, starts[of], limits[of], strides[of], axis)
+
+    return _cut(weight, lax.slice(weight.array, starts, limits, strides), cut)
+
+
+def dynamic_slice(eqn: Any, weight: Weight, *starts: Array) -> Weight | None:
+    sizes = eqn.params["slice_sizes"]
+
+    def cut(array: Array, axis: int, of: int) -> Array:
+        return lax.dynamic_slice_in_dim(array, starts[of], sizes[of], axis)
+
+    return _cut(weight, lax.dynamic_slice(weight.array, starts, sizes), cut)
+
+
+def split(eqn: Any, weight: Weight) -> list[Weight] | None:
+    axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+    pieces: list[Weight] = []
+    start = 0
+    for base in lax.split(weight.array, sizes, axis):
+
+        def cut(array: Array, place: int, of: int, start: int = start) -> Array:
+            return lax.slice_in_dim(array, start, start + sizes[len(pieces)], axis=place)
+
+        piece = _cut(weight, base, cut)
+        if piece is None:
+            return None
+        pieces.append(piece)
+        start += sizes[len(pieces) - 1]
+    return pieces
+
+
+def convert_element_type(eqn: Any, weight: Weight) -> Weight | None:
+    """The factors keep their own dtype."""
+    dtype = eqn.params["new_dtype"]
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return None
+    return weight.replace(base=lax.convert_element_type(weight.array, dtype))
+
+
+def same(eqn: Any, weight: Weight) -> Weight:
+    """An operation that leaves the values alone."""
+    return weight.replace(base=eqn.primitive.bind(weight.array, **eqn.params))
+
+
+def optimization_barrier(eqn: Any, *operands: Any) -> list[Any]:
+    arrays = [_array(operand) for operand in operands]
+    out = eqn.primitive.bind(*arrays, **eqn.params)
+    return [
+        old.replace(base=new) if isinstance(old, Weight) else new
+        for old, new in zip(operands, out, strict=True)
+    ]
+
+
+def neg(eqn: Any, weight: Weight) -> Weight:
+    return _scaled(weight, jnp.asarray(-1, weight.array.dtype))
+
+
+def mul(eqn: Any, left: Any, right: Any) -> Weight | None:
+    """By a scalar, which goes to the output of whatever reads the leaf.
+
+    It may depend on what is trained, and its own gradient is then right too.
+    """
+    weight, other = (left, right) if isinstance(left, Weight) else (right, left)
+    if isinstance(other, Weight) or jnp.size(other) != 1:
+        return None
+    if jnp.ndim(other) not in (0, len(weight.axes)):
+        return None
+    return _scaled(weight, jnp.asarray(other).reshape(()))
+
+
+def div(eqn: Any, left: Any, right: Any) -> Weight | None:
+    if isinstance(right, Weight) or jnp.size(right) != 1:
+        return None
+    return _scaled(left, 1 / jnp.asarray(right).reshape(()))
+
+
+def stop_gradient(eqn: Any, weight: Weight) -> Array:
+    """A constant: the factor is left behind, and a scale's own gradient with it."""
+    if not weight.leaf.zero:
+        return lax.stop_gradient(weight.materialise("stop_gradient"))
+    if weight.scale is None:
+        return weight.array
+    return weight.array * lax.stop_gradient(weight.scale)
+
+
+def pvary(eqn: Any, *operands: Any) -> list[Any]:
+    """Inside ``shard_map``: every array of the value varies over the axes named."""
+
+    def one(array: Array) -> Array:
+        missing = tuple(set(_names(eqn.params["axes"])) - varying_axes(array))
+        return lax.pcast(array, missing, to="varying") if missing else array
+
+    def each(operand: Any) -> Any:
+        if not isinstance(operand, Weight):
+            return one(operand)
+        parts = {
+            name: None if (value := getattr(operand, name)) is None else one(value)
+            for name in ("sketch", "factor", "scale")
+        }
+        return operand.replace(base=one(operand.array), **parts)
+
+    out = [each(operand) for operand in operands]
+    return out if eqn.primitive.multiple_results else out[0]
+
+
+def all_gather(eqn: Any, weight: Weight) -> Weight | list[Weight] | None:
+    """Inside ``shard_map``: the axis is gathered in whichever array has it."""
+    params, axis = eqn.params, eqn.params["all_gather_dimension"]
+    if not params["tiled"] or len(weight.axes[axis]) != 1:
+        return None
+
+    def gathered(array: Array, place: int) -> Array:
+        names, groups = params["axis_name"], params["axis_index_groups"]
+        return lax.all_gather(
+            array, names, axis=place, tiled=True, axis_index_groups=groups
+        )
+
+    base = gathered(weight.array, axis)
+    (part,) = weight.axes[axis]
+    changes = weight.on_atom(part.atom, gathered)
+    weight = weight.replace(base=base, **changes, axes=resized(weight.axes, base.shape))
+    return [weight] if eqn.primitive.multiple_results else weight
+
+
+def _split_part(weight: Weight, part: Part, last: int) -> tuple[Weight, list[Part]]:
+    """Splits a part in two, the second of which takes the rest of its size."""
+    first, rest = (*part.atom, 0), (*part.atom, 1)
+    sizes = last, part.size // last
+
+    def parted(array: Array, axis: int) -> Array:
+        return array.reshape((*array.shape[:axis], *sizes, *array.shape[axis + 1 :]))
+
+    def renamed(axes: tuple[Atom, ...]) -> tuple[Atom, ...]:
+        two = ((first, rest) if atom == part.atom else (atom,) for atom in axes)
+        return tuple(atom for pair in two for atom in pair)
+
+    weight = dataclasses.replace(
+        weight,
+        **weight.on_atom(part.atom, parted),
+        sketch_axes=renamed(weight.sketch_axes),
+        factor_axes=renamed(weight.factor_axes),
+    )
+    return weight, [Part(first, sizes[0]), Part(rest, sizes[1])]
+
+
+def _dropped(weight: Weight, atom: Atom) -> Weight:
+    """A part of size 1 that no axis holds any more leaves the factors too."""
+    done = weight.on_atom(atom, lambda array, axis: lax.squeeze(array, [axis]))
+    names: dict[str, Any] = {
+        f"{name}_axes": tuple(a for a in getattr(weight, f"{name}_axes") if a != atom)
+        for name in ("sketch", "factor")
+    }
+    return dataclasses.replace(weight, **done, **names)
+
+
+def _cut(
+    weight: Weight, base: Array, cut: Callable[[Array, int, int], Array]
+) -> Weight | None:
+    """A weight whose axes were cut: ``cut(array, axis, axis of the base)``."""
+    stack: list[Atom] = []
+    changed = weight
+    for of, (axis, size) in enumerate(zip(weight.axes, base.shape, strict=True)):
+        if size == weight.shape[of]:
+            continue
+        if len(axis) != 1:
+            return None
+        (part,) = axis
+        if size == 1:
+            stack.append(part.atom)
+
+        def one(array: Array, place: int, of: int = of) -> Array:
+            return cut(array, place, of)
+
+        changed = dataclasses.replace(changed, **changed.on_atom(part.atom, one))
+    if stack:
+        weight.saw((), stack)
+    return changed.replace(base=base, axes=resized(weight.axes, base.shape))
+
+
+def _scaled(weight: Weight, scale: Array) -> Weight:
+    product = scale if weight.scale is None else weight.scale * scale
+    return dataclasses.replace(weight, scale=product)
+
+
+def _array(operand: Any) -> Any:
+    return operand.array if isinstance(operand, Weight) else operand
+
+
+def _names(axes: Any) -> tuple[Any, ...]:
+    return tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
+
+
+RULES: dict[str, Callable[..., Any]] = {
+    "all_gather": all_gather,
+    "broadcast_in_dim": broadcast_in_dim,
+    "convert_element_type": convert_element_type,
+    "copy": same,
+    "copy_p": same,
+    "div": div,
+    "dynamic_slice": dynamic_slice,
+    "mul": mul,
+    "name": same,
+    "neg": neg,
+    "optimization_barrier": optimization_barrier,
+    "pvary": pvary,
+    "reshape": reshape,
+    "sharding_constraint": same,
+    "slice": slice_,
+    "split": split,
+    "squeeze": squeeze,
+    "stop_gradient": stop_gradient,
+    "transpose": transpose,
+}

@@ -1,0 +1,97 @@
+"""The adapter form's forward pass: factors beside the weights, never added to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from raclora_jax import paths
+from raclora_jax.adapter import (
+    AdapterChain,
+    is_quantised,
+    matched,
+    refuse_quantised,
+    sketch_of,
+)
+from raclora_jax.interpret import arrays, evaluate, stage
+from raclora_jax.spec import Spec, as_spec
+from raclora_jax.weight import Uses, leaf_weight
+
+
+def adapted(
+    loss_fn: Callable[..., Any],
+    spec: Spec | int,
+    *,
+    dequantize: Callable[[Any], Array] | None = None,
+) -> Callable[..., Any]:
+    """A loss of the weights turned into a loss of the factors.
+
+    The sum ``W + lift(F)`` is never formed: a product is computed as
+    ``x . W + scaling * (x . S) . F``. A use no rule is known for forms it, with a warning
+    that names the leaf and the operation.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args)``. It is staged, as by ``jax.jit``.
+      spec: The spec of the run.
+      dequantize: Reads a quantised leaf as an array, such as ``qwix.dequantize``; the
+        loss sees such leaves in the dtype and shape they state.
+
+    Returns:
+      ``loss(factors, base_params, chain, *args)``: ``loss_fn`` at
+      ``W + lift(F)`` in the dtypes of ``base_params``.
+
+    Raises:
+      ValueError: From the loss: if factors, chain and base do not belong together, or a
+        leaf is quantised and there is no ``dequantize``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, raclora_jax as rl
+      >>> W, x = {"kernel": jnp.ones((6, 4))}, jnp.ones((3, 6))
+      >>> factors, chain = rl.init_adapter(W, 2, key=0)
+      >>> loss = adapted(lambda params, x: jnp.sum((x @ params["kernel"]) ** 2), 2)
+      >>> jax.grad(loss)(factors, W, chain, x)["kernel"].shape
+      (2, 6)
+    """
+    spec = as_spec(spec)
+
+    def loss(
+        factors: Any, base_params: Any, chain: AdapterChain, *args: Any, **kwargs: Any
+    ) -> Any:
+        leaves, treedef, plans, values = matched(base_params, factors, spec)
+        if dequantize is None:
+            refuse_quantised(leaves, plans, "read", "pass dequantize to adapted")
+        seen = {path: _as_seen(leaf) for path, leaf in leaves.items()}
+        staged = stage(
+            lambda params: loss_fn(params, *args, **kwargs),
+            paths.unflatten(treedef, seen),
+        )
+        uses = Uses()
+
+        def stand_in(path: str, leaf: Any) -> Any:
+            plan, dense = plans[path], dequantize if is_quantised(leaf) else None
+            if plan.mode == "lowrank":
+                sketch = sketch_of(chain, plan)
+                return leaf_weight(
+                    leaf, plan, uses, sketch, values[path], zero=False, dense=dense
+                )
+            array = leaf if dense is None else dense(leaf)
+            if plan.mode == "frozen":
+                return array
+            wide = jnp.asarray(array, plan.wide_dtype) + values[path]
+            return wide.astype(plan.dtype)
+
+        inputs = [stand_in(path, leaf) for path, leaf in leaves.items()]
+        out = staged.rebuilt(arrays(evaluate(staged.jaxpr, inputs), "output"))
+        uses.warn()
+        return out
+
+    return loss
+
+
+def _as_seen(leaf: Any) -> Any:
+    """A leaf as the model sees it."""
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_quantised(leaf) else leaf

@@ -1,0 +1,377 @@
+"""The value that stands for ``W + lift(F)`` inside a model, and how it is reshaped."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from raclora_jax import paths
+from raclora_jax.contraction import contract, split
+from raclora_jax.plan import LeafPlan
+
+# The name of a piece of one axis of the leaf: the axis, then which part of it each
+# reshape that split it left. Axes that a broadcast added have negative names.
+Atom = tuple[Any, ...]
+RANK: Atom = ()
+
+
+class Part(NamedTuple):
+    """A piece of an axis of the leaf, as an axis of a weight holds it."""
+
+    atom: Atom
+    size: int
+
+
+# One axis of a weight: the parts it merges, none for an axis of size 1.
+Axis = tuple[Part, ...]
+
+
+class View(NamedTuple):
+    """The axes of a leaf as one operation of the model used them."""
+
+    contracted: frozenset[int]
+    batch: frozenset[int]
+
+
+@dataclasses.dataclass
+class Uses:
+    """What a model was seen to do with its leaves.
+
+    Attributes:
+      views: ``{path: views}`` in the order of the program.
+      fallbacks: ``{(path, operation): times}`` for uses that formed a dense gradient.
+    """
+
+    views: dict[str, list[View]] = dataclasses.field(default_factory=dict)
+    fallbacks: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
+
+    def warn(self) -> None:
+        """One warning for all the uses that formed a dense gradient."""
+        if self.fallbacks:
+            listed = [f"{paths.show(path)} by {name}" for path, name in self.fallbacks]
+            more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+            warnings.warn(
+                "these uses of adapted leaves have no rule in factor coordinates, so "
+                "their gradients are formed in full and projected: "
+                f"{', '.join(listed[:8])}{more}",
+                stacklevel=4,
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Leaf:
+    """What all the values made of one leaf share.
+
+    Attributes:
+      path: Canonical path.
+      scaling: ``alpha / rank``.
+      zero: Whether the factor is zero, so that only its gradient matters.
+      uses: Where uses are written down.
+      dense: Reads the base as an array, where it is kept in another form.
+    """
+
+    path: str
+    scaling: float
+    zero: bool
+    uses: Uses
+    dense: Callable[[Any], Array] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """``scale * (base + scaling * S F)``, never formed.
+
+    Every axis of the base, the sketch and the factor is named by the atoms of the leaf
+    it holds. An atom in both sketch and factor stacks matrices; one in neither was
+    added by a broadcast. A weight without a factor only watches what is done with it.
+
+    Args:
+      base: The frozen part, an array or what ``leaf.dense`` reads as one.
+      sketch: Array with one axis per atom of ``sketch_axes``, or ``None``.
+      factor: Array with one axis per atom of ``factor_axes``, or ``None``.
+      scale: Scalar the leaf was multiplied by, or ``None``.
+      axes: The parts of each axis of the base.
+      sketch_axes: Atoms of the sketch, ``RANK`` among them.
+      factor_axes: Atoms of the factor, ``RANK`` among them.
+      leaf: The leaf it comes from.
+    """
+
+    base: Any
+    sketch: Any
+    factor: Any
+    scale: Any
+    axes: tuple[Axis, ...] = dataclasses.field(metadata={"static": True})
+    sketch_axes: tuple[Atom, ...] = dataclasses.field(metadata={"static": True})
+    factor_axes: tuple[Atom, ...] = dataclasses.field(metadata={"static": True})
+    leaf: Leaf = dataclasses.field(metadata={"static": True})
+
+    @property
+    def array(self) -> Array:
+        """The base as an array.
+
+        Nothing differentiates it, and no stop_gradient says so: inside ``scan`` one would
+        make JAX keep a copy of every layer's weights for the backward pass.
+        """
+        return self.base if self.leaf.dense is None else self.leaf.dense(self.base)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the base, as the model sees it."""
+        return tuple(math.prod(part.size for part in axis) for axis in self.axes)
+
+    def replace(self, **changes: Any) -> Weight:
+        """A copy with other fields; a new base is an array."""
+        if "base" in changes and self.leaf.dense is not None:
+            changes["leaf"] = dataclasses.replace(self.leaf, dense=None)
+        return dataclasses.replace(self, **changes)
+
+    def on_atom(self, atom: Atom, act: Callable[[Array, int], Array]) -> dict[str, Any]:
+        """``act(array, axis)`` for the sketch and the factor, where they have an atom."""
+        done = {}
+        for name in ("sketch", "factor"):
+            axes = getattr(self, f"{name}_axes")
+            if atom in axes:
+                done[name] = act(getattr(self, name), axes.index(atom))
+        return done
+
+    def saw(self, contracted: Sequence[Atom], batch: Sequence[Atom] = ()) -> None:
+        """Writes down a use."""
+        view = View(
+            frozenset(atom[0] for atom in contracted if atom[0] >= 0),
+            frozenset(atom[0] for atom in batch if atom[0] >= 0),
+        )
+        self.leaf.uses.views.setdefault(self.leaf.path, []).append(view)
+
+    def constant(self, x: Array) -> Array:
+        """What is kept of an input: at a zero factor no gradient goes back through it."""
+        return lax.stop_gradient(x) if self.leaf.zero else x
+
+    def watched(self, output: Array) -> Array:
+        """An operation's output where there is no factor to depend on."""
+        return output if self.scale is None else output * self.scale.astype(output.dtype)
+
+    def attached(
+        self,
+        output: Array,
+        known: Any,
+        push: Callable[[Any, Array], Array],
+        pull: Callable[[Any, Array], Array] | None = None,
+        factor: Array | None = None,
+    ) -> Array:
+        """An operation's output, with its dependence on the factor.
+
+        Args:
+          output: What the operation gives for the base alone.
+          known: Whatever else ``push`` needs, arrays that do not depend on the factor.
+          push: ``push(known, F)``, the output's change for a factor, linear in it.
+          pull: Its transpose, ``pull(known, cotangent)``; derived if not given.
+          factor: The factor that ``push`` takes, if it is not this weight's own.
+
+        Returns:
+          An array like ``output``.
+        """
+        factor = self.factor if factor is None else factor
+        if not self.leaf.zero:
+            change = push(known, lax.stop_gradient(factor))
+            output += (self.leaf.scaling * change).astype(output.dtype)
+        output = _attach(output, factor, known, push, pull, self.leaf.scaling)
+        return self.watched(output)
+
+    def stacked(self) -> Weight | None:
+        """The weight made ready for ``scan``: its first axis first in every array.
+
+        Returns:
+          The weight, or ``None`` if its first axis does not stack matrices.
+        """
+        if len(self.axes[0]) != 1 or self.scale is not None:
+            return None
+        atom = self.axes[0][0].atom
+        if self.factor is None:
+            return self
+        if atom not in self.sketch_axes or atom not in self.factor_axes:
+            return None
+        done = self.on_atom(atom, lambda array, axis: jnp.moveaxis(array, axis, 0))
+        names = {
+            f"{name}_axes": (
+                atom,
+                *(a for a in getattr(self, f"{name}_axes") if a != atom),
+            )
+            for name in ("sketch", "factor")
+        }
+        return dataclasses.replace(self, **{**done, **names})
+
+    def unstacked(self) -> Weight:
+        """One slice of a stacked weight, as the body of ``scan`` gets it."""
+        self.saw((), [self.axes[0][0].atom])
+        return dataclasses.replace(
+            self,
+            axes=self.axes[1:],
+            sketch_axes=self.sketch_axes[1:],
+            factor_axes=self.factor_axes[1:],
+        )
+
+    def sharded(self, spec: Sequence[Any]) -> Weight | None:
+        """The weight with a ``PartitionSpec`` in place of every array.
+
+        Args:
+          spec: The mesh axes of the axes of the base.
+
+        Returns:
+          A prefix for ``in_specs``, or ``None`` if a merged axis is sharded.
+        """
+        spec = (*spec, *(None for _ in self.axes[len(spec) :]))
+        if any(
+            s is not None and len(a) != 1 for s, a in zip(spec, self.axes, strict=True)
+        ):
+            return None
+        by_atom = {a[0].atom: s for a, s in zip(self.axes, spec, strict=True) if a}
+
+        def of(axes: Sequence[Atom]) -> PartitionSpec:
+            return PartitionSpec(*(by_atom.get(atom) for atom in axes))
+
+        return dataclasses.replace(
+            self,
+            base=PartitionSpec(*spec),
+            sketch=None if self.sketch is None else of(self.sketch_axes),
+            factor=None if self.factor is None else of(self.factor_axes),
+            scale=None if self.scale is None else PartitionSpec(),
+        )
+
+    def localised(self) -> Weight:
+        """A shard with the sizes it has."""
+        return dataclasses.replace(self, axes=resized(self.axes, jnp.shape(self.array)))
+
+    def materialise(self, operation: str) -> Array:
+        """The leaf as an array whose gradient is formed in full, then projected.
+
+        Args:
+          operation: The operation that no rule is known for.
+
+        Returns:
+          Array of ``shape``.
+        """
+        fallbacks = self.leaf.uses.fallbacks
+        use = self.leaf.path, operation
+        fallbacks[use] = fallbacks.get(use, 0) + 1
+        base, parts = self.array, [part for axis in self.axes for part in axis]
+        if self.factor is None:
+            return self.watched(base)
+        own = [p.atom for p in parts if p.atom in (*self.sketch_axes, *self.factor_axes)]
+        added = [i for i, part in enumerate(parts) if part.atom not in own]
+        precision = lax.Precision.HIGHEST
+
+        def push(sketch: Array, factor: Array) -> Array:
+            change = contract(
+                sketch, self.sketch_axes, factor, self.factor_axes, own,
+                precision=precision,
+            )  # fmt: skip
+            change = jnp.expand_dims(change, added)
+            wide = jnp.broadcast_to(change, [part.size for part in parts])
+            return wide.reshape(base.shape).astype(base.dtype)
+
+        return self.attached(base, self.sketch, push)
+
+
+def leaf_weight(
+    base: Any,
+    plan: LeafPlan,
+    uses: Uses,
+    sketch: Array | None = None,
+    factor: Array | None = None,
+    *,
+    zero: bool = True,
+    dense: Callable[[Any], Array] | None = None,
+) -> Weight:
+    """The weight that stands for a leaf, as a model is handed it.
+
+    Args:
+      base: The leaf.
+      plan: Its plan.
+      uses: Where uses are written down.
+      sketch: Array of ``plan.sketch_shape``; ``None`` for a weight that only watches.
+      factor: Array of ``plan.factor_shape``, likewise.
+      zero: Whether the factor is zero.
+      dense: Reads ``base`` as an array, where it is kept in another form.
+
+    Returns:
+      The weight.
+    """
+    batch = [(axis,) for axis in plan.batch]
+    sketched = [(axis,) for axis in plan.sketched]
+    trained = [(axis,) for axis in plan.trained]
+    watches = factor is None
+    return Weight(
+        base=base,
+        sketch=sketch,
+        factor=factor,
+        scale=None,
+        axes=tuple((Part((i,), size),) for i, size in enumerate(plan.shape)),
+        sketch_axes=() if watches else (*batch, RANK, *sketched),
+        factor_axes=() if watches else (*batch, RANK, *trained),
+        leaf=Leaf(plan.path, plan.scaling, zero, uses, dense),
+    )
+
+
+def resized(axes: Sequence[Axis], shape: Sequence[int]) -> tuple[Axis, ...]:
+    """The axes of a weight whose base has got another shape, part by part."""
+    return tuple(
+        (Part(axis[0].atom, size),) if len(axis) == 1 else axis
+        for axis, size in zip(axes, shape, strict=True)
+    )
+
+
+def _attach(
+    output: Array,
+    factor: Array,
+    known: Any,
+    push: Callable[[Any, Array], Array],
+    pull: Callable[[Any, Array], Array] | None,
+    scaling: float,
+) -> Array:
+    """The identity on ``output``, with ``push`` as its derivative by ``factor``."""
+    factor = _varying_as(factor, output)
+    like = jax.typeof(factor)
+
+    @jax.custom_vjp
+    def attach(output: Array, factor: Array, known: Any) -> Array:
+        return output
+
+    def forward(output: Array, factor: Array, known: Any) -> tuple[Array, Any]:
+        return output, known
+
+    def backward(known: Any, cotangent: Array) -> tuple[Array, Array, None]:
+        if pull is not None:
+            gradient = pull(known, cotangent)
+        else:
+            transpose = jax.linear_transpose(lambda f: push(known, f), like)
+            (gradient,) = transpose(cotangent)
+        return cotangent, (scaling * gradient).astype(like.dtype), None
+
+    attach.defvjp(forward, backward)
+    return attach(output, factor, known)
+
+
+def _varying_as(array: Array, other: Array) -> Array:
+    """Inside ``shard_map``, an array that varies over what another varies over."""
+    axes = tuple(varying_axes(other) - varying_axes(array))
+    return lax.pcast(array, axes, to="varying") if axes else array
+
+
+def varying_axes(array: Any) -> frozenset[Any]:
+    """The manual mesh axes that an array's shards differ along."""
+    manual = getattr(jax.typeof(array), "manual_axis_type", None)
+    return frozenset(getattr(manual, "varying", ()))
+
+
+def einsum_parts(array: Array, axes: Sequence[Axis]) -> tuple[Array, list[Atom]]:
+    """An array with one axis per part, and the atoms of its axes."""
+    return split(array, axes), [part.atom for axis in axes for part in axis]
