@@ -88,7 +88,8 @@ def effective_params(
       dequantize: Reads a quantised leaf as an array, such as ``qwix.dequantize``.
 
     Returns:
-      The tree of ``base_params`` in at least float32; frozen leaves as they are.
+      The tree of ``base_params`` in at least float32; frozen leaves as they are, but
+      for quantised ones, which are read.
 
     Raises:
       ValueError: If factors, chain and base do not belong together.
@@ -250,13 +251,13 @@ def _sum(
 
     def one(path: str, weight: Any) -> Any:
         plan = plans[path]
+        if dequantize is not None and is_quantised(weight):
+            weight = dequantize(weight)
         if plan.mode == "frozen":
             return weight
         delta = values[path]
         if plan.mode == "lowrank":
             delta = lift_leaf(delta, sketch_of(chain, plan), plan)
-        if dequantize is not None and is_quantised(weight):
-            weight = dequantize(weight)
         return finish(plan, jnp.asarray(weight, plan.wide_dtype) + delta)
 
     return paths.unflatten(treedef, {p: one(p, w) for p, w in leaves.items()})

@@ -55,20 +55,39 @@ def contract(
     if made(left_axes, right_axes) != [*out_axes] == made(right_axes, left_axes):
         left, left_axes, right, right_axes = right, right_axes, left, left_axes
     joint = jnp.promote_types(left.dtype, right.dtype)
-    product = lax.dot_general(
+    product = dot(
         left.astype(joint),
         right.astype(joint),
         (
             (_places(summed, left_axes), _places(summed, right_axes)),
             (_places(stack, left_axes), _places(stack, right_axes)),
         ),
-        precision=precision,
-        preferred_element_type=dtype,
+        precision,
+        dtype,
     )
     got = made(left_axes, right_axes)
     if got == [*out_axes]:
         return product
     return lax.transpose(product, _places(out_axes, got))
+
+
+def dot(left: Array, right: Array, dimensions: Any, precision: Any, dtype: Any) -> Array:
+    """``lax.dot_general`` that sums in a wider dtype on every backend."""
+
+    def product(left: Array, right: Array) -> Array:
+        return lax.dot_general(
+            left, right, dimensions, precision=precision, preferred_element_type=dtype
+        )
+
+    if dtype is None or jnp.finfo(left.dtype).bits >= 32:
+        return product(left, right)
+    # XLA's CPU backend has no 16-bit product into 32 bits where an operand keeps two axes.
+    return lax.platform_dependent(
+        left,
+        right,
+        cpu=lambda left, right: product(left.astype(dtype), right.astype(dtype)),
+        default=product,
+    )
 
 
 def split(array: Array, axes: Sequence[Sequence[tuple[Label, int]]]) -> Array:

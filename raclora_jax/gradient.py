@@ -59,6 +59,26 @@ def value_and_grad(
       Malinovsky et al., `Randomized Asymmetric Chain of LoRA
       <https://arxiv.org/abs/2410.08305>`_, 2024, Section 5.1.
     """
+    return reporting(loss_fn, spec, has_aux, Uses.warn)
+
+
+def reporting(
+    loss_fn: Callable[..., Any],
+    spec: Spec | int,
+    has_aux: bool,
+    report: Callable[[Uses], None],
+) -> Callable[..., tuple[Any, Any]]:
+    """``value_and_grad`` that hands what it saw of the model to ``report``.
+
+    Args:
+      loss_fn: As in ``value_and_grad``.
+      spec: The spec of the run.
+      has_aux: As in ``value_and_grad``.
+      report: Called with the uses whenever the function is traced.
+
+    Returns:
+      As ``value_and_grad``.
+    """
     spec = as_spec(spec)
 
     def compute(params: Any, opt_state: Any, *args: Any, **kwargs: Any) -> Any:
@@ -92,7 +112,7 @@ def value_and_grad(
             return out if has_aux else (out, None)
 
         (loss, aux), found = jax.value_and_grad(value, has_aux=True)(trained)
-        uses.warn()
+        report(uses)
 
         def gradient(path: str) -> Any:
             plan = plans[path]

@@ -55,11 +55,26 @@ def stage(function: Callable[..., Any], *arguments: Any) -> Staged:
 
     def rebuilt(outputs: Sequence[Any]) -> Any:
         filled = dict(zip(places, outputs, strict=True))
-        return jax.tree.unflatten(
-            treedef, [filled.get(i, leaf) for i, leaf in enumerate(leaves)]
-        )
+        return treedef.unflatten([filled.get(i, leaf) for i, leaf in enumerate(leaves)])
 
     return Staged(jaxpr, rebuilt(shapes), rebuilt)
+
+
+def abstracted(arguments: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """The arrays of a tree as shapes, and how to put arrays in their places.
+
+    What is no array (flags, sizes, functions) stays as it is.
+    """
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(arguments)
+    places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
+    shapes = [jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for i in places]
+
+    def filled(arrays: Sequence[Any]) -> Any:
+        given = dict(zip(places, arrays, strict=True))
+        return treedef.unflatten([given.get(i, v) for i, v in enumerate(leaves)])
+
+    return shapes, filled
 
 
 def reads(jaxpr: Any, index: int) -> bool:
@@ -221,7 +236,7 @@ def _scan_operands(
     if "num_consts" in params:
         first, second = params["num_consts"], params["num_carry"]
     else:
-        first, second = (len(list(group)) for group in list(params["ft_in"])[:2])
+        first, second, _ = (len(group) for group in params["ft_in"].unpack())
     split = first + second
     return operands[:first], operands[first:split], operands[split:]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,9 +13,12 @@ import optax
 from jax.tree_util import DictKey
 
 from raclora_jax import paths
-from raclora_jax.optimizer import raclora
+from raclora_jax.gradient import reporting
+from raclora_jax.interpret import abstracted
+from raclora_jax.optimizer import apply_updates, raclora
 from raclora_jax.plan import LeafPlan, plan_tree
 from raclora_jax.spec import Spec, as_spec
+from raclora_jax.weight import Uses
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +75,8 @@ class Summary:
       full: Full fine-tuning with Adam, float32 moments.
       lora: LoRA of the same ranks, both factors trained, Adam.
       warnings: What to look at again.
+      peak_bytes: What a whole compiled step holds at once, with donated params and
+        state; ``None`` without a loss.
     """
 
     rows: tuple[Row, ...]
@@ -78,6 +84,7 @@ class Summary:
     full: Cost
     lora: Cost
     warnings: tuple[str, ...]
+    peak_bytes: int | None = None
 
     def __str__(self) -> str:
         head = "path view mode rank side lambda trained weights gradient state sketch"
@@ -92,21 +99,32 @@ class Summary:
             ("LoRA, Adam", self.lora),
         ):
             lines.append((name, "", "", "", "", "", *_costs(cost)))
-        return "\n".join([*_aligned(lines), *(f"warning: {w}" for w in self.warnings)])
+        notes = [f"warning: {text}" for text in self.warnings]
+        if self.peak_bytes is not None:
+            notes.insert(0, f"peak of a compiled step: {_human(self.peak_bytes)}")
+        return "\n".join([*_aligned(lines), *notes])
 
 
 def summary(
     params: Any,
     spec: Spec | int,
-    *,
+    loss_fn: Callable[..., Any] | None = None,
+    *args: Any,
     inner: optax.GradientTransformation | None = None,
+    has_aux: bool = False,
 ) -> Summary:
     """Prices every leaf of a spec: view, rank, lambda, trained numbers and bytes.
+
+    With a loss it also compiles a whole step, without running it: its peak memory, and
+    a warning for each use of a leaf whose gradient is formed in full.
 
     Args:
       params: Tree of arrays or ``ShapeDtypeStruct``s.
       spec: A ``Spec`` or a rank.
+      loss_fn: ``loss_fn(params, *args)``, as for ``value_and_grad``.
+      *args: What else the loss takes; abstract arrays are enough.
       inner: The rule whose state is counted; Adam by default.
+      has_aux: Whether ``loss_fn`` returns ``(loss, aux)``.
 
     Returns:
       A ``Summary``; ``print`` shows the table, ``.rows`` are for programs.
@@ -137,7 +155,42 @@ def summary(
     counters = held.get(None, 0) + sketches.get(None, 0)
     counters += _nbytes(state.count) + _nbytes(state.key_data)
     total = dataclasses.replace(total, state_bytes=total.state_bytes + counters)
-    return Summary(rows, total, _full(plans), _lora(plans), _warnings(plans))
+    warnings, peak = _warnings(plans), None
+    if loss_fn is not None:
+        shaped = paths.unflatten(treedef, shapes)
+        peak, uses = _compiled(loss_fn, spec, has_aux, tx, shaped, state, args)
+        warnings += tuple(
+            f"leaf {paths.show(path)}: its gradient is formed in full by {operation}"
+            for path, operation in uses.fallbacks
+        )
+    return Summary(rows, total, _full(plans), _lora(plans), warnings, peak)
+
+
+def _compiled(
+    loss_fn: Callable[..., Any],
+    spec: Spec,
+    has_aux: bool,
+    tx: optax.GradientTransformation,
+    params: Any,
+    state: Any,
+    args: tuple[Any, ...],
+) -> tuple[int | None, Uses]:
+    """Peak bytes of a step, as the compiler plans it, and what it saw of the model."""
+    seen: list[Uses] = []
+    grad_fn = reporting(loss_fn, spec, has_aux, seen.append)
+    inputs, filled = abstracted(args)
+
+    def step(params: Any, state: Any, inputs: Any) -> Any:
+        value, grads = grad_fn(params, state, *filled(inputs))
+        updates, state = tx.update(grads, state, params)
+        return apply_updates(params, updates, state, spec), state, value
+
+    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, inputs)
+    memory = lowered.compile().memory_analysis()
+    if memory is None:  # a backend that does not say
+        return None, seen[0]
+    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return held - memory.alias_size_in_bytes + memory.temp_size_in_bytes, seen[0]
 
 
 def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:

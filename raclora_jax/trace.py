@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from raclora_jax import paths
-from raclora_jax.interpret import arrays, evaluate, reads, stage
+from raclora_jax.interpret import abstracted, arrays, evaluate, reads, stage
 from raclora_jax.plan import LeafPlan, check_rules_win, plan_tree, winner
 from raclora_jax.spec import Rule, Spec
 from raclora_jax.weight import Uses, View, leaf_weight
@@ -72,17 +72,16 @@ def _watched(
 ) -> Uses:
     """What ``fn`` does with its leaves, found without running it."""
     leaves, treedef = paths.flatten(params)
-    given, args_def = jax.tree.flatten(args)
-    abstract = {i: a for i, a in enumerate(given) if isinstance(a, jax.ShapeDtypeStruct)}
-
-    def call(params: Any, arrays: dict[int, Any]) -> Any:
-        filled = [arrays.get(i, value) for i, value in enumerate(given)]
-        return fn(params, *jax.tree.unflatten(args_def, filled))
-
     shapes = [
-        jax.ShapeDtypeStruct(jnp.shape(v), jnp.result_type(v)) for v in leaves.values()
+        jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
+        for leaf in leaves.values()
     ]
-    staged = stage(call, jax.tree.unflatten(treedef, shapes), abstract)
+    inputs, filled = abstracted(args)
+    staged = stage(
+        lambda params, arrays: fn(params, *filled(arrays)),
+        jax.tree.unflatten(treedef, shapes),
+        inputs,
+    )
     uses = Uses()
 
     def watch(arrays_in: list[Any], rest: list[Any]) -> list[Any]:
@@ -92,7 +91,7 @@ def _watched(
         ]
         return arrays(evaluate(staged.jaxpr, [*values, *rest]), "output")
 
-    jax.eval_shape(watch, shapes, list(abstract.values()))
+    jax.eval_shape(watch, shapes, inputs)
     for index, (path, shape) in enumerate(zip(leaves, shapes, strict=True)):
         needs = len(shape.shape) > 1 and _needs_view(path, spec)
         if needs and not reads(staged.jaxpr, index):
