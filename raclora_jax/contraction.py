@@ -81,7 +81,7 @@ def dot(left: Array, right: Array, dimensions: Any, precision: Any, dtype: Any) 
 
     if dtype is None or jnp.finfo(left.dtype).bits >= 32:
         return product(left, right)
-    # XLA's CPU backend has no 16-bit product into 32 bits where an operand keeps two axes.
+    # XLA's CPU backend lacks some 16-bit products into 32 bits.
     return lax.platform_dependent(
         left,
         right,

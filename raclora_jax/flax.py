@@ -118,7 +118,7 @@ def value_and_grad(
 
 def apply_updates(
     model: nnx.Module, updates: Any, opt_state: Any, spec: Spec | int
-) -> None:
+) -> nnx.Module:
     """``raclora_jax.apply_updates`` on the parameters of an nnx module, in place.
 
     Args:
@@ -126,6 +126,9 @@ def apply_updates(
       updates: What ``tx.update`` returned.
       opt_state: The optimizer state that ``tx.update`` returned with them.
       spec: The spec of the run.
+
+    Returns:
+      The same module.
 
     Raises:
       TypeError: If ``model`` is no ``nnx.Module``.
@@ -139,12 +142,13 @@ def apply_updates(
       >>> grad_fn = value_and_grad(lambda model, x: jnp.sum(model(x) ** 2), 2)
       >>> loss, grads = grad_fn(model, tx.init(tree), jnp.ones((3, 6)))
       >>> updates, opt_state = tx.update(grads, tx.init(tree), tree)
-      >>> apply_updates(model, updates, opt_state, 2)
+      >>> model = apply_updates(model, updates, opt_state, 2)
     """
     _check_module(model, "apply_updates")
     tree, restore = to_tree(model)
     stepped = optimizer.apply_updates(tree, updates, opt_state, spec)
     nnx.update(model, nnx.state(restore(stepped), nnx.Param))
+    return model
 
 
 class TrainState(train_state.TrainState):
@@ -203,8 +207,13 @@ def _check_module(model: Any, name: str) -> None:
 def _parameters(model: Any) -> tuple[Any, Callable[[Any], Any]]:
     """The trainable part of a view, and how to put a new one in its place."""
     if isinstance(model, nnx.Module):
-        graphdef, *states = nnx.split(model, nnx.Param, ...)
-        return states[0], lambda new: nnx.merge(graphdef, new, states[1])
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def merged(new: Any) -> nnx.Module:
+            # Variables of its own: those of the model may be of an outer trace.
+            return nnx.merge(graphdef, new, jax.tree.map(lambda leaf: leaf, rest))
+
+        return params, merged
     if isinstance(model, nnx.State) and _holds_variables(model):
         split = nnx.split_state(model, nnx.Param, ...)
         return split[0], lambda new: nnx.merge_state(new, split[1])

@@ -121,7 +121,8 @@ def public_functions():
         yield name, getattr(rl, name)
     for name in rl.methods.__all__:
         yield f"methods.{name}", getattr(rl.methods, name)
-    yield "flax.to_tree", rl.flax.to_tree
+    for name in ("to_tree", "value_and_grad", "apply_updates", "TrainState"):
+        yield f"flax.{name}", getattr(rl.flax, name)
 
 
 for namespace in ("methods", "flax"):
@@ -149,9 +150,10 @@ def test_public_docstrings(name, thing):
     for parameter in inspect.signature(thing).parameters.values():
         assert parameter.name in doc, f"{name} does not explain {parameter.name}"
         if parameter.default is not inspect.Parameter.empty:
-            # link counts sketches and reads naturally by position or name alike.
+            # link counts sketches and reads naturally by position or name alike; a loss
+            # stands before its arguments.
             assert parameter.kind is inspect.Parameter.KEYWORD_ONLY or (
-                parameter.name == "link"
+                parameter.name in ("link", "loss_fn")
             )
 
 

@@ -167,3 +167,94 @@ def test_nnx_lists_and_indices():
     leaves, _ = paths.flatten(tree)
     assert "layers/1/kernel" in leaves
     assert restore(tree).layers[1].kernel.shape == (6, 5)
+
+
+class Noisy(nnx.Module):
+    """A module whose call changes statistics and a random stream."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Linear(6, 7, rngs=rngs)
+        self.norm = nnx.BatchNorm(7, rngs=rngs)
+        self.drop = nnx.Dropout(0.3, rngs=rngs)
+        self.second = nnx.Linear(7, 5, rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(self.drop(self.norm(self.first(x))))
+
+
+def noisy_loss(model, x):
+    return jnp.mean(jnp.sin(model(x)))
+
+
+def test_nnx_in_place_takes_the_same_steps():
+    x = jax.random.normal(jax.random.key(1), (16, 6))
+    # Not Adam: the bias before a norm has a gradient of rounding errors only.
+    tx = rl.raclora(0.5, SPEC, inner=optax.identity(), key=0)
+    ours, plain = Noisy(nnx.Rngs(0)), Noisy(nnx.Rngs(0))
+    ours_state = tx.init(to_tree(ours)[0])
+    optimizer = nnx.Optimizer(plain, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, opt_state, x):
+        grad_fn = rl.flax.value_and_grad(noisy_loss, SPEC)
+        loss, grads = grad_fn(model, opt_state, x)
+        updates, opt_state = tx.update(grads, opt_state, to_tree(model)[0])
+        rl.flax.apply_updates(model, updates, opt_state, SPEC)
+        return loss, opt_state
+
+    @nnx.jit
+    def dense_step(model, optimizer, x):
+        loss, grads = nnx.value_and_grad(noisy_loss)(model, x)
+        optimizer.update(model, grads)
+        return loss
+
+    for _ in range(5):  # two links begin meanwhile
+        loss, ours_state = step(ours, ours_state, x)
+        expected = dense_step(plain, optimizer, x)
+        np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    mine, theirs = (jax.tree.leaves(nnx.state(net, nnx.Not(nnx.RngState)))
+                    for net in (ours, plain))  # fmt: skip
+    for got, want in zip(mine, theirs, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-4)
+    assert ours.drop.rngs.count[...] == plain.drop.rngs.count[...] == 5
+
+
+def test_nnx_in_place_returns_aux():
+    model = Noisy(nnx.Rngs(0))
+    state = rl.raclora(0.05, SPEC, key=0).init(to_tree(model)[0])
+
+    def loss(model, x):
+        y = model(x)
+        return jnp.mean(y**2), {"shape": y.shape, "sum": y.sum()}
+
+    grad_fn = rl.flax.value_and_grad(loss, SPEC, has_aux=True)
+    (value, aux), grads = grad_fn(model, state, jnp.ones((4, 6)))
+    assert aux["shape"] == (4, 5)
+    assert jnp.isfinite(aux["sum"] + value)
+    assert isinstance(grads["first"]["kernel"], rl.Factor)
+    with pytest.raises(TypeError, match=r"nnx.Module, got dict"):
+        grad_fn(to_tree(model)[0], state, jnp.ones((4, 6)))
+    with pytest.raises(TypeError, match=r"raclora_jax.apply_updates"):
+        rl.flax.apply_updates({}, {}, state, SPEC)
+
+
+def test_linen_train_state_steps_in_factor_form():
+    params, x = linen_variables()["params"], jnp.ones((4, 6))
+
+    def loss(params, x):
+        return jnp.mean(jnp.sin(LinenNet().apply({"params": params}, x)))
+
+    tx = rl.raclora(0.05, SPEC, weight_decay=0.1, key=0)
+    apply_fn = LinenNet().apply
+    ours = rl.flax.TrainState.create(apply_fn=apply_fn, params=params, tx=tx, spec=SPEC)
+    plain = TrainState.create(apply_fn=apply_fn, params=params, tx=tx)
+    grad_fn = jax.jit(rl.value_and_grad(loss, SPEC))
+    for _ in range(5):
+        _, grads = grad_fn(ours.params, ours.opt_state, x)
+        ours = ours.apply_gradients(grads=grads)
+        plain = plain.apply_gradients(grads=jax.grad(loss)(plain.params, x))
+    assert int(ours.step) == 5
+    for got, want in zip(
+        jax.tree.leaves(ours.params), jax.tree.leaves(plain.params), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-5)

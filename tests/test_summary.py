@@ -96,3 +96,57 @@ def test_a_single_leaf():
 def test_a_spec_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="wins no leaf"):
         rl.summary(PARAMS, rl.Spec(4, rules=[*SPEC.rules, rl.Rule("nothing")]))
+
+
+def loss_fn(params, x):
+    hidden = x @ params["first"]
+    hidden, _ = jax.lax.scan(
+        lambda h, w: (jnp.tanh(h @ w), None), hidden, params["stack"]
+    )
+    return jnp.mean(hidden @ params["last"]) + jnp.mean(params["last"] ** 2)
+
+
+LOSS_PARAMS = {
+    "first": jax.ShapeDtypeStruct((32, 64), "float32"),
+    "stack": jax.ShapeDtypeStruct((3, 64, 64), "float32"),
+    "last": jax.ShapeDtypeStruct((64, 48), "float32"),
+}
+
+
+def test_peak_is_what_the_compiler_confirms():
+    x = jax.ShapeDtypeStruct((256, 32), "float32")
+    spec = rl.trace_spec(loss_fn, LOSS_PARAMS, x, rank=4)
+    costs = rl.summary(LOSS_PARAMS, spec, loss_fn, x)
+    tx = rl.raclora(1e-3, spec, weight_decay=0.1, key=0)
+    grad_fn = rl.value_and_grad(loss_fn, spec)
+
+    def step(params, opt_state, x):
+        loss, grads = grad_fn(params, opt_state, x)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return rl.apply_updates(params, updates, opt_state, spec), opt_state, loss
+
+    state = jax.eval_shape(tx.init, LOSS_PARAMS)
+    with pytest.warns(UserWarning, match="'last' by"):
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(LOSS_PARAMS, state, x)
+    memory = lowered.compile().memory_analysis()
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    held += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    assert costs.peak_bytes == pytest.approx(held, rel=0.1)
+    assert f"peak of a compiled step: {held / 1024:.0f}"[:28] in str(costs)
+    grads = jax.eval_shape(grad_fn, LOSS_PARAMS, state, x)[1]
+    values = [g.value for g in jax.tree.leaves(grads, is_leaf=is_factor)]
+    assert costs.total.gradient_bytes == sum(v.size * v.dtype.itemsize for v in values)
+
+
+def is_factor(node):
+    return isinstance(node, rl.Factor)
+
+
+def test_dense_gradients_are_listed():
+    x = jnp.ones((8, 32))
+    spec = rl.trace_spec(loss_fn, LOSS_PARAMS, x, rank=4)
+    costs = rl.summary(LOSS_PARAMS, spec, loss_fn, x)
+    assert [w for w in costs.warnings if "formed in full" in w] == [
+        "leaf 'last': its gradient is formed in full by integer_pow"
+    ]
+    assert rl.summary(LOSS_PARAMS, spec).peak_bytes is None

@@ -158,7 +158,7 @@ def test_a_bfloat16_base_keeps_float32_factors():
     )
     exact = rl.effective_params(base, factors, chain, SPEC)
     wide = jax.value_and_grad(rl.adapted(loss_fn, SPEC))
-    expected, wanted = wide(
+    _, wanted = wide(
         factors, jax.tree.map(lambda w: w.astype(jnp.float32), base), chain, *inputs()
     )
     assert grads["qkv"].dtype == jnp.float32
