@@ -17,9 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from raclora_jax.contraction import Label, contract
-from raclora_jax.weight import RANK, Axis, Part, Weight, einsum_parts
-
-Push = Callable[[Any, Array], Array]
+from raclora_jax.weight import RANK, Axis, Map, Part, Weight, einsum_parts
 
 
 def dot_general(eqn: Any, left: Any, right: Any) -> Array | None:
@@ -67,11 +65,14 @@ def _product(
     x, x_names = einsum_parts(x, x_axes)
     early, inner = _order(weight, x, x_names, out)
     s_names, f_names = weight.sketch_axes, weight.factor_axes
-    sketch = weight.sketch.astype(x.dtype)
+    inputs = x, weight.sketch.astype(x.dtype)
+
+    def sketched(inputs: tuple[Array, Array]) -> Array:
+        x, sketch = inputs
+        return contract(x, x_names, sketch, s_names, inner, **out.options)
+
     if early:
-        x = weight.constant(x)
-        known = contract(x, x_names, sketch, s_names, inner, **out.options)
-        return weight.attached(y, known, *out.early(inner, f_names))
+        return weight.attached(y, inputs, *out.early(inner, f_names), keep=sketched)
 
     def push(known: tuple[Array, Array], factor: Array) -> Array:
         x, sketch = known
@@ -84,7 +85,7 @@ def _product(
         middle = out.met(cotangent, sketch, s_names, inner, wide=False)
         return contract(x, x_names, middle, inner, f_names, dtype=out.wide, **out.options)
 
-    return weight.attached(y, (x, sketch), push, pull)
+    return weight.attached(y, inputs, push, pull)
 
 
 def _order(
@@ -150,8 +151,12 @@ def conv_general_dilated(eqn: Any, x: Any, weight: Any) -> Array | None:
         return eqn.primitive.bind(x, part.reshape(shape), **params)
 
     if {*s_names} == {*kernel_names}:
-        known = thin(weight.constant(x), weight.sketch, s_names)
-        return weight.attached(y, known, *out.early(thin_names, f_names))
+        return weight.attached(
+            y,
+            (x, weight.sketch),
+            *out.early(thin_names, f_names),
+            keep=lambda inputs: thin(inputs[0], inputs[1], s_names),
+        )
     if {*f_names} != {*kernel_names}:
         return None
 
@@ -208,7 +213,7 @@ def gather(eqn: Any, weight: Any, indices: Any) -> Array | None:
         return weight.attached(y, known, *out.early(names, weight.factor_axes))
     factor, names = pick(weight.factor, weight.factor_axes)
     push, pull = out.early(s_names, names)
-    return weight.attached(y, sketch, push, pull, factor)
+    return weight.attached(y, sketch, push, pull, factor=factor)
 
 
 def ragged_dot_general(eqn: Any, x: Any, weight: Any, groups: Any) -> Array | None:
@@ -235,13 +240,16 @@ def ragged_dot_general(eqn: Any, x: Any, weight: Any, groups: Any) -> Array | No
     early, late = [stack, summed, RANK], [stack, RANK, free]
     sketch = weight.sketch
     if {*s_names} == {*early} and {*f_names} == {*late}:
-        known = ragged(weight.constant(x), laid_out(sketch, s_names, early), groups)
+
+        def sketched(inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            x, sketch, groups = inputs
+            return ragged(x, laid_out(sketch, s_names, early), groups), groups
 
         def push(known: tuple[Array, Array], factor: Array) -> Array:
             thin, groups = known
             return ragged(thin, laid_out(factor, f_names, late), groups)
 
-        return weight.attached(y, (known, groups), push)
+        return weight.attached(y, (x, sketch, groups), push, keep=sketched)
     if {*s_names} != {*late} or {*f_names} != {*early}:
         return None
 
@@ -290,7 +298,7 @@ class _Output(NamedTuple):
             other, other_names, cotangent, self.names, names, dtype=dtype, **self.options
         )
 
-    def early(self, names: Any, factor_names: Any) -> tuple[Push, Push]:
+    def early(self, names: Any, factor_names: Any) -> tuple[Map, Map]:
         """``push`` and ``pull`` where the output is ``known`` times the factor."""
 
         def push(known: Array, factor: Array) -> Array:

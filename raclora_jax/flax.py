@@ -207,7 +207,8 @@ def _check_module(model: Any, name: str) -> None:
 def _parameters(model: Any) -> tuple[Any, Callable[[Any], Any]]:
     """The trainable part of a view, and how to put a new one in its place."""
     if isinstance(model, nnx.Module):
-        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+        graphdef, *states = nnx.split(model, nnx.Param, ...)
+        params, rest = states
 
         def merged(new: Any) -> nnx.Module:
             # Variables of its own: those of the model may be of an outer trace.

@@ -30,6 +30,9 @@ class Part(NamedTuple):
     size: int
 
 
+# A map from what is known and a factor or a cotangent, linear in the latter.
+Map = Callable[[Any, Array], Array]
+
 # One axis of a weight: the parts it merges, none for an axis of size 1.
 Axis = tuple[Part, ...]
 
@@ -151,10 +154,6 @@ class Weight:
         )
         self.leaf.uses.views.setdefault(self.leaf.path, []).append(view)
 
-    def constant(self, x: Array) -> Array:
-        """What is kept of an input: at a zero factor no gradient goes back through it."""
-        return lax.stop_gradient(x) if self.leaf.zero else x
-
     def watched(self, output: Array) -> Array:
         """An operation's output where there is no factor to depend on."""
         return output if self.scale is None else output * self.scale.astype(output.dtype)
@@ -162,18 +161,21 @@ class Weight:
     def attached(
         self,
         output: Array,
-        known: Any,
-        push: Callable[[Any, Array], Array],
-        pull: Callable[[Any, Array], Array] | None = None,
+        inputs: Any,
+        push: Map,
+        pull: Map | None = None,
+        *,
+        keep: Callable[[Any], Any] = lambda inputs: inputs,
         factor: Array | None = None,
     ) -> Array:
         """An operation's output, with its dependence on the factor.
 
         Args:
           output: What the operation gives for the base alone.
-          known: Whatever else ``push`` needs, arrays that do not depend on the factor.
+          inputs: The operation's other inputs, and the sketch.
           push: ``push(known, F)``, the output's change for a factor, linear in it.
           pull: Its transpose, ``pull(known, cotangent)``; derived if not given.
+          keep: ``keep(inputs)`` gives ``known``, what the backward pass has to hold.
           factor: The factor that ``push`` takes, if it is not this weight's own.
 
         Returns:
@@ -181,9 +183,9 @@ class Weight:
         """
         factor = self.factor if factor is None else factor
         if not self.leaf.zero:
-            change = push(known, lax.stop_gradient(factor))
+            change = push(keep(inputs), lax.stop_gradient(factor))
             output += (self.leaf.scaling * change).astype(output.dtype)
-        output = _attach(output, factor, known, push, pull, self.leaf.scaling)
+        output = _attach(output, factor, inputs, keep, push, pull, self.leaf.scaling)
         return self.watched(output)
 
     def stacked(self) -> Weight | None:
@@ -332,9 +334,10 @@ def resized(axes: Sequence[Axis], shape: Sequence[int]) -> tuple[Axis, ...]:
 def _attach(
     output: Array,
     factor: Array,
-    known: Any,
-    push: Callable[[Any, Array], Array],
-    pull: Callable[[Any, Array], Array] | None,
+    inputs: Any,
+    keep: Callable[[Any], Any],
+    push: Map,
+    pull: Map | None,
     scaling: float,
 ) -> Array:
     """The identity on ``output``, with ``push`` as its derivative by ``factor``."""
@@ -342,11 +345,11 @@ def _attach(
     like = jax.typeof(factor)
 
     @jax.custom_vjp
-    def attach(output: Array, factor: Array, known: Any) -> Array:
+    def attach(output: Array, factor: Array, inputs: Any) -> Array:
         return output
 
-    def forward(output: Array, factor: Array, known: Any) -> tuple[Array, Any]:
-        return output, known
+    def forward(output: Array, factor: Array, inputs: Any) -> tuple[Array, Any]:
+        return output, keep(inputs)
 
     def backward(known: Any, cotangent: Array) -> tuple[Array, Array, None]:
         if pull is not None:
@@ -357,7 +360,7 @@ def _attach(
         return cotangent, (scaling * gradient).astype(like.dtype), None
 
     attach.defvjp(forward, backward)
-    return attach(output, factor, known)
+    return attach(output, factor, inputs)
 
 
 def _varying_as(array: Array, other: Array) -> Array:
