@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import functools
+import operator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,11 @@ from raclora_jax import paths
 from raclora_jax.factorize import inverse_cholesky
 from raclora_jax.plan import LeafPlan, plan_leaves
 from raclora_jax.spec import Spec, as_spec
+
+# Up to this rank a lift is a sum of outer products, which the compiler fuses with the
+# addition to the weights; above it a matmul, which leaves a dense delta in memory, is
+# faster (benchmarks/results/inner_loop.json).
+_UNROLLED = 16
 
 
 @jax.tree_util.register_dataclass
@@ -75,15 +82,82 @@ def lift_leaf(factor: Array, sketch: Array, plan: LeafPlan) -> Array:
     Returns:
       Array of ``plan.shape`` in ``plan.wide_dtype``.
     """
-    stack = tuple(range(len(plan.batch)))
-    product = lax.dot_general(
-        sketch.astype(plan.wide_dtype),
-        (plan.scaling * factor).astype(plan.wide_dtype),
-        (((len(stack),), (len(stack),)), (stack, stack)),
-        precision=lax.Precision.HIGHEST,
-    )
-    order = (*plan.batch, *plan.sketched, *plan.trained)
-    return jnp.transpose(product, [order.index(axis) for axis in range(len(order))])
+    return _lift(factor, sketch, _View.of(plan))
+
+
+def add_lifted(
+    weight: Array, factor: Array, sketch: Array, decay: Any, plan: LeafPlan
+) -> Array:
+    """``W + (lift(F) - decay * W)``, in one pass over the weight at small rank.
+
+    Args:
+      weight: Array of ``plan.shape``.
+      factor: Array of ``plan.factor_shape``.
+      sketch: Array of ``plan.sketch_shape``.
+      decay: Scalar.
+      plan: Plan of the leaf.
+
+    Returns:
+      Array of ``plan.shape`` in ``plan.wide_dtype``.
+    """
+    return _add_lifted(weight, factor, sketch, decay, _View.of(plan))
+
+
+class _View(NamedTuple):
+    """What of a plan a lift needs: static, hashable, the same for leaves of one kind."""
+
+    shape: tuple[int, ...]
+    batch: tuple[int, ...]
+    sketched: tuple[int, ...]
+    trained: tuple[int, ...]
+    scaling: float
+    dtype: str
+
+    @classmethod
+    def of(cls, plan: LeafPlan) -> _View:
+        axes = (plan.batch, plan.sketched, plan.trained)
+        return cls(plan.shape, *axes, plan.scaling, str(plan.wide_dtype))
+
+
+# These two are traced once for all leaves of one kind.
+@functools.partial(jax.jit, static_argnames="view")
+def _add_lifted(
+    weight: Array, factor: Array, sketch: Array, decay: Array, view: _View
+) -> Array:
+    wide = weight.astype(view.dtype)
+    return wide + (_lift(factor, sketch, view) - jnp.asarray(decay, wide.dtype) * wide)
+
+
+@functools.partial(jax.jit, static_argnames="view")
+def _lift(factor: Array, sketch: Array, view: _View) -> Array:
+    sides = [
+        (sketch.astype(view.dtype), view.sketched),
+        ((view.scaling * factor).astype(view.dtype), view.trained),
+    ]
+    # The side whose axes come first in the leaf goes first: then the product is laid
+    # out as the leaf.
+    (first, outer), (second, inner) = sorted(sides, key=lambda side: side[1])
+    axis = len(view.batch)
+    if sketch.shape[axis] <= _UNROLLED:
+        columns = _spread(first, (*view.batch, *outer), view)
+        rows = _spread(second, (*view.batch, *inner), view)
+        return functools.reduce(operator.add, map(operator.mul, columns, rows))
+    stack = tuple(range(axis))
+    dims = (((axis,), (axis,)), (stack, stack))
+    product = lax.dot_general(first, second, dims, precision=lax.Precision.HIGHEST)
+    order = (*view.batch, *outer, *inner)
+    return jnp.transpose(product, [order.index(a) for a in range(len(order))])
+
+
+def _spread(side: Array, axes: tuple[int, ...], view: _View) -> list[Array]:
+    """One array of the leaf's shape per rank, constant along the other side."""
+    rank_axis, order = len(view.batch), sorted(axes)
+    spread = []
+    for index in range(side.shape[rank_axis]):
+        one = lax.index_in_dim(side, index, rank_axis, keepdims=False)
+        one = jnp.transpose(one, [axes.index(axis) for axis in order])
+        spread.append(lax.broadcast_in_dim(one, view.shape, order))
+    return spread
 
 
 def change_of_basis(new: Array, old: Array, plan: LeafPlan) -> Array:
@@ -109,10 +183,7 @@ def change_of_basis(new: Array, old: Array, plan: LeafPlan) -> Array:
 
     if plan.sketch != "gaussian_raw":
         return cross(new, old)
-    whiten = inverse_cholesky
-    for _ in stack:
-        whiten = jax.vmap(whiten)
-    inverse = whiten(cross(new, new))
+    inverse = inverse_cholesky(cross(new, new))
     # (L L^T)^-1 = L^-T L^-1.
     whitened = jnp.matmul(inverse, cross(new, old), precision=lax.Precision.HIGHEST)
     return jnp.matmul(inverse.mT, whitened, precision=lax.Precision.HIGHEST)

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
 from raclora_jax import paths, rounding
-from raclora_jax.lowrank import (
-    Factor,
-    check_factor,
-    is_factor,
-    lift_leaf,
-)
+from raclora_jax.lowrank import Factor, add_lifted, check_factor, is_factor
 from raclora_jax.plan import LeafPlan, plan_leaves
-from raclora_jax.sketch import draw, leaf_key
+from raclora_jax.sketch import draw_all, leaf_keys
 from raclora_jax.spec import Spec, as_spec
-from raclora_jax.state import (
-    RacLoraState,
-    find_state,
-    link_of,
-)
+from raclora_jax.state import RacLoraState, find_state, link_of
 from raclora_jax.step import Core
 
 
@@ -153,11 +144,14 @@ def raclora(
             learning_rate(state.count) if callable(learning_rate) else learning_rate
         )
         shrink = jnp.where(step.emitted, rate * weight_decay, 0.0) if decays else 0.0
-        master = dict(state.master)
+        master, descent = dict(state.master), -rate
+        dense = [step.plans[p] for p, g in step.grads.items() if not is_factor(g)]
+        rounds = _low_keys(state.key_data, "rounding", dense, state.count)
+        lands = _low_keys(state.key_data, "landing", dense, state.count)
 
         def one(path: str, grad: Any) -> Any:
             plan = step.plans[path]
-            value = (-rate * step.directions[path]).astype(plan.wide_dtype)
+            value = (descent * step.directions[path]).astype(plan.wide_dtype)
             decay = jnp.asarray(shrink if decaying.get(path) else 0.0, plan.wide_dtype)
             if is_factor(grad) and path not in master:
                 return _like(grad, value, decay)
@@ -171,11 +165,16 @@ def raclora(
                 return _like(grad, value, decay)
             if weight is None or not rounding.is_low(weight.dtype):
                 return delta.astype(grad.dtype)
-            exact = master.get(path, weight.astype(plan.wide_dtype) + delta)
-            key = _rounding_key(state.key_data, path, state.count)
-            target = rounding.settle(exact, weight.dtype, core.spec.rounding, key)
-            key = jax.random.fold_in(key, 1)
-            return rounding.landing_update(weight, target, grad.dtype, key)
+            if path in master:
+                exact = master[path]
+            elif plan.mode == "lowrank":
+                exact = add_lifted(weight, value, step.sketches[path], decay, plan)
+            else:
+                exact = weight.astype(plan.wide_dtype) + delta
+            target = rounding.settle(
+                exact, weight.dtype, core.spec.rounding, rounds[path]
+            )
+            return rounding.landing_update(weight, target, grad.dtype, lands[path])
 
         answer = step.answer(one)
         return answer, step.state._replace(master=master)
@@ -218,6 +217,14 @@ def apply_updates(params: Any, updates: Any, opt_state: Any, spec: Spec | int) -
     _check_steps(steps, plans)
     # The state has counted the update that is being applied.
     count = jnp.maximum(state.count - 1, 0)
+    lifted = [plans[path] for path, step in steps.items() if is_factor(step)]
+    keys = _low_keys(state.key_data, "rounding", lifted, count)
+    sketches = state.sketches.values
+    if not spec.cache:
+        stepped = [plan for path, plan in plans.items() if path in steps]
+        drawn = draw_all(state.key_data, link_of(count, spec), stepped)
+        # Fused into its use, a sketch would round otherwise than a cached one.
+        sketches = lax.optimization_barrier(drawn)
 
     def one(path: str, weight: Any) -> Any:
         step, plan = steps.get(path), plans[path]
@@ -227,18 +234,11 @@ def apply_updates(params: Any, updates: Any, opt_state: Any, spec: Spec | int) -
             return optax.apply_updates(weight, step)
         if path in state.master:
             return state.master[path].astype(weight.dtype)
-        if spec.cache:
-            sketch = state.sketches.values[path]
-        else:
-            # Fused into its use, a sketch would round otherwise than a cached one.
-            sketch = draw(state.key_data, link_of(count, spec), plan)
-            sketch = lax.optimization_barrier(sketch)
-        wide = weight.astype(plan.wide_dtype)
-        exact = wide + (lift_leaf(step.value, sketch, plan) - step.decay * wide)
-        key = _rounding_key(state.key_data, path, count)
-        return rounding.settle(exact, weight.dtype, spec.rounding, key).astype(
-            weight.dtype
-        )
+        exact = add_lifted(weight, step.value, sketches[path], step.decay, plan)
+        if not rounding.is_low(weight.dtype):
+            return exact
+        settled = rounding.settle(exact, weight.dtype, spec.rounding, keys[path])
+        return settled.astype(weight.dtype)
 
     return paths.unflatten(treedef, {p: one(p, w) for p, w in leaves.items()})
 
@@ -297,8 +297,16 @@ def _decaying(mask: Any, params: Any) -> dict[str, bool]:
     return {path: decays(path) for path in leaves}
 
 
-def _rounding_key(data: Array, path: str, count: Array) -> Array:
-    return jax.random.fold_in(leaf_key(data, "rounding", path), count)
+def _low_keys(
+    data: Array, domain: str, plans: Iterable[LeafPlan], count: Array
+) -> dict[str, Array]:
+    """A key per trained leaf below float32, for one purpose in one step."""
+    low = [
+        plan.path
+        for plan in plans
+        if plan.mode != "frozen" and rounding.is_low(plan.dtype)
+    ]
+    return leaf_keys(data, domain, low, count)
 
 
 def _like(grad: Factor, value: Any, decay: Any) -> Factor:

@@ -6,6 +6,7 @@ to bfloat16 and back may be optimised away by the compiler.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,8 @@ def nearest(exact: Array, dtype: Any) -> Array:
     return _where_subnormal(exact, dtype, jnp.round, rounded)
 
 
+# Traced once for all weights of one shape.
+@functools.partial(jax.jit, static_argnames="dtype")
 def stochastic(exact: Array, dtype: Any, key: Array) -> Array:
     """One of the two neighbours on the grid of a dtype, right on average.
 
@@ -62,7 +65,7 @@ def settle(exact: Array, dtype: Any, rounding: str, key: Array) -> Array:
     if not is_low(dtype):
         return exact
     if rounding in ("auto", "stochastic"):
-        return stochastic(exact, dtype, key)
+        return stochastic(exact, jnp.dtype(dtype), key)
     return nearest(exact, dtype)
 
 
@@ -103,8 +106,32 @@ def _draw(
     near, far = landings
     reach = far - near
     share = jnp.where(reach == 0, 0.0, (target - near) / reach)
-    takes_far = jax.random.uniform(key, target.shape) < share
+    takes_far = _uniform(key, target.shape) < share
     return jnp.where(takes_far, choices[1], choices[0])
+
+
+def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
+    """Numbers in [0, 1) for rounding: a hash of position and key.
+
+    A cipher per weight would take longer than the step itself, and its loop would hold
+    weight-shaped words; a hash is computed where it is used. The key is a cipher's.
+    """
+    words = jax.random.key_data(key)
+    count = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        count = count * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
+    mixed = _mix(_mix(count ^ words[0]) + words[-1])
+    return (mixed >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+
+
+def _mix(bits: Array) -> Array:
+    """A bijection of 32 bits in which every bit depends on every bit.
+
+    Wellons, `Hash function prospector <https://github.com/skeeto/hash-prospector>`_.
+    """
+    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
+    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
+    return bits ^ (bits >> 16)
 
 
 def _neighbours(exact: Array, dtype: Any) -> tuple[Array, Array]:

@@ -13,10 +13,10 @@ from jax import Array, lax
 from jax.tree_util import DictKey, GetAttrKey
 
 from raclora_jax import paths, rounding
-from raclora_jax.inner import keep_gradient_steps, nothing_accumulated
+from raclora_jax.inner import keep_gradient_steps, nothing_accumulated, same_type
 from raclora_jax.lowrank import change_of_basis, in_basis
 from raclora_jax.plan import LeafPlan
-from raclora_jax.sketch import draw, draw_all
+from raclora_jax.sketch import draw_all
 from raclora_jax.spec import Spec
 
 # The plans of a tree's leaves, in tree order: static and hashable.
@@ -129,7 +129,7 @@ class Chain:
             values = draw_all(state.key_data, link, plans) if self.spec.cache else {}
             fresh = self._carry(state, inner, plans)
             inner = jax.tree.map(
-                lambda new, old: jnp.where(restarts, new, old).astype(old.dtype),
+                lambda new, old: lax.select(restarts, same_type(new, old), old),
                 fresh,
                 inner,
             )
@@ -214,12 +214,10 @@ class Chain:
             return keep_gradient_steps(inner, self._inner_init(plans, "lowrank"))
         link = link_of(state.count, self.spec)
         adapted = {plan.path: plan for plan in plans if plan.mode == "lowrank"}
+        new = draw_all(state.key_data, link, plans)
+        old = draw_all(state.key_data, jnp.maximum(link - 1, 0), plans)
         bases = {
-            path: change_of_basis(
-                draw(state.key_data, link, plan),
-                draw(state.key_data, jnp.maximum(link - 1, 0), plan),
-                plan,
-            )
+            path: change_of_basis(new[path], old[path], plan)
             for path, plan in adapted.items()
         }
 

@@ -246,6 +246,63 @@ def test_small_steps_from_zero_weights_are_right_on_average(dtype):
     assert abs(end.mean() - want) < 4.5 * end.std() / np.sqrt(len(end))
 
 
+def test_the_numbers_behind_the_rounding():
+    """Uniform, and without memory along an axis, between keys and between axes."""
+    count = 1 << 16
+    keys = [jax.random.fold_in(jax.random.key(1), i) for i in range(2)]
+    flat, other = (np.asarray(rounding._uniform(k, (count,)), float) for k in keys)
+    square = np.asarray(rounding._uniform(keys[0], (256, 256)), float)
+    np.testing.assert_array_equal(square.ravel(), flat)
+    assert flat.min() >= 0
+    assert flat.max() < 1
+    cells = 1 << 8
+    bins = np.bincount((flat * cells).astype(int), minlength=cells)
+    spread = ((bins - count / cells) ** 2).sum() / (count / cells)
+    assert abs(spread - (cells - 1)) < 5 * np.sqrt(2 * cells)
+    pairs = [(flat, other), (flat[1:], flat[:-1]), (flat[256:], flat[:-256])]
+    for left, right in pairs:
+        assert abs(np.corrcoef(left, right)[0, 1]) < 5 / np.sqrt(count)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_no_dense_delta_is_in_memory(side, dtype):
+    """Lift, decay, rounding and the addition are one pass over the donated weights."""
+    spec = rl.Spec(8, side=side, rules=[rl.Rule("stack", batch=0)])
+    shapes = {"kernel": (128, 256), "stack": (3, 256, 128)}
+    params = {path: jnp.ones(shape, dtype) for path, shape in shapes.items()}
+    tx = rl.raclora(1e-3, spec, key=0)
+    grads = rl.project(params, rl.sample_sketch(params, spec, key=0), spec)
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+
+    def apply(params, updates, state):
+        return rl.apply_updates(params, updates, state, spec)
+
+    compiled = jax.jit(apply, donate_argnums=0).lower(params, updates, state).compile()
+    memory = compiled.memory_analysis()
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert memory.alias_size_in_bytes == weights
+    assert memory.temp_size_in_bytes < 0.2 * weights
+
+
+@pytest.mark.parametrize("rank", [16, 17])
+def test_a_lift_is_one_sum_however_it_is_computed(rank):
+    """Outer products up to some rank, a matmul above it; any order of axes."""
+    views = {"left": {}, "right": {}, "mixed": {"rows": (1, 3), "batch": 2}}
+    for name, view in views.items():
+        shape = (5, 6, 3, 7) if view else (42, 35)
+        rule = rl.Rule("w", side="right" if name == "right" else "left", **view)
+        spec = rl.Spec(rank, alpha=2.0 * rank, rules=[rule])
+        params = {"w": jnp.zeros(shape)}
+        sketches = rl.sample_sketch(params, spec, key=0)
+        factors = rl.project({"w": normal(1, shape)}, sketches, spec)
+        got = rl.lift(factors, sketches, params, spec)["w"]
+        S, F = (np.asarray(a, float) for a in (sketches["w"], factors["w"].value))
+        product = {"left": "ri,rj->ij", "right": "rj,ri->ij", "mixed": "brik,brj->jibk"}
+        want = 2.0 * np.einsum(product[name], S, F)
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+
+
 def test_values_that_are_not_finite_stay():
     exact = jnp.array([jnp.inf, -jnp.inf, jnp.nan, 1.0], jnp.float32)
     key = jax.random.key(0)

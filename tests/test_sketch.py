@@ -15,6 +15,8 @@ from jax import lax
 
 import raclora_jax as rl
 from raclora_jax import sketch
+from raclora_jax.factorize import inverse_cholesky
+from raclora_jax.plan import plan_tree
 from raclora_jax.spec import SKETCHES
 
 PROJECTORS = tuple(name for name in SKETCHES if name != "gaussian_raw")
@@ -129,6 +131,34 @@ def test_a_slice_of_a_stack_depends_on_its_index_only(name):
     np.testing.assert_allclose(drawn(5, axis=1), five, rtol=0, atol=COMPILED)
     gaps = [np.abs(five[i] - five[j]).max() for i in range(5) for j in range(i)]
     assert min(gaps) > 1e-2
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_drawn_together_or_alone(name):
+    """Leaves of one kind are drawn as one stack, which enters none of their values."""
+    params = {f"layer_{i}": jnp.zeros((40, 64)) for i in range(3)}
+    params |= {"stack": jnp.zeros((2, 64, 40)), "other": jnp.zeros((9, 5))}
+    spec = spec_of(name, rules=[rl.Rule("stack", batch=0)])
+    plans = plan_tree(spec, params)
+    data = sketch.key_data(4)
+    together = sketch.draw_all(data, 2, plans.values())
+    assert list(together) == list(plans)
+    for path, plan in plans.items():
+        alone = sketch.draw(data, 2, plan)
+        np.testing.assert_allclose(together[path], alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 16, 17, 40])
+def test_inverse_cholesky(rank):
+    draws = np.random.default_rng(rank).normal(size=(3, rank, 2 * rank))
+    gram = draws @ draws.mT
+    want = np.linalg.inv(np.linalg.cholesky(gram))
+    with jax.enable_x64(True):
+        got = inverse_cholesky(jnp.asarray(gram))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-12 * np.abs(want).max())
+    np.testing.assert_array_equal(got, np.tril(got))
+    singular = inverse_cholesky(jnp.ones((2, 2)))
+    assert not bool(jnp.all(jnp.diagonal(singular) < 1e2))
 
 
 def test_two_stack_axes_count_in_row_major_order():
