@@ -1,0 +1,141 @@
+"""A Llama of 1.1 billion bfloat16 weights on one accelerator, against every rival.
+
+Steps on 8 x 2048 tokens with and without rematerialisation; then the deepest such model
+that each method could train on the card, by the compiler's count of memory. LoRA by
+PEFT is measured beside them where PyTorch, transformers and peft are installed.
+
+    python -m benchmarks.gpu [--quick]
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from benchmarks import models, rivals, timing
+from benchmarks.models import Model
+from benchmarks.rivals import Method
+from benchmarks.timing import Compiled
+
+SIZES = {
+    "width": 2048,
+    "layers": 22,
+    "heads": 32,
+    "kv_heads": 4,
+    "hidden": 5632,
+    "vocab": 32_000,
+    "sequences": 8,
+    "length": 2048,
+}
+TINY = {
+    "width": 64,
+    "layers": 1,
+    "heads": 4,
+    "kv_heads": 2,
+    "hidden": 96,
+    "vocab": 256,
+    "sequences": 2,
+    "length": 32,
+}
+Maker = Callable[[Model], Method]
+METHODS: list[Maker] = [
+    rivals.floor,
+    rivals.adamw,
+    rivals.ours,
+    functools.partial(rivals.ours, name="ours, left", side="left"),
+    rivals.lora,
+    functools.partial(rivals.lora, layout="rank last"),
+    rivals.qwix_lora,
+]
+# A CPU has no limit of its own: the quick run pretends one.
+PRETENDED_LIMIT = 4 * timing.MIB
+FILLED = 0.95  # of the card's memory, by the compiler's count
+
+
+def llama(sizes: dict[str, int], *, remat: bool) -> Model:
+    """The model, with the fused attention of the device."""
+    attention = "cudnn" if jax.default_backend() == "gpu" else "xla"
+    return models.llama(**sizes, scan=True, remat=remat, attention=attention)
+
+
+def memory_limit() -> int:
+    """Bytes the device lets JAX use."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", PRETENDED_LIMIT)
+
+
+def study_steps(model: Model, makers: list[Maker], **times: int) -> list[dict]:
+    """Every method that fits beside the states of the others, in one race."""
+    entries = [Compiled.of(make(model), model) for make in makers]
+    held = sum(entry.held for entry in entries)
+    limit = memory_limit() if jax.default_backend() != "cpu" else float("inf")
+    fit = [entry for entry in entries if held - entry.held + entry.peak <= limit]
+    raced = timing.race(model, fit, **times)
+    unfit = [entry.row() | {"fits": False} for entry in entries if entry not in fit]
+    return [{"model": model.name} | row for row in [*raced, *unfit]]
+
+
+def study_peft(sizes: dict[str, Any], steps: int, *, remat: bool) -> list[dict]:
+    """The rows of ``benchmarks.peft_lora``; none where PyTorch is not installed."""
+    wanted = {**sizes, "remat": remat, "rank": rivals.RANK, "steps": steps}
+    command = [sys.executable, "-m", "benchmarks.peft_lora", json.dumps(wanted)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        return [{"method": "PEFT LoRA", "error": f"exit status {done.returncode}"}]
+    name = f"llama {sizes['layers']}x{sizes['width']}" + ", remat" * remat
+    return [{"model": name} | row for row in json.loads(done.stdout)]
+
+
+def deepest(make: Maker, sizes: dict[str, int], limit: int) -> dict:
+    """The most layers whose compiled step fits, with remat.
+
+    The peak of a scanned model grows by the same for every layer: two compilations give
+    the line, and the answer is compiled to confirm it.
+    """
+
+    def compiled(layers: int) -> Compiled:
+        model = llama({**sizes, "layers": layers}, remat=True)
+        return Compiled.of(make(model), model)
+
+    few, many = 2 * sizes["layers"], 4 * sizes["layers"]  # XLA unrolls a loop of one
+    first, second = compiled(few), compiled(many)
+    slope = (second.peak - first.peak) / (many - few)
+    layers = max(1, int(few + (limit - first.peak) / slope))
+    entry = compiled(layers)
+    while entry.peak > limit and layers > 1:
+        layers = max(1, layers - math.ceil((entry.peak - limit) / slope))
+        entry = compiled(layers)
+    shapes, _ = llama({**sizes, "layers": layers}, remat=True).shapes()
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    return entry.row() | {"layers": layers, "billion_weights": count / 1e9}
+
+
+def main() -> None:
+    """Runs the studies, PyTorch first, and writes rows."""
+    options = timing.arguments(__doc__)
+    sizes = TINY if options.quick else SIZES
+    times = {"rounds": 2, "runs": 1} if options.quick else {"rounds": 5, "runs": 5}
+    remats = (True,) if options.quick else (True, False)
+    makers = METHODS[:3:2] if options.quick else METHODS
+    steps = times["rounds"] * times["runs"]
+    # Before JAX takes the card's memory.
+    peft = [row for remat in remats for row in study_peft(sizes, steps, remat=remat)]
+    raced = []
+    for remat in remats:
+        raced += study_steps(llama(sizes, remat=remat), makers, **times)
+    limit = int(FILLED * memory_limit())
+    depths = [deepest(make, sizes, limit) for make in makers]
+    results = [{"study": "steps"} | row for row in [*raced, *peft]]
+    results += [{"study": "deepest model"} | row for row in depths]
+    timing.finish(options, "gpu", results, sizes=sizes, dtype="bfloat16", limit=limit)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What a step costs before it runs: tracing and lowering, beside plain JAX.
+
+Every repeat builds its functions anew, so no cache of traced functions answers. The
+steps are whole: gradient, optimizer, apply.
+
+    python -m benchmarks.trace_time [--quick]
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks import models, rivals, timing
+from benchmarks.models import Model
+from benchmarks.rivals import Method
+
+METHODS: dict[str, Callable[[Model], Method]] = {
+    "full AdamW": rivals.adamw,
+    "ours": rivals.ours,
+    "LoRA": rivals.lora,
+    "qwix LoRA": rivals.qwix_lora,
+}
+TINY = {"width": 64, "layers": 1, "vocab": 256, "sequences": 2, "length": 32}
+
+
+def all_models(quick: bool) -> list[Model]:
+    """A deep decoder, where tracing hurts, in both forms, and the nnx encoder."""
+    sizes = TINY if quick else {"layers": 12}
+    return [
+        models.decoder(**sizes),
+        models.decoder(**sizes, scan=True, remat=True),
+        models.encoder(**sizes),
+    ]
+
+
+def clocked(function: Callable[[], Any]) -> tuple[Any, float]:
+    """What a function returns, and its seconds."""
+    start = time.perf_counter()
+    result = function()
+    return result, time.perf_counter() - start
+
+
+def once(model: Model, make: Callable[[Model], Method]) -> tuple[float, float, float]:
+    """Seconds to build, trace and lower one new step."""
+    method, building = clocked(lambda: make(model))
+    state = jax.eval_shape(method.init, jax.random.key(0))
+    _, batch = model.shapes()
+    step = jax.jit(method.step, donate_argnums=0)
+    traced, tracing = clocked(lambda: step.trace(state, batch))
+    _, lowering = clocked(traced.lower)
+    return building, tracing, lowering
+
+
+def measure(model: Model, repeats: int) -> list[dict]:
+    """Medians per method, the first repeat, which fills JAX's own caches, left out."""
+    spent: dict[str, list[tuple[float, float, float]]] = {name: [] for name in METHODS}
+    for _ in range(repeats + 1):
+        for name, make in METHODS.items():
+            spent[name].append(once(model, make))
+    middle = {name: np.median(times[1:], axis=0) for name, times in spent.items()}
+    plain = middle["full AdamW"]
+    return [
+        {
+            "model": model.name,
+            "method": name,
+            "build_seconds": float(seconds[0]),
+            "trace_seconds": float(seconds[1]),
+            "lower_seconds": float(seconds[2]),
+            "trace_over_plain": float(seconds[1] / plain[1]),
+            "lower_over_plain": float(seconds[2] / plain[2]),
+        }
+        for name, seconds in middle.items()
+    ]
+
+
+def main() -> None:
+    """Measures every model, writes rows, prints the table."""
+    options = timing.arguments(__doc__)
+    repeats = 1 if options.quick else 7
+    results = [r for m in all_models(options.quick) for r in measure(m, repeats)]
+    timing.finish(options, "trace_time", results, repeats=repeats, rank=rivals.RANK)
+
+
+if __name__ == "__main__":
+    main()
