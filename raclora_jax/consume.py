@@ -127,9 +127,9 @@ def conv_general_dilated(eqn: Any, x: Any, weight: Any) -> Array | None:
     numbers = params["dimension_numbers"]
     features, place = numbers.rhs_spec[0], numbers.out_spec[1]
     others = [axis for i, axis in enumerate(weight.axes) if i != features]
-    weight.saw(_atoms(others))
     if params["feature_group_count"] * params["batch_group_count"] > 1:
         return None
+    weight.saw(_atoms(others))
     y = eqn.primitive.bind(x, weight.array, **params)
     if weight.factor is None:
         return weight.watched(y)
@@ -141,6 +141,8 @@ def conv_general_dilated(eqn: Any, x: Any, weight: Any) -> Array | None:
     kernel[features] = [RANK]
     kernel_names = [name for names in kernel for name in names]
     s_names, f_names = weight.sketch_axes, weight.factor_axes
+    if {*s_names} & {*f_names} != {RANK}:  # a stack, which no convolution has
+        return None
 
     def thin(x: Array, part: Array, names: Sequence[Label]) -> Array:
         """The convolution with a kernel that has a rank for features."""

@@ -18,7 +18,7 @@ from raclora_jax.plan import LeafPlan, plan_tree
 from raclora_jax.sketch import draw_all
 from raclora_jax.spec import Spec, as_spec
 from raclora_jax.state import RacLoraState, find_state, link_of
-from raclora_jax.weight import Uses, leaf_weight
+from raclora_jax.weight import Uses, Weight, leaf_weight, varying_as
 
 
 def value_and_grad(
@@ -85,7 +85,7 @@ def reporting(
         plans = plan_tree(spec, params)
         leaves, treedef = paths.flatten(params)
         state = find_state(opt_state)
-        _check_state(state, plans)
+        _check_state(state, plans, spec)
         staged = stage(lambda p: loss_fn(p, *args, **kwargs), params)
         loss_shape = _loss_shape(staged.out_shape, has_aux)
         _check_loss(loss_shape)
@@ -95,7 +95,7 @@ def reporting(
         trained = {
             path: leaves[path]
             if plan.mode == "dense"
-            else jnp.zeros(plan.factor_shape, plan.wide_dtype)
+            else _zero_factor(plan, leaves[path])
             for path, plan in plans.items()
             if plan.mode != "frozen"
         }
@@ -108,7 +108,10 @@ def reporting(
                 return leaf_weight(leaf, plans[path], uses, sketch, factor)
 
             inputs = [stand_in(path, leaf) for path, leaf in leaves.items()]
-            out = staged.rebuilt(arrays(evaluate(staged.jaxpr, inputs), "output"))
+            loss, *aux = evaluate(staged.jaxpr, inputs)
+            # What stands beside the loss has no gradient.
+            aux = [v.constant() if isinstance(v, Weight) else v for v in aux]
+            out = staged.rebuilt([*arrays([loss], "output"), *aux])
             return out if has_aux else (out, None)
 
         (loss, aux), found = jax.value_and_grad(value, has_aux=True)(trained)
@@ -176,6 +179,11 @@ def sketches_of(
     return lax.cond(state.sketches.link == link, lambda: state.sketches.values, draw)
 
 
+def _zero_factor(plan: LeafPlan, leaf: Any) -> Array:
+    """Zero, and inside ``shard_map`` as varying as the leaf whose gradient it gets."""
+    return varying_as(jnp.zeros(plan.factor_shape, plan.wide_dtype), leaf)
+
+
 def _loss_shape(out: Any, has_aux: bool) -> Any:
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise ValueError(
@@ -205,7 +213,7 @@ def _check_used(jaxpr: Any, plans: dict[str, LeafPlan]) -> None:
             )
 
 
-def _check_state(state: RacLoraState, plans: dict[str, LeafPlan]) -> None:
+def _check_state(state: RacLoraState, plans: dict[str, LeafPlan], spec: Spec) -> None:
     """Refuses a state whose sketches or moments belong to other plans."""
     adapted = {p: plan for p, plan in plans.items() if plan.mode == "lowrank"}
     held = {("sketch", path): v for path, v in state.sketches.values.items()}
@@ -229,8 +237,10 @@ def _check_state(state: RacLoraState, plans: dict[str, LeafPlan]) -> None:
             )
     known = {path for _, path in held}
     for path in adapted:
-        if known and path not in known:
+        missing = known and path not in known
+        if missing or (spec.cache and ("sketch", path) not in held):
             raise ValueError(
-                f"leaf {paths.show(path)} is adapted in this spec, but opt_state knows "
-                "nothing of it; pass the spec that raclora(...) was given"
+                f"leaf {paths.show(path)} is adapted in this spec, but opt_state has no "
+                "sketch for it; pass the spec that raclora(...) was given, and a state "
+                "as tx.init makes it"
             )

@@ -7,7 +7,7 @@ or ``None`` where the leaf must be formed in full.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -50,7 +50,11 @@ def reshape(eqn: Any, weight: Weight) -> Weight | None:
 
 
 def squeeze(eqn: Any, weight: Weight) -> Weight:
-    gone = [axis % len(weight.axes) for axis in eqn.params["dimensions"]]
+    return _squeezed(weight, eqn.params["dimensions"])
+
+
+def _squeezed(weight: Weight, dimensions: Sequence[int]) -> Weight:
+    gone = [axis % len(weight.axes) for axis in dimensions]
     base = lax.squeeze(weight.array, gone)
     kept = tuple(axis for i, axis in enumerate(weight.axes) if i not in gone)
     for part in (part for i in gone for part in weight.axes[i]):
@@ -116,6 +120,20 @@ def split(eqn: Any, weight: Weight) -> list[Weight] | None:
     return pieces
 
 
+def unstack(eqn: Any, weight: Weight) -> list[Weight] | None:
+    axis, pieces = eqn.params["axis"], []
+    for index in range(weight.shape[axis]):
+
+        def cut(array: Array, place: int, of: int, index: int = index) -> Array:
+            return lax.slice_in_dim(array, index, index + 1, axis=place)
+
+        piece = _cut(weight, cut(weight.array, axis, axis), cut)
+        if piece is None:
+            return None
+        pieces.append(_squeezed(piece, (axis,)))
+    return pieces
+
+
 def convert_element_type(eqn: Any, weight: Weight) -> Weight | None:
     """The factors keep their own dtype."""
     dtype = eqn.params["new_dtype"]
@@ -162,12 +180,7 @@ def div(eqn: Any, left: Any, right: Any) -> Weight | None:
 
 
 def stop_gradient(eqn: Any, weight: Weight) -> Array:
-    """A constant: the factor is left behind, and a scale's own gradient with it."""
-    if not weight.leaf.zero:
-        return lax.stop_gradient(weight.materialise("stop_gradient"))
-    if weight.scale is None:
-        return weight.array
-    return weight.array * lax.stop_gradient(weight.scale)
+    return weight.constant()
 
 
 def pvary(eqn: Any, *operands: Any) -> list[Any]:
@@ -297,4 +310,5 @@ RULES: dict[str, Callable[..., Any]] = {
     "squeeze": squeeze,
     "stop_gradient": stop_gradient,
     "transpose": transpose,
+    "unstack": unstack,
 }

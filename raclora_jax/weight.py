@@ -188,6 +188,14 @@ class Weight:
         output = _attach(output, factor, inputs, keep, push, pull, self.leaf.scaling)
         return self.watched(output)
 
+    def constant(self) -> Array:
+        """The leaf as an array that no gradient goes back through."""
+        if not self.leaf.zero:
+            return lax.stop_gradient(self.materialise("stop_gradient"))
+        if self.scale is None:
+            return self.array
+        return self.array * lax.stop_gradient(self.scale)
+
     def stacked(self) -> Weight | None:
         """The weight made ready for ``scan``: its first axis first in every array.
 
@@ -341,7 +349,7 @@ def _attach(
     scaling: float,
 ) -> Array:
     """The identity on ``output``, with ``push`` as its derivative by ``factor``."""
-    factor = _varying_as(factor, output)
+    factor = varying_as(factor, output)
     like = jax.typeof(factor)
 
     @jax.custom_vjp
@@ -363,7 +371,7 @@ def _attach(
     return attach(output, factor, inputs)
 
 
-def _varying_as(array: Array, other: Array) -> Array:
+def varying_as(array: Array, other: Array) -> Array:
     """Inside ``shard_map``, an array that varies over what another varies over."""
     axes = tuple(varying_axes(other) - varying_axes(array))
     return lax.pcast(array, axes, to="varying") if axes else array

@@ -1,0 +1,68 @@
+"""Every way a loss can use a weight: the gradient is the dense one, projected.
+
+The oracle is ``project(jax.grad(loss)(params, *args), sample_sketch(...))``. Each case of
+``cases.py`` is held against it on either side, and against its list of fallbacks.
+"""
+
+from __future__ import annotations
+
+import cases
+import jax
+import pytest
+from agreement import (
+    SIDES,
+    assert_reported,
+    assert_same,
+    fallbacks,
+    gradient,
+    jit,
+    sketches,
+)
+from cases import CASES
+
+import raclora_jax as rl
+
+pytestmark = pytest.mark.usefixtures("quick_draws")
+
+TURNS = ((("left", 1), ("right", 3)), (("left", 3), ("right", 1)))
+
+
+def check(case, settings, tolerance):
+    """Holds one case against the oracle, every (side, rank) in one program."""
+    params, args = case.inputs()
+    specs = [case.spec(rank, side) for side, rank in settings]
+
+    def both(params, *args):
+        value, dense = jax.value_and_grad(case.loss, has_aux=case.has_aux)(params, *args)
+        pairs = []
+        for spec in specs:
+            ours = gradient(case.loss, params, spec, *args, has_aux=case.has_aux)
+            pairs.append((ours, rl.project(dense, sketches(params, spec), spec)))
+        return value, pairs
+
+    (value, pairs), messages = fallbacks(jit(both), params, *args)
+    tolerance = max(tolerance, case.tolerance)
+    for spec, ((our_value, ours), expected) in zip(specs, pairs, strict=True):
+        where = f"{spec.side}, rank {spec.rank}"
+        for path in cases.ADAPTED:
+            assert path not in params or isinstance(ours[path], rl.Factor), where
+        assert_same(our_value, value, tolerance, where)
+        assert_same(ours, expected, tolerance, where)
+    if case.falls:
+        assert len(messages) == len(specs)
+    assert_reported(case, messages)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case(name):
+    """Both sides; of ranks 1 and 3 each has one, in turn, since compiling takes long."""
+    settings = TURNS[list(CASES).index(name) % 2]
+    with jax.enable_x64(True):
+        check(CASES[name], settings, 1e-13)
+
+
+# Every fourth will do: what may differ is dtypes, not rules.
+@pytest.mark.parametrize("name", list(CASES)[::4])
+def test_case_in_float32(name):
+    with jax.enable_x64(False):
+        check(CASES[name], [(SIDES[len(name) % 2], 2)], 1e-5)
