@@ -28,6 +28,12 @@ format: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-benchmarks
 	$(BIN)/python -m benchmarks.counterexample
 	$(BIN)/python -m benchmarks.linear_regression
+	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.sides
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.trace_time
+	$(BIN)/python -m benchmarks.inner_loop
 
 clean:
 	rm -rf $(VENV) out dist build

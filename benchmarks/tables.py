@@ -55,11 +55,37 @@ def counterexample_table() -> str:
     return "\n".join(lines)
 
 
+def step_time_table() -> str:
+    """Steps over the floor of the same run, and compiled peaks."""
+    record = json.loads((RESULTS / "step_time.json").read_text())
+    rows = [row for row in record["rows"] if row["study"] == "models"]
+    by_cell = {(row["model"], row["method"]): row for row in rows}
+    shown = ("ours", "full AdamW", "LoRA, rank first", "qwix LoRA")
+    lines = [
+        "| model | ours | full AdamW | LoRA | qwix LoRA | ours / AdamW | ours / LoRA "
+        "| ours / qwix | peak MiB: floor, ours, AdamW, LoRA |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        cells = [by_cell[model, method] for method in shown]
+        over = [row["over_floor"] for row in cells]
+        peaks = [by_cell[model, "floor"], *cells[:3]]
+        texts = (
+            model,
+            *(f"{ratio:.2f}" for ratio in over),
+            *(f"{over[0] / ratio:.2f}" for ratio in over[1:]),
+            ", ".join(f"{row['peak_mib']:.0f}" for row in peaks),
+        )
+        lines.append("| " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "digits": lambda: finetune_table("digits"),
     "mnist": lambda: finetune_table("mnist"),
     "settings": lambda: finetune_table("mnist_settings"),
     "counterexample": counterexample_table,
+    "step_time": step_time_table,
 }
 
 
