@@ -29,9 +29,11 @@ TINY = {"width": 64, "layers": 1, "vocab": 256, "sequences": 2, "length": 32}
 
 
 def all_models(quick: bool) -> list[Model]:
-    """A deep decoder, where tracing hurts, in both forms, and the nnx encoder."""
+    """Decoders of two depths in two forms, and the nnx encoder."""
     sizes = TINY if quick else {"layers": 12}
+    shallow = [] if quick else [models.decoder(), models.decoder(scan=True, remat=True)]
     return [
+        *shallow,
         models.decoder(**sizes),
         models.decoder(**sizes, scan=True, remat=True),
         models.encoder(**sizes),
@@ -73,6 +75,7 @@ def measure(model: Model, repeats: int) -> list[dict]:
             "lower_seconds": float(seconds[2]),
             "trace_over_plain": float(seconds[1] / plain[1]),
             "lower_over_plain": float(seconds[2] / plain[2]),
+            "both_over_plain": float(sum(seconds[1:]) / sum(plain[1:])),
         }
         for name, seconds in middle.items()
     ]

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.tree_util import DictKey
 
 from raclora_jax import paths
-from raclora_jax.interpret import arrays, evaluate, reads, stage
+from raclora_jax.interpret import arrays, evaluate, read_inputs, stage
 from raclora_jax.lowrank import Factor
 from raclora_jax.plan import LeafPlan, plan_tree
 from raclora_jax.sketch import draw_all
@@ -204,8 +204,9 @@ def _check_loss(loss: Any) -> None:
 
 
 def _check_used(jaxpr: Any, plans: dict[str, LeafPlan]) -> None:
+    read = read_inputs(jaxpr)
     for index, (path, plan) in enumerate(plans.items()):
-        if plan.mode == "lowrank" and not reads(jaxpr, index):
+        if plan.mode == "lowrank" and index not in read:
             raise ValueError(
                 f"leaf {paths.show(path)} is adapted, but the loss never uses it; leave "
                 "it out of params, or freeze it with "

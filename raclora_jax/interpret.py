@@ -77,21 +77,17 @@ def abstracted(arguments: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any
     return shapes, filled
 
 
-def reads(jaxpr: Any, index: int) -> bool:
-    """Whether a program does anything with one of its inputs."""
+def read_inputs(jaxpr: Any) -> set[int]:
+    """The places of the inputs that a program does anything with."""
     inner = getattr(jaxpr, "jaxpr", jaxpr)
-    var = inner.invars[index]
-    if any(out is var for out in inner.outvars):
-        return True
+    read = {var for var in inner.outvars if not isinstance(var, jex.Literal)}
     for eqn in inner.eqns:
-        places = [i for i, operand in enumerate(eqn.invars) if operand is var]
-        if not places:
-            continue
-        if _CALLS.get(eqn.primitive.name) is not _call:
-            return True
-        if any(reads(eqn.params["jaxpr"], place) for place in places):
-            return True
-    return False
+        operands = [*eqn.invars]
+        if _CALLS.get(eqn.primitive.name) is _call:
+            places = read_inputs(eqn.params["jaxpr"])
+            operands = [var for i, var in enumerate(operands) if i in places]
+        read |= {var for var in operands if not isinstance(var, jex.Literal)}
+    return {place for place, var in enumerate(inner.invars) if var in read}
 
 
 def evaluate(jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:

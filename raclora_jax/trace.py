@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from raclora_jax import paths
-from raclora_jax.interpret import abstracted, arrays, evaluate, reads, stage
+from raclora_jax.interpret import abstracted, arrays, evaluate, read_inputs, stage
 from raclora_jax.plan import LeafPlan, check_rules_win, plan_tree, winner
 from raclora_jax.spec import Rule, Spec
 from raclora_jax.weight import Uses, View, leaf_weight
@@ -92,9 +92,10 @@ def _watched(
         return arrays(evaluate(staged.jaxpr, [*values, *rest]), "output")
 
     jax.eval_shape(watch, shapes, inputs)
+    read = read_inputs(staged.jaxpr)
     for index, (path, shape) in enumerate(zip(leaves, shapes, strict=True)):
         needs = len(shape.shape) > 1 and _needs_view(path, spec)
-        if needs and not reads(staged.jaxpr, index):
+        if needs and index not in read:
             raise ValueError(
                 f"leaf {paths.show(path)} of shape {shape.shape} is never used by the "
                 "function, so it has no view; leave it out of params, or add "
