@@ -121,6 +121,8 @@ def draw(results: list[dict], path: pathlib.Path) -> None:
     names = list(dict.fromkeys(row["model"] for row in results))
     figure = Figure(figsize=(10, 2.2 * -(-len(names) // 2)), layout="constrained")
     panels = figure.subplots(-(-len(names) // 2), 2, squeeze=False, sharex=True).flat
+    for panel in panels[len(names) :]:
+        panel.set_visible(False)
     for panel, name in zip(panels, names, strict=False):
         rows = [r for r in results if r["model"] == name and r["method"] != "floor"]
         lengths = np.array([row["over_floor"] for row in rows])
