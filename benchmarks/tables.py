@@ -80,12 +80,37 @@ def step_time_table() -> str:
     return "\n".join(lines)
 
 
+def sides_table() -> str:
+    """Steps over the floor by the side that is sketched, and compiled peaks."""
+    rows = json.loads((RESULTS / "sides.json").read_text())["rows"]
+    by_cell = {(row["model"], row["method"]): row for row in rows}
+    shown = ("ours, left", "ours, right", "ours, auto", "LoRA, rank first")
+    lines = [
+        "| model | left | right | auto | LoRA | left / LoRA "
+        "| peak MiB: floor, left, right, auto, LoRA |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        cells = [by_cell[model, method] for method in shown]
+        over = [row["over_floor"] for row in cells]
+        peaks = [by_cell[model, "floor"], *cells]
+        texts = (
+            model,
+            *(f"{ratio:.2f}" for ratio in over),
+            f"{over[0] / over[-1]:.2f}",
+            ", ".join(f"{row['peak_mib']:.0f}" for row in peaks),
+        )
+        lines.append("| " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "digits": lambda: finetune_table("digits"),
     "mnist": lambda: finetune_table("mnist"),
     "settings": lambda: finetune_table("mnist_settings"),
     "counterexample": counterexample_table,
     "step_time": step_time_table,
+    "sides": sides_table,
 }
 
 
