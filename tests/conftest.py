@@ -20,7 +20,7 @@ def quick_draws():
         words = jax.random.key_data(key) * jnp.uint32(747796405)
         return jax.random.wrap_key_data(words + jnp.asarray(data).astype(jnp.uint32))
 
-    def normal(key, shape, dtype):
+    def normal(key, shape, dtype=jnp.float32):
         start = jnp.sum(jax.random.key_data(key), dtype=jnp.uint32)
         bits = jnp.arange(np.prod(shape, dtype=int), dtype=jnp.uint32) + start
         bits = (bits * jnp.uint32(2654435761)) ^ (bits >> 5)
