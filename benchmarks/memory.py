@@ -18,7 +18,6 @@ from benchmarks import models, rivals, timing
 from benchmarks.models import Model
 from benchmarks.rivals import Method
 
-TINY = {"width": 64, "layers": 1, "vocab": 256, "sequences": 2, "length": 32}
 METHODS: list[Callable[[Model], Method]] = [
     rivals.floor,
     rivals.adamw,
@@ -35,7 +34,7 @@ METHODS: list[Callable[[Model], Method]] = [
 
 def all_models(quick: bool) -> list[Model]:
     """Decoders in their three forms, and one of every other kind."""
-    sizes = TINY if quick else {}
+    sizes = models.TINY if quick else {}
     decoders = [
         models.decoder(**sizes, scan=scan, remat=remat)
         for scan, remat in ((False, False), (True, False), (True, True))

@@ -20,6 +20,9 @@ import optax
 from flax import nnx
 from jax import Array
 
+# The sizes of a decoder or an encoder for a quick look.
+TINY = {"width": 64, "layers": 1, "vocab": 256, "sequences": 2, "length": 32}
+
 
 class Batch(NamedTuple):
     """What one step trains on.

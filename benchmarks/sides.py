@@ -10,13 +10,11 @@ from __future__ import annotations
 from benchmarks import models, rivals, timing
 from benchmarks.models import Model
 
-TINY = {"width": 64, "layers": 1, "vocab": 256, "sequences": 2, "length": 32}
-
 
 def all_models(quick: bool) -> list[Model]:
     """The decoder in three forms, a wide one, and the convolutional net."""
     if quick:
-        return [models.decoder(**TINY)]
+        return [models.decoder(**models.TINY)]
     return [
         models.decoder(),
         models.decoder(scan=True),

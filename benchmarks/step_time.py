@@ -22,7 +22,6 @@ from benchmarks.models import Model
 from benchmarks.rivals import Method
 
 RANKS = (4, 8, 16, 32, 64)
-TINY = {"width": 64, "layers": 1, "vocab": 256, "sequences": 2, "length": 32}
 # What a spec may say beside the defaults; the two links show what a new one costs.
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -43,7 +42,7 @@ def all_models(quick: bool) -> list[Model]:
     """The models of the first study."""
     if quick:
         return [
-            models.decoder(**TINY, scan=True, remat=True),
+            models.decoder(**models.TINY, scan=True, remat=True),
             models.conv_net(width=16, stages=1, side=16, samples=4),
             models.mlp(width=64, layers=2, samples=64),
         ]
@@ -142,7 +141,7 @@ def draw(results: list[dict], path: pathlib.Path) -> None:
 def run(options: argparse.Namespace) -> list[dict]:
     """All three studies; each row says which it belongs to."""
     times = {"rounds": 2, "runs": 1} if options.quick else {"rounds": 2, "runs": 5}
-    model = models.decoder(**(TINY if options.quick else {}))
+    model = models.decoder(**(models.TINY if options.quick else {}))
     studies = {
         "models": study_models(options.quick, **times),
         "options": study_options(model, options.quick, **times),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections.abc import Callable, Sequence
 
 from benchmarks.rows import RESULTS
 
@@ -56,50 +57,44 @@ def counterexample_table() -> str:
 
 
 def step_time_table() -> str:
-    """Steps over the floor of the same run, and compiled peaks."""
+    """Whole steps of every method, model by model."""
     record = json.loads((RESULTS / "step_time.json").read_text())
     rows = [row for row in record["rows"] if row["study"] == "models"]
-    by_cell = {(row["model"], row["method"]): row for row in rows}
-    shown = ("ours", "full AdamW", "LoRA, rank first", "qwix LoRA")
-    lines = [
+    header = (
         "| model | ours | full AdamW | LoRA | qwix LoRA | ours / AdamW | ours / LoRA "
-        "| ours / qwix | peak MiB: floor, ours, AdamW, LoRA |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for model in dict.fromkeys(row["model"] for row in rows):
-        cells = [by_cell[model, method] for method in shown]
-        over = [row["over_floor"] for row in cells]
-        peaks = [by_cell[model, "floor"], *cells[:3]]
-        texts = (
-            model,
-            *(f"{ratio:.2f}" for ratio in over),
-            *(f"{over[0] / ratio:.2f}" for ratio in over[1:]),
-            ", ".join(f"{row['peak_mib']:.0f}" for row in peaks),
-        )
-        lines.append("| " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+        "| ours / qwix | peak MiB: floor, ours, AdamW, LoRA, qwix |"
+    )
+    shown = ("ours", "full AdamW", "LoRA, rank first", "qwix LoRA")
+    return _over_floor(header, rows, shown, lambda over: [over[0] / r for r in over[1:]])
 
 
 def sides_table() -> str:
-    """Steps over the floor by the side that is sketched, and compiled peaks."""
+    """Steps by the side that is sketched, beside LoRA."""
     rows = json.loads((RESULTS / "sides.json").read_text())["rows"]
-    by_cell = {(row["model"], row["method"]): row for row in rows}
-    shown = ("ours, left", "ours, right", "ours, auto", "LoRA, rank first")
-    lines = [
+    header = (
         "| model | left | right | auto | LoRA | left / LoRA "
-        "| peak MiB: floor, left, right, auto, LoRA |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
+        "| peak MiB: floor, left, right, auto, LoRA |"
+    )
+    shown = ("ours, left", "ours, right", "ours, auto", "LoRA, rank first")
+    return _over_floor(header, rows, shown, lambda over: [over[0] / over[-1]])
+
+
+def _over_floor(
+    header: str,
+    rows: list[dict],
+    shown: Sequence[str],
+    compared: Callable[[list[float]], list[float]],
+) -> str:
+    """A line per model: steps over the floor of the same run, ratios of those, peaks."""
+    by_cell = {(row["model"], row["method"]): row for row in rows}
+    columns = header.count("|") - 1
+    lines = [header, "|---" + "|---:" * (columns - 1) + "|"]
     for model in dict.fromkeys(row["model"] for row in rows):
         cells = [by_cell[model, method] for method in shown]
         over = [row["over_floor"] for row in cells]
-        peaks = [by_cell[model, "floor"], *cells]
-        texts = (
-            model,
-            *(f"{ratio:.2f}" for ratio in over),
-            f"{over[0] / over[-1]:.2f}",
-            ", ".join(f"{row['peak_mib']:.0f}" for row in peaks),
-        )
+        peaks = [row["peak_mib"] for row in (by_cell[model, "floor"], *cells)]
+        ratios = (f"{ratio:.2f}" for ratio in (*over, *compared(over)))
+        texts = (model, *ratios, ", ".join(f"{peak:.0f}" for peak in peaks))
         lines.append("| " + " | ".join(texts) + " |")
     return "\n".join(lines)
 

@@ -25,12 +25,11 @@ METHODS: dict[str, Callable[[Model], Method]] = {
     "LoRA": rivals.lora,
     "qwix LoRA": rivals.qwix_lora,
 }
-TINY = {"width": 64, "layers": 1, "vocab": 256, "sequences": 2, "length": 32}
 
 
 def all_models(quick: bool) -> list[Model]:
     """Decoders of two depths in two forms, and the nnx encoder."""
-    sizes = TINY if quick else {"layers": 12}
+    sizes = models.TINY if quick else {"layers": 12}
     shallow = [] if quick else [models.decoder(), models.decoder(scan=True, remat=True)]
     return [
         *shallow,
