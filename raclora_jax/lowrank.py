@@ -18,8 +18,8 @@ from raclora_jax.plan import LeafPlan, plan_leaves
 from raclora_jax.spec import Spec, as_spec
 
 # Up to this rank a lift is a sum of outer products, which the compiler fuses with the
-# addition to the weights; well above it a matmul, which leaves a dense delta in memory, is
-# faster (benchmarks/inner_loop.py).
+# addition to the weights; well above it a matmul is faster, with a dense delta
+# in memory (benchmarks/inner_loop.py).
 _UNROLLED = 16
 
 
