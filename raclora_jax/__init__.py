@@ -1,6 +1,9 @@
 """Fine-tuning at LoRA's cost with full fine-tuning's guarantee."""
 
-from raclora_jax.adapter import (
+from raclora_jax._chain.state import RacLoraState
+from raclora_jax._core.lowrank import Factor
+from raclora_jax._core.spec import Rule, Spec
+from raclora_jax._forms.adapter import (
     AdapterChain,
     effective_params,
     factor_labels,
@@ -9,15 +12,12 @@ from raclora_jax.adapter import (
     next_link,
     restart,
 )
-from raclora_jax.gradient import grad, value_and_grad
-from raclora_jax.lowrank import Factor, lift, project
-from raclora_jax.optimizer import apply_updates, raclora, scale_by_raclora
-from raclora_jax.sketch import sample_sketch
-from raclora_jax.spec import Rule, Spec
-from raclora_jax.state import RacLoraState
-from raclora_jax.summary import summary
-from raclora_jax.trace import trace_spec
-from raclora_jax.unmerged import adapted
+from raclora_jax._forms.gradient import grad, value_and_grad
+from raclora_jax._forms.optimizer import apply_updates, raclora, scale_by_raclora
+from raclora_jax._forms.pure import lift, project, sample_sketch
+from raclora_jax._forms.summary import summary
+from raclora_jax._forms.trace import trace_spec
+from raclora_jax._forms.unmerged import adapted
 
 __version__ = "0.1.0"
 

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from flax.training import train_state
 
-from raclora_jax import gradient, optimizer, paths
-from raclora_jax.spec import Spec
+from raclora_jax._core import paths
+from raclora_jax._core.spec import Spec
+from raclora_jax._forms import gradient, optimizer
 
 
 def to_tree(model: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:

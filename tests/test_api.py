@@ -14,43 +14,40 @@ import raclora_jax as rl
 
 PACKAGE = pathlib.Path(rl.__file__).parent
 
-# Each room imports only from rooms before it.
-ROOMS = (
-    "paths",
-    "spec",
-    "plan",
-    "factorize",
-    "sketch",
-    "lowrank",
-    "rounding",
-    "contraction",
-    "weight",
-    "structure",
-    "consume",
-    "interpret",
-    "trace",
-    "inner",
-    "state",
-    "step",
-    "optimizer",
-    "gradient",
-    "adapter",
-    "unmerged",
-    "summary",
-    "flax",
-)
+# Inside a folder each room imports only from rooms before it.
+ROOMS = {
+    "_core": "paths spec plan keys cholesky sketch lowrank rounding",
+    "_autodiff": "uses contraction weight rearrange consume stage interpret",
+    "_chain": "inner state step",
+    "_forms": "pure optimizer gradient adapter unmerged trace summary",
+}
+# What each folder stands on; strangers do not know each other.
+BELOW = {
+    "_core": set(),
+    "_autodiff": {"_core"},
+    "_chain": {"_core"},
+    "_forms": {"_core", "_autodiff", "_chain"},
+}
 STRANGERS = ({"sketch", "lowrank", "rounding"}, {"optimizer", "adapter"})
+NAMESPACES = ("flax", "methods")
+ALL_ROOMS = [(folder, room) for folder, rooms in ROOMS.items() for room in rooms.split()]
 
 
 def imported_rooms(path: pathlib.Path) -> set[str]:
-    """Rooms of this package that a file imports."""
+    """What a file imports of this package, as ``folder.room``."""
     rooms = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            first, _, rest = node.module.partition(".")
-            if first == "raclora_jax":
-                names = [rest] if rest else [alias.name for alias in node.names]
-                rooms.update(name.partition(".")[0] for name in names)
+        if isinstance(node, ast.Import):
+            named = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            named = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in named:
+            package, *parts = name.split(".")
+            if package == "raclora_jax":
+                rooms.add(".".join(parts[:2]))
     return rooms
 
 
@@ -66,22 +63,49 @@ def imported_packages(path: pathlib.Path) -> set[str]:
 
 
 def test_rooms_are_known():
-    rooms = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
-    assert rooms == set(ROOMS)
+    for folder, rooms in ROOMS.items():
+        found = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"}
+        assert found == set(rooms.split())
+    top = {path.stem for path in PACKAGE.iterdir() if path.suffix in ("", ".py")}
+    assert top - {"__init__", "__pycache__", "py"} == {*ROOMS, *NAMESPACES}
 
 
-@pytest.mark.parametrize("room", ROOMS)
-def test_data_flows_one_way(room):
-    imports = imported_rooms(PACKAGE / f"{room}.py")
-    assert imports <= set(ROOMS[: ROOMS.index(room)])
-    for group in STRANGERS:
-        if room in group:
-            assert not imports & group
+@pytest.mark.parametrize(("folder", "room"), ALL_ROOMS, ids=[r for _, r in ALL_ROOMS])
+def test_data_flows_one_way(folder, room):
+    own = ROOMS[folder].split()
+    before = own[: own.index(room)]
+    for name in imported_rooms(PACKAGE / folder / f"{room}.py"):
+        into, _, imported = name.partition(".")
+        assert into in BELOW[folder] or (into == folder and imported in before), name
+        for group in STRANGERS:
+            assert not (into == folder and {room, imported} <= group), name
 
 
-def test_nothing_imports_methods():
-    for room in ROOMS:
-        assert "methods" not in imported_rooms(PACKAGE / f"{room}.py")
+def test_folders_say_what_they_are_and_no_more():
+    for folder in ROOMS:
+        body = ast.parse((PACKAGE / folder / "__init__.py").read_text()).body
+        assert len(body) == 1
+        assert isinstance(body[0], ast.Expr)
+
+
+def test_nothing_imports_a_public_namespace():
+    for path in PACKAGE.rglob("*.py"):
+        inside = "methods" in path.parts and path.name != "__init__.py"
+        own = {"methods"} if "methods" in path.parts else set()
+        tops = {name.partition(".")[0] for name in imported_rooms(path)}
+        assert not tops & (set(NAMESPACES) - own), path
+        assert not inside or "flax" not in tops
+
+
+def test_names_are_functions_and_rooms_are_private():
+    """``import raclora_jax.summary`` must not give a function where a module is meant."""
+    shown = {name for name in dir(rl) if not name.startswith("_")}
+    assert shown == {*rl.__all__, *NAMESPACES}
+    for found in pkgutil.walk_packages(rl.__path__, "raclora_jax."):
+        module = importlib.import_module(found.name)
+        assert inspect.ismodule(module)
+        parent, _, name = found.name.rpartition(".")
+        assert getattr(importlib.import_module(parent), name) is module
 
 
 def test_only_flax_room_imports_flax():

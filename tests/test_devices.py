@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import raclora_jax as rl
-from raclora_jax import rounding
+from raclora_jax._core import rounding
 
 SPEC = rl.Spec(3, resample_every=2, rules=[rl.Rule("stack", batch=0)])
 STEPS = 5

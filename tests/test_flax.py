@@ -11,7 +11,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import raclora_jax as rl
-from raclora_jax import paths
+from raclora_jax._core import paths
 from raclora_jax.flax import to_tree
 
 SPEC = rl.Spec(2, resample_every=2)

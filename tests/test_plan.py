@@ -10,8 +10,8 @@ import optax
 import pytest
 
 import raclora_jax as rl
-from raclora_jax.plan import plan_tree
-from raclora_jax.spec import as_spec
+from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.spec import as_spec
 
 
 def shape(*sizes, dtype="float32"):

@@ -11,8 +11,8 @@ import optax
 import pytest
 
 import raclora_jax as rl
-from raclora_jax import rounding
-from raclora_jax.lowrank import is_factor
+from raclora_jax._core import rounding
+from raclora_jax._core.lowrank import is_factor
 
 MERGES = 200
 # The delta's RMS over the weights': the same share of a unit in the last place.

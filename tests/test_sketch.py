@@ -14,10 +14,10 @@ import pytest
 from jax import lax
 
 import raclora_jax as rl
-from raclora_jax import sketch
-from raclora_jax.factorize import inverse_cholesky
-from raclora_jax.plan import plan_tree
-from raclora_jax.spec import SKETCHES
+from raclora_jax._core import keys, sketch
+from raclora_jax._core.cholesky import inverse_cholesky
+from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.spec import SKETCHES
 
 PROJECTORS = tuple(name for name in SKETCHES if name != "gaussian_raw")
 # A Gaussian made orthonormal is "orthonormal": one function under two names.
@@ -140,7 +140,7 @@ def test_drawn_together_or_alone(name):
     params |= {"stack": jnp.zeros((2, 64, 40)), "other": jnp.zeros((9, 5))}
     spec = spec_of(name, rules=[rl.Rule("stack", batch=0)])
     plans = plan_tree(spec, params)
-    data = sketch.key_data(4)
+    data = keys.key_data(4)
     together = sketch.draw_all(data, 2, plans.values())
     assert list(together) == list(plans)
     for path, plan in plans.items():
@@ -196,14 +196,14 @@ def test_every_form_of_a_key_is_the_same_key():
     for name, key in forms.items():
         got = rl.sample_sketch(W, 2, key=key)
         np.testing.assert_array_equal(got, want, err_msg=name)
-        traced = jax.jit(sketch.key_data)(key)
+        traced = jax.jit(keys.key_data)(key)
         np.testing.assert_array_equal(traced, [0, 7], err_msg=name)
     # The largest seed is still what jax.random.key makes of it, with x64 and without.
     for x64 in (False, True):
         with jax.enable_x64(x64):
             last = 2**32 - 1
             want = jax.random.key_data(jax.random.key(last))
-            np.testing.assert_array_equal(sketch.key_data(last), want)
+            np.testing.assert_array_equal(keys.key_data(last), want)
 
 
 GOLDEN = {

@@ -5,13 +5,13 @@ Each is a ``Method`` with the same three functions, so that one loop trains them
 ``raclora`` beside them.
 """
 
-from raclora_jax.methods.asymmetric import asymmetric
-from raclora_jax.methods.cola import cola
-from raclora_jax.methods.full import full
-from raclora_jax.methods.lora import lora
-from raclora_jax.methods.method import Method
-from raclora_jax.methods.published import published_raclora
-from raclora_jax.methods.raclora import raclora
+from raclora_jax.methods._asymmetric import asymmetric
+from raclora_jax.methods._cola import cola
+from raclora_jax.methods._full import full
+from raclora_jax.methods._lora import lora
+from raclora_jax.methods._method import Method
+from raclora_jax.methods._published import published_raclora
+from raclora_jax.methods._raclora import raclora
 
 __all__ = [
     "Method",

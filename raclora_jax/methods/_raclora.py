@@ -7,11 +7,11 @@ from typing import Any
 
 import optax
 
-from raclora_jax import optimizer
-from raclora_jax.methods.method import Method, from_transform
-from raclora_jax.plan import plan_tree
-from raclora_jax.spec import Spec
-from raclora_jax.state import find_state
+from raclora_jax._chain.state import find_state
+from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.spec import Spec
+from raclora_jax._forms import optimizer
+from raclora_jax.methods._method import Method, from_transform
 
 
 def raclora(

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import DictKey
 
-from raclora_jax import paths
-from raclora_jax.gradient import reporting
-from raclora_jax.interpret import abstracted
-from raclora_jax.optimizer import apply_updates, raclora
-from raclora_jax.plan import LeafPlan, plan_tree
-from raclora_jax.spec import Spec, as_spec
-from raclora_jax.weight import Uses
+from raclora_jax._autodiff.stage import abstracted
+from raclora_jax._autodiff.uses import Uses
+from raclora_jax._core import paths
+from raclora_jax._core.plan import LeafPlan, plan_tree
+from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._forms.gradient import reporting
+from raclora_jax._forms.optimizer import apply_updates, raclora
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,14 +11,16 @@ import optax
 from jax import Array, lax
 from jax.tree_util import DictKey
 
-from raclora_jax import paths
-from raclora_jax.interpret import arrays, evaluate, read_inputs, stage
-from raclora_jax.lowrank import Factor
-from raclora_jax.plan import LeafPlan, plan_tree
-from raclora_jax.sketch import draw_all
-from raclora_jax.spec import Spec, as_spec
-from raclora_jax.state import RacLoraState, find_state, link_of
-from raclora_jax.weight import Uses, Weight, leaf_weight, varying_as
+from raclora_jax._autodiff.interpret import arrays, evaluate, read_inputs
+from raclora_jax._autodiff.stage import stage
+from raclora_jax._autodiff.uses import Uses
+from raclora_jax._autodiff.weight import Weight, leaf_weight, varying_as
+from raclora_jax._chain.state import RacLoraState, find_state, link_of
+from raclora_jax._core import paths
+from raclora_jax._core.lowrank import Factor
+from raclora_jax._core.plan import LeafPlan, plan_tree
+from raclora_jax._core.sketch import draw_all
+from raclora_jax._core.spec import Spec, as_spec
 
 
 def value_and_grad(

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
-from raclora_jax.contraction import Label, contract
-from raclora_jax.weight import RANK, Axis, Map, Part, Weight, einsum_parts
+from raclora_jax._autodiff.contraction import Label, contract
+from raclora_jax._autodiff.weight import RANK, Axis, Map, Part, Weight, einsum_parts
 
 
 def dot_general(eqn: Any, left: Any, right: Any) -> Array | None:

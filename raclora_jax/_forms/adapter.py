@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from raclora_jax import paths, rounding
-from raclora_jax.lowrank import check_factor, lift_leaf
-from raclora_jax.plan import LeafPlan, plan_leaves
-from raclora_jax.sketch import draw, draw_all, key_data, leaf_key
-from raclora_jax.spec import Spec, as_spec
+from raclora_jax._core import paths, rounding
+from raclora_jax._core.keys import key_data, leaf_key
+from raclora_jax._core.lowrank import check_factor, lift_leaf
+from raclora_jax._core.plan import LeafPlan, plan_leaves
+from raclora_jax._core.sketch import draw, draw_all
+from raclora_jax._core.spec import Spec, as_spec
 
 
 class AdapterChain(NamedTuple):

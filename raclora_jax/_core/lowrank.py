@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array, lax
 
-from raclora_jax import paths
-from raclora_jax.factorize import inverse_cholesky
-from raclora_jax.plan import LeafPlan, plan_leaves
-from raclora_jax.spec import Spec, as_spec
+from raclora_jax._core import paths
+from raclora_jax._core.cholesky import inverse_cholesky
+from raclora_jax._core.plan import LeafPlan
 
 # Up to this rank a lift is a sum of outer products, which the compiler fuses with the
 # addition to the weights; well above it a matmul is faster, with a dense delta
@@ -201,91 +199,6 @@ def in_basis(basis: Array, factor: Array, plan: LeafPlan) -> Array:
     return moved.astype(factor.dtype)
 
 
-def project(grads: Any, sketches: Any, spec: Spec | int) -> Any:
-    """Projects dense gradients on their sketches, leaf by leaf.
-
-    For a left sketch S (dim x rank) of a leaf W (rows x cols) this is
-    ``scaling * S^T G``; for a right sketch ``scaling * G S``, stored rank first.
-
-    Args:
-      grads: Tree of dense gradients, or one.
-      sketches: What ``sample_sketch`` gave for the same tree.
-      spec: The spec the sketches were drawn with.
-
-    Returns:
-      The same tree with a ``Factor`` for each adapted leaf, decay 0; dense leaves as
-      they were; ``optax.MaskedNode()`` for frozen ones.
-
-    Raises:
-      ValueError: If sketches and gradients do not belong together.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, raclora_jax as rl
-      >>> W = jnp.zeros((6, 4))
-      >>> S = rl.sample_sketch(W, 2, key=0)
-      >>> rl.project(jnp.ones((6, 4)), S, 2).value.shape
-      (2, 6)
-
-    References:
-      Malinovsky et al., `Randomized Asymmetric Chain of LoRA
-      <https://arxiv.org/abs/2410.08305>`_, 2024, Section 5.1.
-    """
-    leaves, treedef = paths.flatten(grads)
-    plans = plan_leaves(as_spec(spec), leaves)
-    drawn = _matched(sketches, plans)
-
-    def one(path: str, grad: Any) -> Any:
-        plan = plans[path]
-        if plan.mode == "frozen":
-            return optax.MaskedNode()
-        if plan.mode == "dense":
-            return grad
-        value = project_leaf(jnp.asarray(grad), drawn[path], plan)
-        return Factor(value, jnp.zeros((), plan.wide_dtype))
-
-    return paths.unflatten(treedef, {p: one(p, g) for p, g in leaves.items()})
-
-
-def lift(factors: Any, sketches: Any, params: Any, spec: Spec | int) -> Any:
-    """Lifts factors to dense deltas: the transpose of ``project``.
-
-    For a left sketch S (dim x rank) and a factor F (rank x cols) this is
-    ``scaling * S F``; for a right sketch and F (rows x rank), ``scaling * F S^T``.
-
-    Args:
-      factors: Tree of ``Factor``s or factor arrays, or one; other leaves pass.
-      sketches: What ``sample_sketch`` gave for ``params``.
-      params: The parameters, or their ``ShapeDtypeStruct``s: they fix the views.
-      spec: The spec the sketches were drawn with.
-
-    Returns:
-      The tree with a dense array for each adapted leaf, ``decay`` left out.
-
-    Raises:
-      ValueError: If sketches, factors and parameters do not belong together.
-
-    Example:
-      >>> import jax.numpy as jnp, raclora_jax as rl
-      >>> W = jnp.zeros((6, 4))
-      >>> S = rl.sample_sketch(W, 2, key=0)
-      >>> rl.lift(jnp.ones((2, 6)), S, W, 2).shape
-      (6, 4)
-    """
-    leaves, _ = paths.flatten(params)
-    plans = plan_leaves(as_spec(spec), leaves)
-    drawn = _matched(sketches, plans)
-    values, treedef = paths.flatten(factors, is_leaf=is_factor)
-    for path, value in values.items():
-        plan = plans.get(path)
-        if plan is None:
-            raise ValueError(f"factor {paths.show(path)} has no leaf in params")
-        if plan.mode == "lowrank":
-            array = value.value if is_factor(value) else value
-            check_factor(array, plan)
-            values[path] = lift_leaf(array, drawn[path], plan)
-    return paths.unflatten(treedef, values)
-
-
 def check_factor(value: Any, plan: LeafPlan) -> None:
     """Refuses a factor that cannot belong to the leaf.
 
@@ -307,18 +220,3 @@ def check_factor(value: Any, plan: LeafPlan) -> None:
             f"{plan.factor_shape}, got {jnp.shape(value)}; use the spec the factors "
             "were made with"
         )
-
-
-def _matched(sketches: Any, plans: dict[str, LeafPlan]) -> dict[str, Array]:
-    drawn, _ = paths.flatten(sketches)
-    for path, plan in plans.items():
-        if plan.mode != "lowrank":
-            continue
-        got = jnp.shape(drawn[path]) if path in drawn else None
-        if got != plan.sketch_shape:
-            raise ValueError(
-                f"leaf {paths.show(path)}: expected a sketch of shape "
-                f"{plan.sketch_shape}, got {got or 'none'}; draw it with sample_sketch "
-                "for this tree and this spec"
-            )
-    return drawn

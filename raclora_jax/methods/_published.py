@@ -7,9 +7,9 @@ from typing import Any
 
 import optax
 
-from raclora_jax.methods.method import Method
-from raclora_jax.methods.pair import pair_method
-from raclora_jax.spec import Spec, as_spec
+from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax.methods._method import Method
+from raclora_jax.methods._pair import pair_method
 
 
 def published_raclora(

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from raclora_jax import paths
-from raclora_jax.lowrank import lift_leaf
-from raclora_jax.methods.method import Method, nbytes, rate_at, size
-from raclora_jax.plan import LeafPlan, plan_tree
-from raclora_jax.sketch import draw_all, key_data
-from raclora_jax.spec import Spec, as_spec
+from raclora_jax._core import paths
+from raclora_jax._core.keys import key_data
+from raclora_jax._core.lowrank import lift_leaf
+from raclora_jax._core.plan import LeafPlan, plan_tree
+from raclora_jax._core.sketch import draw_all
+from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax.methods._method import Method, nbytes, rate_at, size
 
 
 class PairState(NamedTuple):

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from raclora_jax import paths
-from raclora_jax.spec import Rule, Spec, as_spec, kind
+from raclora_jax._core import paths
+from raclora_jax._core.spec import Rule, Spec, as_spec, kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

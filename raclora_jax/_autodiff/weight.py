@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,9 +12,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from raclora_jax import paths
-from raclora_jax.contraction import contract, split
-from raclora_jax.plan import LeafPlan
+from raclora_jax._autodiff.contraction import contract, split
+from raclora_jax._autodiff.uses import Use, Uses
+from raclora_jax._core.plan import LeafPlan
 
 # The name of a piece of one axis of the leaf: the axis, then which part of it each
 # reshape that split it left. Axes that a broadcast added have negative names.
@@ -35,38 +34,6 @@ Map = Callable[[Any, Array], Array]
 
 # One axis of a weight: the parts it merges, none for an axis of size 1.
 Axis = tuple[Part, ...]
-
-
-class View(NamedTuple):
-    """The axes of a leaf as one operation of the model used them."""
-
-    contracted: frozenset[int]
-    batch: frozenset[int]
-
-
-@dataclasses.dataclass
-class Uses:
-    """What a model was seen to do with its leaves.
-
-    Attributes:
-      views: ``{path: views}`` in the order of the program.
-      fallbacks: ``{(path, operation): times}`` for uses that formed a dense gradient.
-    """
-
-    views: dict[str, list[View]] = dataclasses.field(default_factory=dict)
-    fallbacks: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
-
-    def warn(self) -> None:
-        """One warning for all the uses that formed a dense gradient."""
-        if self.fallbacks:
-            listed = [f"{paths.show(path)} by {name}" for path, name in self.fallbacks]
-            more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
-            warnings.warn(
-                "these uses of adapted leaves have no rule in factor coordinates, so "
-                "their gradients are formed in full and projected: "
-                f"{', '.join(listed[:8])}{more}",
-                stacklevel=4,
-            )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,11 +115,11 @@ class Weight:
 
     def saw(self, contracted: Sequence[Atom], batch: Sequence[Atom] = ()) -> None:
         """Writes down a use."""
-        view = View(
+        use = Use(
             frozenset(atom[0] for atom in contracted if atom[0] >= 0),
             frozenset(atom[0] for atom in batch if atom[0] >= 0),
         )
-        self.leaf.uses.views.setdefault(self.leaf.path, []).append(view)
+        self.leaf.uses.views.setdefault(self.leaf.path, []).append(use)
 
     def watched(self, output: Array) -> Array:
         """An operation's output where there is no factor to depend on."""

@@ -10,11 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from raclora_jax import paths
-from raclora_jax.interpret import abstracted, arrays, evaluate, read_inputs, stage
-from raclora_jax.plan import LeafPlan, check_rules_win, plan_tree, winner
-from raclora_jax.spec import Rule, Spec
-from raclora_jax.weight import Uses, View, leaf_weight
+from raclora_jax._autodiff.interpret import arrays, evaluate, read_inputs
+from raclora_jax._autodiff.stage import abstracted, stage
+from raclora_jax._autodiff.uses import Use, Uses
+from raclora_jax._autodiff.weight import leaf_weight
+from raclora_jax._core import paths
+from raclora_jax._core.plan import LeafPlan, check_rules_win, plan_tree, winner
+from raclora_jax._core.spec import Rule, Spec
 
 
 def trace_spec(
@@ -113,7 +115,7 @@ def _needs_view(path: str, spec: Spec) -> bool:
     return rule is None or (rule.mode == "lowrank" and not rule.has_view)
 
 
-def _rule(path: str, ndim: int, views: list[View], said: Rule | None, spec: Spec) -> Rule:
+def _rule(path: str, ndim: int, views: list[Use], said: Rule | None, spec: Spec) -> Rule:
     """The rule of one leaf: what the user said of it, with the view that was seen."""
     found = _view(ndim, views)
     said = Rule(path) if said is None else said
@@ -123,7 +125,7 @@ def _rule(path: str, ndim: int, views: list[View], said: Rule | None, spec: Spec
     return dataclasses.replace(said, rows=rows, batch=batch)
 
 
-def _view(ndim: int, views: list[View]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _view(ndim: int, views: list[Use]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Rows and batch of a leaf, or ``None`` if it is no matrix."""
     summed = frozenset[int]().union(*(view.contracted for view in views))
     batch = frozenset[int]().union(*(view.batch for view in views)) - summed

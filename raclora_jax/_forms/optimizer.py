@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from raclora_jax import paths, rounding
-from raclora_jax.lowrank import Factor, add_lifted, check_factor, is_factor
-from raclora_jax.plan import LeafPlan, plan_leaves
-from raclora_jax.sketch import draw_all, leaf_keys
-from raclora_jax.spec import Spec, as_spec
-from raclora_jax.state import RacLoraState, find_state, link_of
-from raclora_jax.step import Core
+from raclora_jax._chain.state import RacLoraState, find_state, link_of
+from raclora_jax._chain.step import Core
+from raclora_jax._core import paths, rounding
+from raclora_jax._core.keys import leaf_keys
+from raclora_jax._core.lowrank import Factor, add_lifted, check_factor, is_factor
+from raclora_jax._core.plan import LeafPlan, plan_leaves
+from raclora_jax._core.sketch import draw_all
+from raclora_jax._core.spec import Spec, as_spec
 
 
 def scale_by_raclora(

@@ -9,17 +9,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from raclora_jax import paths
-from raclora_jax.adapter import (
+from raclora_jax._autodiff.interpret import arrays, evaluate
+from raclora_jax._autodiff.stage import stage
+from raclora_jax._autodiff.uses import Uses
+from raclora_jax._autodiff.weight import leaf_weight
+from raclora_jax._core import paths
+from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._forms.adapter import (
     AdapterChain,
     is_quantised,
     matched,
     refuse_quantised,
     sketch_of,
 )
-from raclora_jax.interpret import arrays, evaluate, stage
-from raclora_jax.spec import Spec, as_spec
-from raclora_jax.weight import Uses, leaf_weight
 
 
 def adapted(

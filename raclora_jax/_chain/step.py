@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from raclora_jax import paths
-from raclora_jax.inner import ADAM, check_inner, emitted, same_type
-from raclora_jax.lowrank import check_factor, is_factor, lift_leaf, project_leaf
-from raclora_jax.plan import LeafPlan, plan_leaves, plan_tree
-from raclora_jax.sketch import key_data
-from raclora_jax.spec import Spec, as_spec
-from raclora_jax.state import Chain, RacLoraState
+from raclora_jax._chain.inner import ADAM, check_inner, emitted, same_type
+from raclora_jax._chain.state import Chain, RacLoraState
+from raclora_jax._core import paths
+from raclora_jax._core.keys import key_data
+from raclora_jax._core.lowrank import check_factor, is_factor, lift_leaf, project_leaf
+from raclora_jax._core.plan import LeafPlan, plan_leaves, plan_tree
+from raclora_jax._core.spec import Spec, as_spec
 
 _MOMENTS = ("reset", "keep", "transport")
 

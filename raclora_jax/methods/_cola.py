@@ -1,4 +1,4 @@
-"""LoRA: one pair, both factors trained."""
+"""Chain of LoRA: both factors trained, merged and begun anew."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from typing import Any
 
 import optax
 
-from raclora_jax.methods.method import Method
-from raclora_jax.methods.pair import pair_method
-from raclora_jax.spec import Spec
+from raclora_jax._core.spec import Spec
+from raclora_jax.methods._method import Method
+from raclora_jax.methods._pair import pair_method
 
 
-def lora(
+def cola(
     learning_rate: optax.ScalarOrSchedule,
     spec: Spec | int,
     *,
     inner: optax.GradientTransformation | None = None,
     key: Any,
 ) -> Method:
-    """LoRA: ``W + (alpha / rank) * left * right`` with both factors trained.
+    """Chain of LoRA: LoRA merged every ``spec.resample_every`` steps, with a fresh pair.
 
     Args:
       learning_rate: A float or a schedule of the steps.
@@ -31,18 +31,18 @@ def lora(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> lora(1e-3, Spec(2), key=0).trained({"kernel": jnp.zeros((6, 4))})
+      >>> cola(1e-3, Spec(2), key=0).trained({"kernel": jnp.zeros((6, 4))})
       20
 
     References:
-      Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021.
+      Xia et al., `Chain of LoRA <https://arxiv.org/abs/2401.04151>`_, 2024.
     """
     return pair_method(
         learning_rate,
         spec,
         inner=inner,
         train_drawn=True,
-        chain=False,
-        restart=False,
+        chain=True,
+        restart=True,
         key=key,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import optax
 
-from raclora_jax.methods.method import Method, from_transform, size
+from raclora_jax.methods._method import Method, from_transform, size
 
 
 def full(

@@ -12,12 +12,12 @@ import optax
 from jax import Array, lax
 from jax.tree_util import DictKey, GetAttrKey
 
-from raclora_jax import paths, rounding
-from raclora_jax.inner import keep_gradient_steps, nothing_accumulated, same_type
-from raclora_jax.lowrank import change_of_basis, in_basis
-from raclora_jax.plan import LeafPlan
-from raclora_jax.sketch import draw_all
-from raclora_jax.spec import Spec
+from raclora_jax._chain.inner import keep_gradient_steps, nothing_accumulated, same_type
+from raclora_jax._core import paths, rounding
+from raclora_jax._core.lowrank import change_of_basis, in_basis
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.sketch import draw_all
+from raclora_jax._core.spec import Spec
 
 # The plans of a tree's leaves, in tree order: static and hashable.
 Plans = tuple[LeafPlan, ...]

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
-from raclora_jax.weight import Atom, Axis, Part, Weight, resized, varying_axes
+from raclora_jax._autodiff.weight import Atom, Axis, Part, Weight, resized, varying_axes
 
 
 def transpose(eqn: Any, weight: Weight) -> Weight:

@@ -8,73 +8,14 @@ none, the leaf is formed and the operation runs as it stands: same numbers, said
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.extend.core as jex
 from jax import lax
 
-from raclora_jax import consume, structure
-from raclora_jax.weight import Weight
-
-
-class Staged(NamedTuple):
-    """A function's program, and how its outputs are put together.
-
-    Attributes:
-      jaxpr: Closed jaxpr; its inputs are the leaves of the arguments.
-      out_shape: What the function returns, arrays as their shapes.
-      rebuilt: Puts arrays back in the places of those shapes.
-    """
-
-    jaxpr: Any
-    out_shape: Any
-    rebuilt: Callable[[Sequence[Any]], Any]
-
-
-def stage(function: Callable[..., Any], *arguments: Any) -> Staged:
-    """Stages a function out, without running it.
-
-    Args:
-      function: Function of trees of arrays. What it returns besides arrays is kept.
-      *arguments: Trees of arrays or ``ShapeDtypeStruct``s.
-
-    Returns:
-      The program.
-    """
-    returned: list[Any] = []
-
-    def traced(*arguments: Any) -> list[Any]:
-        leaves, treedef = jax.tree.flatten(function(*arguments))
-        places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
-        returned[:] = leaves, treedef, places
-        return [leaves[i] for i in places]
-
-    jaxpr, shapes = jax.make_jaxpr(traced, return_shape=True)(*arguments)
-    leaves, treedef, places = returned
-
-    def rebuilt(outputs: Sequence[Any]) -> Any:
-        filled = dict(zip(places, outputs, strict=True))
-        return treedef.unflatten([filled.get(i, leaf) for i, leaf in enumerate(leaves)])
-
-    return Staged(jaxpr, rebuilt(shapes), rebuilt)
-
-
-def abstracted(arguments: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """The arrays of a tree as shapes, and how to put arrays in their places.
-
-    What is no array (flags, sizes, functions) stays as it is.
-    """
-    treedef: Any
-    leaves, treedef = jax.tree.flatten(arguments)
-    places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
-    shapes = [jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for i in places]
-
-    def filled(arrays: Sequence[Any]) -> Any:
-        given = dict(zip(places, arrays, strict=True))
-        return treedef.unflatten([given.get(i, v) for i, v in enumerate(leaves)])
-
-    return shapes, filled
+from raclora_jax._autodiff import consume, rearrange
+from raclora_jax._autodiff.weight import Weight
 
 
 def read_inputs(jaxpr: Any) -> set[int]:
@@ -169,7 +110,7 @@ def _apply(jaxpr: Any, eqn: Any, operands: list[Any]) -> list[Any]:
     if name in _CALLS:
         out = _CALLS[name](eqn, operands)
     else:
-        rule = consume.RULES.get(name) or structure.RULES.get(name)
+        rule = consume.RULES.get(name) or rearrange.RULES.get(name)
         out = None if rule is None else rule(eqn, *operands)
     if out is not None:
         return list(out) if eqn.primitive.multiple_results else [out]

@@ -1,0 +1,1 @@
+"""A model's program, run with stand-ins for its leaves."""

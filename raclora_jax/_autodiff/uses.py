@@ -1,0 +1,41 @@
+"""What a model was seen to do with its leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import NamedTuple
+
+from raclora_jax._core import paths
+
+
+class Use(NamedTuple):
+    """The axes of a leaf as one operation of the model used them."""
+
+    contracted: frozenset[int]
+    batch: frozenset[int]
+
+
+@dataclasses.dataclass
+class Uses:
+    """What a model was seen to do with its leaves.
+
+    Attributes:
+      views: ``{path: views}`` in the order of the program.
+      fallbacks: ``{(path, operation): times}`` for uses that formed a dense gradient.
+    """
+
+    views: dict[str, list[Use]] = dataclasses.field(default_factory=dict)
+    fallbacks: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
+
+    def warn(self) -> None:
+        """One warning for all the uses that formed a dense gradient."""
+        if self.fallbacks:
+            listed = [f"{paths.show(path)} by {name}" for path, name in self.fallbacks]
+            more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+            warnings.warn(
+                "these uses of adapted leaves have no rule in factor coordinates, so "
+                "their gradients are formed in full and projected: "
+                f"{', '.join(listed[:8])}{more}",
+                stacklevel=4,
+            )

@@ -1,0 +1,121 @@
+"""Keys: (key data, domain, path, words) in, threefry keys out."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import operator
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+_IMPL = "threefry2x32"
+
+
+def key_data(key: Any) -> Array:
+    """The two words a chain's randomness starts from.
+
+    Args:
+      key: A typed threefry key, raw threefry key data of shape (2,), or an int seed.
+
+    Returns:
+      uint32 array of shape (2,).
+
+    Raises:
+      TypeError: If there is no key, or the value is no key.
+      ValueError: If the key is not a single threefry key.
+
+    Example:
+      >>> key_data(7).tolist()
+      [0, 7]
+    """
+    is_array, is_int = hasattr(key, "dtype"), hasattr(key, "__index__")
+    if isinstance(key, bool) or not (is_array or is_int):
+        raise TypeError(
+            f"key must be a jax key or an int seed, got {key!r} of type "
+            f"{type(key).__name__}; pass key=jax.random.key(0)"
+        )
+    if not is_array:
+        return _seed(operator.index(key))
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        impl = str(jax.random.key_impl(key))
+        if impl != _IMPL or key.shape != ():
+            raise ValueError(
+                f"key must be one {_IMPL} key, got impl {impl} of shape {key.shape}; "
+                f"pass jax.random.key(0, impl={_IMPL!r})"
+            )
+        return jax.random.key_data(key)
+    if key.dtype == jnp.uint32 and key.shape == (2,):
+        return jnp.asarray(key)
+    if jnp.issubdtype(key.dtype, jnp.integer) and key.shape == ():
+        return _seed(key)
+    raise ValueError(
+        f"key must be one {_IMPL} key: a typed key, uint32 data of shape (2,), or an "
+        f"int seed; got {key.dtype} of shape {key.shape}; pass key=jax.random.key(0)"
+    )
+
+
+def _seed(seed: Any) -> Array:
+    """What ``jax.random.key`` makes of a seed of 32 bits, whether x64 is on or off."""
+    if not isinstance(seed, jax.core.Tracer) and not 0 <= int(seed) < 2**32:
+        raise ValueError(
+            f"an int as key must be between 0 and 2**32 - 1, got {seed}: JAX reads "
+            "other seeds differently when x64 is on; pass key=jax.random.key(seed)"
+        )
+    return jnp.stack([jnp.uint32(0), jnp.asarray(seed, jnp.uint32)])
+
+
+def leaf_key(data: Array, domain: str, path: str) -> Array:
+    """The key of one leaf for one purpose, whatever else the tree holds.
+
+    Args:
+      data: Key data of the chain, uint32 of shape (2,).
+      domain: What the key is for, such as ``"sketch"``.
+      path: Canonical path of the leaf.
+
+    Returns:
+      A typed key.
+    """
+    return folded(data, jnp.array(path_words(domain, path), jnp.uint32)[:, None])[0]
+
+
+def leaf_keys(
+    data: Array, domain: str, names: Iterable[str], word: Array
+) -> dict[str, Array]:
+    """``{path: fold_in(leaf_key(data, domain, path), word)}``, all at once.
+
+    Args:
+      data: Key data of the chain, uint32 of shape (2,).
+      domain: What the keys are for.
+      names: Canonical paths.
+      word: Integer scalar, such as the count of the step.
+    """
+    names = list(names)
+    if not names:
+        return {}
+    words = jnp.array([path_words(domain, path) for path in names], jnp.uint32)
+    counts = jnp.full((1, len(names)), word).astype(jnp.uint32)
+    keys = folded(data, jnp.concatenate([words.T, counts]))
+    return {path: keys[index] for index, path in enumerate(names)}
+
+
+@jax.jit
+def folded(data: Array, words: Array) -> Array:
+    """The keys that start from ``data`` and take in the words of a column in turn."""
+    key = jax.random.wrap_key_data(data, impl=_IMPL)
+    # A loop, because a cipher takes long to compile and nothing to run.
+    keys, _ = lax.scan(
+        lambda keys, word: (jax.vmap(jax.random.fold_in)(keys, word), None),
+        jnp.broadcast_to(key, words.shape[1:]),
+        words,
+    )
+    return keys
+
+
+@functools.lru_cache(maxsize=4096)
+def path_words(domain: str, path: str) -> tuple[int, int]:
+    digest = hashlib.blake2b(f"{domain}\0{path}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
