@@ -1685,6 +1685,20 @@ add(
     falls={"w": "reduce_sum"},
 )
 add(
+    "above a floor",
+    {"w": W},
+    lambda p, x: total(x @ jnp.maximum(p["w"], -0.1)),
+    X,
+    falls={"w": "max"},
+)
+add(
+    "one more than a leaf, its square",
+    {"w": W},
+    lambda p, x: total(x @ (1 + p["w"] ** 2)),
+    X,
+    falls={"w": "integer_pow|square"},
+)
+add(
     "masked",
     {"w": W},
     lambda p, x: total(x @ jnp.where(np.arange(80).reshape(W) % 3 > 0, p["w"], 0.0)),

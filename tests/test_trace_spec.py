@@ -219,6 +219,12 @@ USES = {
         X,
         {"mode": "dense"},
     ),
+    "one more than the norms of layers": (
+        lambda p, x: lax.scan(lambda h, g: (jnp.tanh(h * (1 + g)), None), x, p["w"])[0],
+        (3, 8),
+        X,
+        {"mode": "dense"},
+    ),
     "decayed by the loss": (
         lambda p, x: jnp.sum(x @ p["w"].T) + jnp.sum(p["w"] ** 2),
         (10, 8),

@@ -114,7 +114,9 @@ def _apply(jaxpr: Any, eqn: Any, operands: list[Any]) -> list[Any]:
         out = None if rule is None else rule(eqn, *operands)
     if out is not None:
         return list(out) if eqn.primitive.multiple_results else [out]
-    formed = dict(zip(eqn.invars, arrays(operands, name), strict=True))
+    # A literal is part of the equation: it is no input of its program, nor hashable.
+    pairs = zip(eqn.invars, arrays(operands, name), strict=True)
+    formed = {var: value for var, value in pairs if not isinstance(var, jex.Literal)}
     needed, program = _program(jaxpr, [eqn], eqn.outvars)
     return program(*(formed[var] for var in needed))
 
