@@ -348,13 +348,12 @@ def test_a_state_of_another_model_or_spec(name):
         refuses(call, *pieces, "tx.init(params)")
 
 
-def test_another_resample_every_at_resume():
-    """Only the saved spec can tell; it is kept beside the checkpoint."""
-    saved = rl.Spec(2, resample_every=10)
+def test_another_side_at_resume():
+    """Of a square leaf only the saved spec can tell; it is kept beside the checkpoint."""
     refuses(
-        lambda: rl.Spec(2, resample_every=20).check_resumes(saved),
-        "resample_every=20",
-        "resample_every=10",
+        lambda: rl.Spec(2, side="left").check_resumes(rl.Spec(2, side="right")),
+        "side='left'",
+        "side='right'",
         "saved spec",
     )
 
@@ -503,8 +502,11 @@ def test_factors_of_the_adapter_form(name):
 def test_a_chain_of_another_spec():
     factors, _ = rl.init_adapter(PARAMS, 2, key=0)
     _, chain = rl.init_adapter(PARAMS, 3, key=0)
-    pieces = ["'body/kernel'", "sketch", "(2, 7)", "(3, 7)", "spec"]
+    pieces = ["'body/kernel'", "this chain", "rank=3", "rank=2", "spec"]
     refuses(lambda: rl.merge(PARAMS, factors, chain, 2), *pieces)
+    bare = chain._replace(stamps=type(chain.stamps)())
+    pieces = ["'body/kernel'", "sketch", "(2, 7)", "(3, 7)", "spec"]
+    refuses(lambda: rl.merge(PARAMS, factors, bare, 2), *pieces)
     frozen = rl.Spec(2, rest="frozen")
     _, chain = rl.init_adapter(PARAMS, 2, key=0)
     refuses(lambda: rl.merge(PARAMS, factors, chain, frozen), "'bias'", "frozen", "spec")

@@ -167,7 +167,7 @@ def factor_run(tx, spec, sketches, loss, params, state, targets):
 
     def step(carry, target):
         params, state = carry
-        link = state.count // spec.resample_every
+        link = state.link + (state.step_in_link >= spec.resample_every)
         now = jax.tree.map(lambda s: s[link], sketches)
         grads = rl.project(jax.grad(loss)(params, target), now, spec)
         updates, state = tx.update(grads, state, params)

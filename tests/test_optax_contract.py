@@ -61,7 +61,7 @@ def chain_state(opt_state):
 def as_factors(grads, params, opt_state, spec):
     """Dense gradients in the coordinates the next update will use."""
     state = chain_state(opt_state)
-    link = state.count // spec.resample_every
+    link = state.link + (state.step_in_link >= spec.resample_every)
     sketches = rl.sample_sketch(params, spec, key=state.key_data, link=link)
     return rl.project(grads, sketches, spec)
 

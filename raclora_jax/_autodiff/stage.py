@@ -37,15 +37,17 @@ def stage(function: Callable[..., Any], *arguments: Any) -> Staged:
     def traced(*arguments: Any) -> list[Any]:
         leaves, treedef = jax.tree.flatten(function(*arguments))
         places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
-        returned[:] = leaves, treedef, places
+        # The arrays are tracers, and no tracer may outlive its trace.
+        others = [None if hasattr(leaf, "dtype") else leaf for leaf in leaves]
+        returned[:] = others, treedef, places
         return [leaves[i] for i in places]
 
     jaxpr, shapes = jax.make_jaxpr(traced, return_shape=True)(*arguments)
-    leaves, treedef, places = returned
+    others, treedef, places = returned
 
     def rebuilt(outputs: Sequence[Any]) -> Any:
         filled = dict(zip(places, outputs, strict=True))
-        return treedef.unflatten([filled.get(i, leaf) for i, leaf in enumerate(leaves)])
+        return treedef.unflatten([filled.get(i, other) for i, other in enumerate(others)])
 
     return Staged(jaxpr, rebuilt(shapes), rebuilt)
 

@@ -72,6 +72,43 @@ def emitted(before: Any, after: Any) -> Array:
     return jnp.all(jnp.asarray(flags)) if flags else jnp.asarray(True)
 
 
+def together(moved: Any, old: Any, new: Any) -> tuple[Any, Any]:
+    """Lets no group step where ``MultiSteps`` skipped a mini-step of another.
+
+    Args:
+      moved: ``{group: directions}``.
+      old: ``{group: inner state}`` before the step.
+      new: ``{group: inner state}`` after it.
+
+    Returns:
+      ``(moved, new)``; after a skip no direction and no state but what the skip itself
+      wrote down.
+    """
+    skips = {group: _skipped(old[group], new[group]) for group in new}
+    if all(skip is None for skip in skips.values()) or len(skips) < 2:
+        return moved, new
+    flags = {g: jnp.asarray(False) if s is None else s for g, s in skips.items()}
+    any_skipped = jnp.any(jnp.stack([*flags.values()]))
+
+    def held(group: str) -> Any:
+        back = any_skipped & ~flags[group]
+        return jax.tree.map(
+            lambda before, after: jnp.where(back, before, after), old[group], new[group]
+        )
+
+    still = jax.tree.map(lambda d: jnp.where(any_skipped, 0, d), moved)
+    return still, {group: held(group) for group in new}
+
+
+def _skipped(before: Any, after: Any) -> Array | None:
+    """Whether a mini-step was skipped; ``None`` if the rule accumulates nothing."""
+    flags = [
+        (old.gradient_step == new.gradient_step) & (old.mini_step == new.mini_step)
+        for old, new in zip(_multi_steps(before), _multi_steps(after), strict=True)
+    ]
+    return jnp.any(jnp.asarray(flags)) if flags else None
+
+
 def nothing_accumulated(inner: Any) -> Array:
     """Whether no mini-step of ``MultiSteps`` waits for the next emission."""
     flags = [node.mini_step == 0 for node in _multi_steps(inner)]

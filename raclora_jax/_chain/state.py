@@ -1,30 +1,25 @@
-"""The chain's state: what it holds, how it starts, and what a new link does to it."""
+"""The chain's state: what it holds, where it stands, and the sketches of now."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import hashlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import Array, lax
-from jax.tree_util import DictKey, GetAttrKey
+from jax.tree_util import DictKey
 
-from raclora_jax._chain.inner import keep_gradient_steps, nothing_accumulated, same_type
-from raclora_jax._core import paths, rounding
-from raclora_jax._core.lowrank import change_of_basis, in_basis
+from raclora_jax._chain.inner import nothing_accumulated
+from raclora_jax._core import paths
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec
 
-# The plans of a tree's leaves, in tree order: static and hashable.
+# The plans of a tree's leaves: static and hashable.
 Plans = tuple[LeafPlan, ...]
-
-# Fields of optax states that hold a first moment: linear in the gradient, so that a
-# change of basis carries them over.
-_FIRST_MOMENTS = ("mu", "trace", "momentum")
 
 
 class InnerStates(NamedTuple):
@@ -55,8 +50,10 @@ class RacLoraState(NamedTuple):
     """State of ``raclora`` and ``scale_by_raclora``: arrays only, keyed by path.
 
     Attributes:
-      count: int32 scalar, updates emitted so far; the running link is
-        ``count // resample_every``.
+      count: int32 scalar, updates emitted so far.
+      link: int32 scalar, the link of the last update.
+      step_in_link: int32 scalar, updates emitted in that link.
+      law: uint32 scalar, which distributions the sketches of that link came from.
       key_data: uint32 of shape (2,), all the randomness there is.
       inner_state: ``InnerStates`` of the inner rule.
       sketches: ``SketchCache``; it holds no values under ``Spec(cache=False)``.
@@ -64,171 +61,106 @@ class RacLoraState(NamedTuple):
     """
 
     count: Array  # type: ignore[assignment]  # hides tuple.count, as in optax
+    link: Array
+    step_in_link: Array
+    law: Array
     key_data: Array
     inner_state: InnerStates
     sketches: SketchCache
     master: dict[str, Array]
 
 
-def link_of(count: Array, spec: Spec) -> Array:
-    """The link that an update with this count belongs to, int32 scalar."""
-    return jnp.asarray(count) // spec.resample_every
+class Now(NamedTuple):
+    """Where the next update finds the chain.
 
-
-@dataclasses.dataclass(frozen=True)
-class Chain:
-    """A spec, an inner rule, and what happens to its moments at a new link.
-
-    Args:
-      spec: The spec.
-      inner: The rule, as the user gave it.
-      moments: ``"reset"``, ``"keep"`` or ``"transport"``.
-      masters: Whether weights below float32 have a float32 copy in the state.
+    Attributes:
+      link: int32 scalar, its link.
+      begins: Whether it is the first of that link.
+      lost: Whether the sketches of the link before are neither kept nor known.
+      sketches: ``{path: sketch}`` of its link.
     """
 
-    spec: Spec
-    inner: optax.GradientTransformation
-    moments: str
-    masters: bool
+    link: Array
+    begins: Array
+    lost: Array
+    sketches: dict[str, Array]
 
-    @functools.partial(jax.jit, static_argnums=(0, 2))
-    def init(self, data: Array, plans: Plans, master: dict[str, Array]) -> RacLoraState:
-        """The state before the first update, from shapes and dtypes alone."""
-        values = {
-            plan.path: jnp.zeros(plan.sketch_shape, plan.wide_dtype)
-            for plan in plans
-            if plan.mode == "lowrank" and self.spec.cache
-        }
-        inner_state = InnerStates(
-            self._inner_init(plans, "lowrank"), self._inner_init(plans, "dense")
-        )
-        # Nothing is drawn yet: the first update finds the cache stale and fills it.
-        cache = SketchCache(jnp.full((), -1, jnp.int32), values)
-        return RacLoraState(jnp.zeros((), jnp.int32), data, inner_state, cache, master)
 
-    # Compiled as one piece, so that a step outside jit does not trace its cond anew.
-    @functools.partial(jax.jit, static_argnums=(0, 2))
-    def enter_link(
-        self, state: RacLoraState, plans: Plans
-    ) -> tuple[dict[str, Array], RacLoraState]:
-        """The sketches of the running link, and the state as that link finds it.
+def sketches_now(state: RacLoraState, plans: Iterable[LeafPlan], spec: Spec) -> Now:
+    """The link that the next update belongs to, and its sketches.
 
-        Everything a new link changes sits in one scalar ``cond`` whose outputs are
-        factor-sized. A cache that was dropped is filled again by the same branch.
-        """
-        link = link_of(state.count, self.spec)
-        stale = state.sketches.link != link
-        begins = (state.count > 0) & (state.count % self.spec.resample_every == 0)
-        begins &= nothing_accumulated(state.inner_state.lowrank)
-        # A mini-step that MultiSteps skips comes again: a second reset changes nothing,
-        # a second transport would.
-        again = stale if self.moments == "transport" else self.moments == "reset"
-        restarts = begins & again
+    A link ends once it has had ``spec.resample_every`` updates. Its sketches are those
+    the state keeps, or are drawn again. A run resumed with another distribution goes on
+    with the ones kept; where none are, they cannot be drawn again and a link begins.
 
-        def refresh(cache: SketchCache, inner: Any) -> tuple[SketchCache, Any]:
-            values = draw_all(state.key_data, link, plans) if self.spec.cache else {}
-            fresh = self._carry(state, inner, plans)
-            inner = jax.tree.map(
-                lambda new, old: lax.select(restarts, same_type(new, old), old),
-                fresh,
-                inner,
-            )
-            return SketchCache(link, values), inner
+    Every door calls this with the same arrays, so a compiled step draws once.
+    """
+    adapted = adapted_plans(plans)
+    return _sketches_now(
+        state.link,
+        state.step_in_link,
+        state.law,
+        nothing_accumulated(state.inner_state.lowrank),
+        state.key_data,
+        state.sketches,
+        adapted,
+        spec.resample_every,
+        spec.cache,
+    )
 
-        def stay(cache: SketchCache, inner: Any) -> tuple[SketchCache, Any]:
-            return cache, inner
 
-        cache, inner = lax.cond(
-            (stale & self.spec.cache) | restarts,
-            refresh,
-            stay,
-            state.sketches,
-            state.inner_state.lowrank,
-        )
-        inner_state = state.inner_state._replace(lowrank=inner)
-        state = state._replace(sketches=cache, inner_state=inner_state)
-        if self.spec.cache:
-            return cache.values, state
+# Traced and lowered once, whichever doors a program has.
+@functools.partial(jax.jit, static_argnums=(6, 7, 8))
+def _sketches_now(
+    link: Array,
+    step_in_link: Array,
+    law: Array,
+    idle: Array,
+    data: Array,
+    kept: SketchCache,
+    plans: Plans,
+    resample_every: int,
+    cache: bool,
+) -> Now:
+    lost = (law != law_of(plans)) & (kept.link != link)
+    begins = lost | ((step_in_link >= resample_every) & idle)
+    link = link + begins.astype(link.dtype)
+    if not cache:
         # Fused into its use, a sketch would round otherwise than a cached one.
-        return lax.optimization_barrier(draw_all(state.key_data, link, plans)), state
+        drawn = lax.optimization_barrier(draw_all(data, link, plans))
+        return Now(link, begins, lost, drawn)
+    sketches = lax.cond(
+        kept.link == link, lambda: kept.values, lambda: draw_all(data, link, plans)
+    )
+    return Now(link, begins, lost, sketches)
 
-    def check(self, state: RacLoraState, plans: Plans) -> None:
-        """Refuses a state that was made for other leaves or another spec."""
-        want = self._expected(plans)
-        got = _shapes(state)
-        for where in [*want, *got]:
-            if want.get(where) != got.get(where):
-                raise ValueError(
-                    f"the RAC-LoRA state does not fit this model and spec: at {where} "
-                    f"expected {_shown(want.get(where))}, got "
-                    f"{_shown(got.get(where))}; restore it with the spec it was "
-                    "written with, or start a new one with tx.init(params)"
-                )
 
-    @functools.lru_cache(maxsize=64)  # noqa: B019, a chain is a value
-    def _expected(self, plans: Plans) -> dict[str, tuple[int, ...]]:
-        data = jax.ShapeDtypeStruct((2,), jnp.uint32)
-        master = {
-            plan.path: jax.ShapeDtypeStruct(plan.shape, plan.wide_dtype)
-            for plan in plans
-            if self.has_master(plan)
-        }
-        init = jax.eval_shape(
-            lambda *args: self.init(args[0], plans, args[1]), data, master
-        )
-        return _shapes(init)
+def sketches_of_last(
+    state: RacLoraState, plans: Iterable[LeafPlan], spec: Spec
+) -> dict[str, Array]:
+    """The sketches of the update that the state has just counted."""
+    if spec.cache:
+        return state.sketches.values
+    drawn = draw_all(state.key_data, state.link, adapted_plans(plans))
+    return lax.optimization_barrier(drawn)
 
-    def has_master(self, plan: LeafPlan) -> bool:
-        """Whether the state holds a float32 copy of this leaf."""
-        return self.masters and plan.mode != "frozen" and rounding.is_low(plan.dtype)
 
-    def master_copy(
-        self, plans: dict[str, LeafPlan], leaves: dict[str, Any]
-    ) -> dict[str, Array]:
-        """The float32 copies a run starts with."""
-        copies = {}
-        for path, plan in plans.items():
-            if not self.has_master(plan):
-                continue
-            if isinstance(leaves[path], jax.ShapeDtypeStruct):
-                raise TypeError(
-                    f"leaf {paths.show(path)} is abstract, but rounding='master' copies "
-                    "the weights; use jax.eval_shape(tx.init, params)"
-                )
-            copies[path] = jnp.asarray(leaves[path], plan.wide_dtype)
-        return copies
+def adapted_plans(plans: Iterable[LeafPlan]) -> Plans:
+    """The plans of the adapted leaves, in one order whatever the tree."""
+    return tuple(sorted((p for p in plans if p.adapted), key=lambda plan: plan.path))
 
-    def _inner_init(self, plans: Plans, mode: str) -> Any:
-        zeros = {
-            plan.path: jnp.zeros(
-                plan.factor_shape if mode == "lowrank" else plan.shape, plan.wide_dtype
-            )
-            for plan in plans
-            if plan.mode == mode
-        }
-        return jax.tree.map(jnp.asarray, self.inner.init(zeros))
 
-    def _carry(self, state: RacLoraState, inner: Any, plans: Plans) -> Any:
-        """The inner state of the factors as a new link starts with it."""
-        if self.moments == "reset":
-            return keep_gradient_steps(inner, self._inner_init(plans, "lowrank"))
-        link = link_of(state.count, self.spec)
-        adapted = {plan.path: plan for plan in plans if plan.mode == "lowrank"}
-        new = draw_all(state.key_data, link, plans)
-        old = draw_all(state.key_data, jnp.maximum(link - 1, 0), plans)
-        bases = {
-            path: change_of_basis(new[path], old[path], plan)
-            for path, plan in adapted.items()
-        }
+@functools.lru_cache(maxsize=64)
+def _law_word(plans: Plans) -> int:
+    """32 bits that tell which distribution each sketch is drawn from."""
+    said = "\n".join(f"{plan.path} {plan.sketch}" for plan in plans if plan.adapted)
+    digest = hashlib.sha256(said.encode()).digest()
+    return int.from_bytes(digest[:4], "big")
 
-        def transport(keypath: tuple[Any, ...], leaf: Array) -> Array:
-            match keypath[-2:]:
-                case (GetAttrKey(name=name), DictKey(key=path)):
-                    if name in _FIRST_MOMENTS and path in bases:
-                        return in_basis(bases[path], leaf, adapted[path])
-            return leaf
 
-        return jax.tree_util.tree_map_with_path(transport, inner)
+def law_of(plans: Plans) -> Array:
+    """``_law_word`` as the uint32 scalar that a state holds."""
+    return jnp.asarray(_law_word(plans), jnp.uint32)
 
 
 def find_state(opt_state: Any) -> RacLoraState:
@@ -243,10 +175,6 @@ def find_state(opt_state: Any) -> RacLoraState:
     Raises:
       ValueError: If there is none, or more than one.
     """
-
-    def is_state(node: Any) -> bool:
-        return isinstance(node, RacLoraState)
-
     found = [s for s in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(s)]
     if len(found) != 1:
         raise ValueError(
@@ -256,10 +184,82 @@ def find_state(opt_state: Any) -> RacLoraState:
     return found[0]
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    pairs, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path): jnp.shape(leaf) for path, leaf in pairs}
+def is_state(node: Any) -> bool:
+    """Whether a node is a ``RacLoraState``, for ``is_leaf``."""
+    return isinstance(node, RacLoraState)
 
 
-def _shown(shape: tuple[int, ...] | None) -> str:
-    return "nothing" if shape is None else f"an array of shape {shape}"
+def check_leaves(state: RacLoraState, plans: dict[str, LeafPlan], spec: Spec) -> None:
+    """Refuses a state whose sketches or moments belong to other leaves or plans."""
+    adapted = {path: plan for path, plan in plans.items() if plan.adapted}
+    way_out = (
+        "pass the spec that raclora(...) was given, and the state of tx.init for these "
+        "params"
+    )
+    for path, sketch in state.sketches.values.items():
+        want = adapted[path].sketch_shape if path in adapted else None
+        if jnp.shape(sketch) != want:
+            expected = "none" if want is None else f"one of shape {want}"
+            raise ValueError(
+                f"leaf {paths.show(path)}: opt_state holds a sketch of shape "
+                f"{jnp.shape(sketch)}, this spec and these params expect {expected}; "
+                f"{way_out}"
+            )
+    held = {
+        str(keypath[-1].key)
+        for keypath, _ in jax.tree_util.tree_leaves_with_path(state.inner_state.lowrank)
+        if isinstance(keypath[-1], DictKey)
+    }
+    for path in sorted({*adapted} ^ held) if held else ():
+        has, lacks = ("opt_state", "these params") if path in held else ("spec", "state")
+        raise ValueError(
+            f"leaf {paths.show(path)} is adapted in {has} but not in {lacks}; {way_out}"
+        )
+    for path in adapted:
+        if spec.cache and path not in state.sketches.values:
+            raise ValueError(
+                f"leaf {paths.show(path)} is adapted in this spec, but opt_state has no "
+                f"sketch for it; {way_out}"
+            )
+
+
+def check_takes_factors(opt_state: Any, plans: dict[str, LeafPlan]) -> None:
+    """Refuses transformations around ``raclora`` that keep leaf-shaped state.
+
+    ``MultiSteps``, ``schedule_free``, ``ema`` and their like add gradients or updates to
+    arrays of the leaf's shape, which a ``Factor`` has not.
+    """
+    adapted = [plan for plan in plans.values() if plan.adapted]
+    for keypath, leaf in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_state):
+        if is_state(leaf):
+            continue
+        where = "/" + paths.canonical(keypath)
+        for plan in adapted:
+            if where.endswith("/" + plan.path) and jnp.shape(leaf) == plan.shape:
+                raise ValueError(
+                    f"leaf {paths.show(plan.path)}: opt_state holds an array of its full "
+                    f"shape {plan.shape} at {jax.tree_util.keystr(keypath)}, outside "
+                    "raclora, so a transformation around raclora cannot take its "
+                    "factors; put it inside, as in raclora(..., "
+                    "inner=optax.MultiSteps(optax.scale_by_adam(), k)"
+                    ".gradient_transformation()), or use jax.value_and_grad with it"
+                )
+
+
+def check_values(state: RacLoraState) -> None:
+    """Refuses numbers that no run can have written; traced ones cannot be looked at."""
+
+    def known(value: Any) -> bool:
+        return not isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct)
+
+    way_out = "the checkpoint is damaged: restore another, or start anew with tx.init"
+    for name in ("count", "link", "step_in_link"):
+        value = getattr(state, name)
+        if known(value) and int(value) < 0:
+            raise ValueError(f"the RAC-LoRA state has {name}={int(value)}; {way_out}")
+    for path, sketch in state.sketches.values.items():
+        if known(sketch) and not bool(jnp.all(jnp.isfinite(sketch))):
+            raise ValueError(
+                f"leaf {paths.show(path)}: its cached sketch holds NaN or infinity; "
+                f"{way_out}"
+            )

@@ -10,17 +10,47 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
+from jax import Array, lax
+from jax.tree_util import DictKey, GetAttrKey
 
-from raclora_jax._chain.inner import ADAM, check_inner, emitted, same_type
-from raclora_jax._chain.state import Chain, RacLoraState
-from raclora_jax._core import paths
+from raclora_jax._chain.inner import (
+    ADAM,
+    check_inner,
+    emitted,
+    keep_gradient_steps,
+    same_type,
+    together,
+)
+from raclora_jax._chain.state import (
+    InnerStates,
+    Now,
+    Plans,
+    RacLoraState,
+    SketchCache,
+    adapted_plans,
+    check_values,
+    law_of,
+    sketches_now,
+)
+from raclora_jax._core import paths, rounding
 from raclora_jax._core.keys import key_data
-from raclora_jax._core.lowrank import check_factor, is_factor, lift_leaf, project_leaf
+from raclora_jax._core.lowrank import (
+    change_of_basis,
+    check_factor,
+    in_basis,
+    is_factor,
+    lift_leaf,
+    project_leaf,
+)
 from raclora_jax._core.plan import LeafPlan, plan_leaves, plan_tree
+from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
 
 _MOMENTS = ("reset", "keep", "transport")
+
+# Fields of optax states that hold a first moment: linear in the gradient, so that a
+# change of basis carries them over.
+_FIRST_MOMENTS = ("mu", "trace", "momentum")
 
 
 class Step(NamedTuple):
@@ -53,17 +83,24 @@ class Step(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Core:
-    """What both transformations share: init, and a step up to the learning rate."""
+class Run:
+    """Everything static about a run, and what both transformations do with it.
+
+    Args:
+      spec: The spec.
+      inner: The rule, as the user gave it.
+      moments: What a new link does to them: ``"reset"``, ``"keep"`` or ``"transport"``.
+      masters: Whether weights below float32 have a float32 copy in the state.
+    """
 
     spec: Spec
-    chain: Chain
-    key_data: Array
+    inner: optax.GradientTransformation
+    moments: str
+    masters: bool
 
     @classmethod
-    def of(
-        cls, spec: Any, inner: Any, moments: str, key: Any, steps_weights: bool = False
-    ) -> Core:
+    def of(cls, spec: Any, inner: Any, moments: str, *, steps_weights: bool) -> Run:
+        """The run that users' arguments describe, checked."""
         spec = as_spec(spec)
         if moments not in _MOMENTS:
             known = ", ".join(map(repr, _MOMENTS))
@@ -72,50 +109,188 @@ class Core:
             inner = ADAM
         else:
             check_inner(inner)
-        masters = steps_weights and spec.rounding == "master"
-        return cls(spec, Chain(spec, inner, moments, masters), key_data(key))
+        return cls(spec, inner, moments, steps_weights and spec.rounding == "master")
 
-    def init(self, params: Any) -> RacLoraState:
+    def init(self, key: Any, params: Any) -> RacLoraState:
+        """The state before the first update."""
         if isinstance(params, _placeholder_type()):
             # optax.tree.map_params asks which parts mirror the params: none do.
             zeros: Any = [jnp.zeros((), jnp.int32) for _ in RacLoraState._fields]
             return RacLoraState(*zeros)
         plans = plan_tree(self.spec, params)
         leaves, _ = paths.flatten(params)
-        master = self.chain.master_copy(plans, leaves)
-        return self.chain.init(self.key_data, tuple(plans.values()), master)
+        master = self._master_copy(plans, leaves)
+        return self._init(key_data(key), tuple(plans.values()), master)
+
+    @functools.partial(jax.jit, static_argnums=(0, 2))
+    def _init(self, data: Array, plans: Plans, master: dict[str, Array]) -> RacLoraState:
+        values = {
+            plan.path: jnp.zeros(plan.sketch_shape, plan.wide_dtype)
+            for plan in plans
+            if plan.adapted and self.spec.cache
+        }
+        lowrank, dense = (self._inner_init(plans, mode) for mode in ("lowrank", "dense"))
+        return RacLoraState(
+            count=jnp.zeros((), jnp.int32),
+            link=jnp.zeros((), jnp.int32),
+            step_in_link=jnp.zeros((), jnp.int32),
+            law=law_of(adapted_plans(plans)),
+            key_data=data,
+            inner_state=InnerStates(lowrank, dense),
+            # Nothing is drawn yet: the first door finds the cache stale.
+            sketches=SketchCache(jnp.full((), -1, jnp.int32), values),
+            master=master,
+        )
 
     def step(
         self, updates: Any, state: RacLoraState, params: Any, extra: dict[str, Any]
     ) -> Step:
+        """Projects what comes dense, runs the inner rule on factors, and counts."""
         grads, treedef = paths.flatten(updates, is_leaf=is_factor)
         plans = _plan_gradients(self.spec, grads, params)
-        self.chain.check(state, tuple(plans.values()))
-        sketches, state = self.chain.enter_link(state, tuple(plans.values()))
-        factors: dict[str, Array] = {}
-        dense: dict[str, Array] = {}
-        directions: dict[str, Array] = {}
+        self._check(state, tuple(plans.values()))
+        now = sketches_now(state, plans.values(), self.spec)
+        state = self._entered(state, now, adapted_plans(plans.values()))
+        groups: dict[str, dict[str, Array]] = {"dense": {}, "lowrank": {}}
         for path, grad in grads.items():
             plan = plans[path]
             if is_factor(grad):
-                factors[path] = grad.value.astype(plan.wide_dtype)
-            elif plan.mode == "lowrank":
-                factors[path] = project_leaf(grad, sketches[path], plan)
+                groups["lowrank"][path] = grad.value.astype(plan.wide_dtype)
+            elif plan.adapted:
+                groups["lowrank"][path] = project_leaf(grad, now.sketches[path], plan)
             elif plan.mode == "dense":
-                dense[path] = grad.astype(plan.wide_dtype)
-        before = after = state.inner_state
-        rule = optax.with_extra_args_support(self.chain.inner).update
+                groups["dense"][path] = grad.astype(plan.wide_dtype)
+        directions, inner_state, went = self._inner_step(groups, state, extra)
+        state = state._replace(
+            count=jnp.where(went, optax.safe_increment(state.count), state.count),
+            step_in_link=state.step_in_link + went.astype(jnp.int32),
+            inner_state=inner_state,
+        )
+        return Step(state, plans, grads, treedef, now.sketches, directions, went)
+
+    def _inner_step(
+        self, groups: dict[str, Any], state: RacLoraState, extra: dict[str, Any]
+    ) -> tuple[dict[str, Array], InnerStates, Array]:
+        """One step of the inner rule on each group that has leaves."""
+        rule = optax.with_extra_args_support(self.inner).update
+        names = [name for name, group in groups.items() if group]
+        old = {name: getattr(state.inner_state, name) for name in names}
+        moved, new = {}, {}
+        for name in names:
+            moved[name], after = rule(groups[name], old[name], None, **extra)
+            new[name] = jax.tree.map(same_type, after, old[name])
+        moved, new = together(moved, old, new)
         went = jnp.asarray(True)
-        for field, group in (("dense", dense), ("lowrank", factors)):
-            if group:
-                old = getattr(before, field)
-                moved, new = rule(group, old, None, **extra)
-                directions |= moved
-                after = after._replace(**{field: jax.tree.map(same_type, new, old)})
-                went = emitted(old, new)
-        count = jnp.where(went, optax.safe_increment(state.count), state.count)
-        state = state._replace(count=count, inner_state=after)
-        return Step(state, plans, grads, treedef, sketches, directions, went)
+        for name in names:
+            went = emitted(old[name], new[name])
+        directions = {path: d for group in moved.values() for path, d in group.items()}
+        return directions, state.inner_state._replace(**new), went
+
+    # Compiled as one piece, so that a step outside jit does not trace it anew.
+    @functools.partial(jax.jit, static_argnums=(0, 3))
+    def _entered(self, state: RacLoraState, now: Now, plans: Plans) -> RacLoraState:
+        """The state as the link of the next update finds it."""
+        old = state.inner_state.lowrank
+        inner, cache = old, state.sketches
+        if self.moments == "reset":
+            fresh = keep_gradient_steps(old, self._inner_init(plans, "lowrank"))
+            inner = _select(now.begins, fresh, old)
+        elif self.moments == "transport":
+            moved = lax.cond(
+                now.begins & ~now.lost,
+                lambda: self._transported(state, now, plans),
+                lambda: old,
+            )
+            fresh = keep_gradient_steps(old, self._inner_init(plans, "lowrank"))
+            inner = _select(now.begins & now.lost, fresh, moved)
+        if self.spec.cache:
+            cache = SketchCache(now.link, now.sketches)
+        return state._replace(
+            link=now.link,
+            step_in_link=jnp.where(now.begins, 0, state.step_in_link),
+            law=jnp.where(now.begins, law_of(plans), state.law),
+            inner_state=state.inner_state._replace(lowrank=inner),
+            sketches=cache,
+        )
+
+    def _transported(self, state: RacLoraState, now: Now, plans: Plans) -> Any:
+        """The inner state of the factors, its first moments in the new sketches."""
+
+        def drawn() -> dict[str, Array]:
+            return draw_all(state.key_data, state.link, plans)
+
+        before = drawn()
+        if self.spec.cache:
+            kept = state.sketches.link == state.link
+            before = lax.cond(kept, lambda: state.sketches.values, drawn)
+        adapted = {plan.path: plan for plan in plans}
+        bases = {
+            path: change_of_basis(now.sketches[path], before[path], plan)
+            for path, plan in adapted.items()
+        }
+
+        def transport(keypath: tuple[Any, ...], leaf: Array) -> Array:
+            match keypath[-2:]:
+                case (GetAttrKey(name=name), DictKey(key=path)):
+                    if name in _FIRST_MOMENTS and path in bases:
+                        return in_basis(bases[path], leaf, adapted[path])
+            return leaf
+
+        return jax.tree_util.tree_map_with_path(transport, state.inner_state.lowrank)
+
+    def _inner_init(self, plans: Plans, mode: str) -> Any:
+        zeros = {
+            plan.path: jnp.zeros(plan.trained_shape, plan.wide_dtype)
+            for plan in plans
+            if plan.mode == mode
+        }
+        return jax.tree.map(jnp.asarray, self.inner.init(zeros))
+
+    def _check(self, state: RacLoraState, plans: Plans) -> None:
+        """Refuses a state that was made for other leaves or another spec."""
+        want, got = self._expected(plans), _types(state)
+        for where in [*want, *got]:
+            if want.get(where) != got.get(where):
+                raise ValueError(
+                    f"the RAC-LoRA state does not fit this model and spec: at {where} "
+                    f"expected {want.get(where, 'nothing')}, got "
+                    f"{got.get(where, 'nothing')}; restore it with the spec it was "
+                    "written with, or start a new one with tx.init(params)"
+                )
+        check_values(state)
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019, a run is a value
+    def _expected(self, plans: Plans) -> dict[str, str]:
+        data = jax.ShapeDtypeStruct((2,), jnp.uint32)
+        master = {
+            plan.path: jax.ShapeDtypeStruct(plan.shape, plan.wide_dtype)
+            for plan in plans
+            if self._has_master(plan)
+        }
+        init = jax.eval_shape(
+            lambda *args: self._init(args[0], plans, args[1]), data, master
+        )
+        return _types(init)
+
+    def _has_master(self, plan: LeafPlan) -> bool:
+        """Whether the state holds a float32 copy of this leaf."""
+        return self.masters and plan.mode != "frozen" and rounding.is_low(plan.dtype)
+
+    def _master_copy(
+        self, plans: dict[str, LeafPlan], leaves: dict[str, Any]
+    ) -> dict[str, Array]:
+        """The float32 copies a run starts with."""
+        copies = {}
+        for path, plan in plans.items():
+            if not self._has_master(plan):
+                continue
+            if isinstance(leaves[path], jax.ShapeDtypeStruct):
+                raise TypeError(
+                    f"leaf {paths.show(path)} is abstract, but rounding='master' copies "
+                    "the weights; use jax.eval_shape(tx.init, params)"
+                )
+            copies[path] = jnp.asarray(leaves[path], plan.wide_dtype)
+        return copies
 
 
 def _plan_gradients(
@@ -140,13 +315,24 @@ def _plan_gradients(
     plans = plan_leaves(spec, like)
     for path, grad in grads.items():
         if is_factor(grad):
-            check_factor(grad.value, plans[path])
+            check_factor(grad, plans[path])
         elif jnp.shape(grad) != plans[path].shape:
             raise ValueError(
                 f"leaf {paths.show(path)}: expected a gradient of shape "
                 f"{plans[path].shape}, got {jnp.shape(grad)}"
             )
     return plans
+
+
+def _select(chosen: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda n, o: jnp.where(chosen, same_type(n, o), o), new, old)
+
+
+def _types(tree: Any) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path): f"{jnp.result_type(leaf)} of shape {jnp.shape(leaf)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 @functools.cache

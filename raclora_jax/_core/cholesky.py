@@ -49,15 +49,15 @@ def _eliminate(gram: Array) -> Array:
     L^T; the others what is left of the Gram matrix.
     """
     rank = gram.shape[-1]
-    row = lax.broadcasted_iota(jnp.int32, (rank, rank), 0)
-    col = lax.broadcasted_iota(jnp.int32, (rank, rank), 1)
+    row = lax.broadcasted_iota(jnp.int32, gram.shape, gram.ndim - 2)
+    col = lax.broadcasted_iota(jnp.int32, gram.shape, gram.ndim - 1)
 
     def step(k: Array, left: Array) -> Array:
         pivot_row = lax.dynamic_index_in_dim(left, k, -2)
         pivot_col = lax.dynamic_index_in_dim(left, k, -1)
         scale = 1 / jnp.sqrt(lax.dynamic_index_in_dim(pivot_row, k, -1))
-        pivot_row = jnp.where(col[:1] == k, scale, scale * pivot_row)
-        pivot_col = jnp.where(row[:, :1] > k, scale * pivot_col, 0)
+        pivot_row = jnp.where(col[..., :1, :] == k, scale, scale * pivot_row)
+        pivot_col = jnp.where(row[..., :1] > k, scale * pivot_col, 0)
         kept = jnp.where((col == k) & (row > k), 0, left)
         return jnp.where(row == k, pivot_row, kept - pivot_col * pivot_row)
 

@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from raclora_jax._core import paths
 from raclora_jax._core.cholesky import inverse_cholesky
-from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.plan import LeafPlan, Stamp, check_stamp
 
 # Up to this rank a lift is a sum of outer products, which the compiler fuses with the
 # addition to the weights; well above it a matmul is faster, with a dense delta
@@ -32,10 +32,20 @@ class Factor:
     Args:
       value: Array ``(batch..., rank, *axes of the other side)``.
       decay: Scalar; 0 in a gradient, ``learning_rate * weight_decay`` in an update.
+      stamp: Static; the facts of the run it was made in, so that no function of another
+        spec takes it. ``None`` for one made by hand, of which only the shape is known.
     """
 
     value: Any
     decay: Any
+    stamp: Stamp | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __radd__(self, weight: Any) -> Any:
+        raise TypeError(
+            "a Factor update cannot be added to weights as it stands: in place of "
+            "optax.apply_updates(params, updates) call "
+            "raclora_jax.apply_updates(params, updates, opt_state, spec)"
+        )
 
 
 def is_factor(node: Any) -> bool:
@@ -64,7 +74,9 @@ def project_leaf(dense: Array, sketch: Array, plan: LeafPlan) -> Array:
         dense,
         ((sketch_axes, plan.sketched), (tuple(range(stack)), plan.batch)),
         precision=lax.Precision.HIGHEST,
-        preferred_element_type=jnp.promote_types(dense.dtype, plan.wide_dtype),
+        preferred_element_type=max(
+            dense.dtype, plan.wide_dtype, key=lambda dtype: dtype.itemsize
+        ),
     )
     return (plan.scaling * factor).astype(plan.wide_dtype)
 
@@ -199,21 +211,24 @@ def in_basis(basis: Array, factor: Array, plan: LeafPlan) -> Array:
     return moved.astype(factor.dtype)
 
 
-def check_factor(value: Any, plan: LeafPlan) -> None:
+def check_factor(factor: Any, plan: LeafPlan) -> None:
     """Refuses a factor that cannot belong to the leaf.
 
     Args:
-      value: The array in a ``Factor``.
+      factor: A ``Factor``, or the array in one.
       plan: Plan of the leaf.
 
     Raises:
-      ValueError: If the leaf is not adapted or the shape differs.
+      ValueError: If the leaf is not adapted, or shape or stamp differ.
     """
-    if plan.mode != "lowrank":
+    value = factor.value if is_factor(factor) else factor
+    if not plan.adapted:
         raise ValueError(
             f"leaf {paths.show(plan.path)} is {plan.mode} in this spec but came as a "
             "Factor; use the spec the factors were made with"
         )
+    if is_factor(factor) and factor.stamp is not None:
+        check_stamp(plan.path, factor.stamp, plan, "this Factor")
     if jnp.shape(value) != plan.factor_shape:
         raise ValueError(
             f"leaf {paths.show(plan.path)}: expected a factor of shape "

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import optax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+KeyPath = tuple[Any, ...]
 
-def canonical(keypath: tuple[Any, ...]) -> str:
+
+def canonical(keypath: KeyPath) -> str:
     """Joins a JAX key path into a canonical path.
 
-    A trailing attribute ``value`` is the inside of a box (``nnx.Variable``,
-    ``nn.Partitioned``), not a level of the tree, and is dropped. So linen, nnx and
-    plain dicts name a leaf alike.
-
     Args:
-      keypath: A key path as ``jax.tree_util.tree_flatten_with_path`` gives it.
+      keypath: A key path as ``jax.tree_util.tree_flatten_with_path`` gives it, without
+        the inside of boxes.
 
     Returns:
       The names joined by ``/``; the empty string for a tree that is one leaf.
@@ -28,9 +28,32 @@ def canonical(keypath: tuple[Any, ...]) -> str:
       >>> canonical(path)
       'a/0'
     """
-    while keypath and keypath[-1] == GetAttrKey("value"):
-        keypath = keypath[:-1]
     return "/".join(_name(key) for key in keypath)
+
+
+def _unboxed(keypaths: Iterable[KeyPath]) -> Callable[[KeyPath], KeyPath]:
+    """Takes the inside of boxes off the end of a key path.
+
+    A box (``nnx.Variable``, ``nn.Partitioned``) is a node whose one child is an attribute
+    ``value``; it is no level of the tree, so that linen, nnx and plain dicts name a leaf
+    alike. A node with other children beside ``value`` is none: ``(query, key, value)``.
+    """
+    children: dict[KeyPath, set[Any]] = {}
+    for keypath in keypaths:
+        for depth, key in enumerate(keypath):
+            children.setdefault(keypath[:depth], set()).add(key)
+
+    def unboxed(keypath: KeyPath) -> KeyPath:
+        while keypath and children[keypath[:-1]] == {GetAttrKey("value")}:
+            keypath = keypath[:-1]
+        return keypath
+
+    return unboxed
+
+
+def _is_hidden(node: Any) -> bool:
+    """Whether a node stands for a leaf that a partial tree leaves out."""
+    return node is None or isinstance(node, optax.MaskedNode)
 
 
 def _name(key: Any) -> str:
@@ -60,9 +83,10 @@ def flatten(
       ValueError: If two leaves have the same path.
     """
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
+    unboxed = _unboxed(keypath for keypath, _ in _with_hidden(tree, is_leaf))
     leaves: dict[str, Any] = {}
     for keypath, leaf in pairs:
-        path = canonical(keypath)
+        path = canonical(unboxed(keypath))
         if path in leaves:
             raise ValueError(
                 f"two leaves have the path {path!r}: sketches are drawn by path, so "
@@ -71,6 +95,13 @@ def flatten(
             )
         leaves[path] = leaf
     return leaves, treedef
+
+
+def _with_hidden(tree: Any, is_leaf: Callable[[Any], bool] | None) -> list[Any]:
+    def stops(node: Any) -> bool:
+        return _is_hidden(node) or (is_leaf is not None and is_leaf(node))
+
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=stops)
 
 
 def unflatten(treedef: Any, leaves: dict[str, Any]) -> Any:

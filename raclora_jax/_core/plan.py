@@ -8,7 +8,7 @@ import math
 import numbers
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,23 @@ import optax
 
 from raclora_jax._core import paths
 from raclora_jax._core.spec import Rule, Spec, as_spec, kind
+
+
+class Stamp(NamedTuple):
+    """What every door of a run must be told alike about one adapted leaf.
+
+    It travels with factors and chains as static metadata: compared while a program is
+    traced, absent when it runs. Fields as in ``LeafPlan``.
+    """
+
+    rank: int
+    side: str
+    rows: tuple[int, ...]
+    batch: tuple[int, ...]
+    scaling: float
+    sketch: str
+    resample_every: int
+    rounding: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,7 +51,11 @@ class LeafPlan:
       rank: Rank of the sketch; 0 if not adapted.
       scaling: ``alpha / rank``.
       sketch: Distribution of the sketch; empty if not adapted.
-      reason: Why the leaf has this mode, for people.
+      resample_every: Steps a sketch lives; 0 if not adapted.
+      rounding: How weights below float32 take a small step; empty if not adapted.
+      cause: What decided the mode: ``"rule"``, ``"matrix"``, ``"no matrix"`` or
+        ``"rank"``, where the sketched side is too small for it.
+      reason: The same in words, for people.
       assumed_view: Whether a 2-D leaf was read as (rows, cols) without a rule.
     """
 
@@ -49,8 +70,28 @@ class LeafPlan:
     rank: int = 0
     scaling: float = 1.0
     sketch: str = ""
-    reason: str = ""
+    resample_every: int = 0
+    rounding: str = ""
+    cause: str = "rule"
+    reason: str = "rule"
     assumed_view: bool = False
+
+    @property
+    def adapted(self) -> bool:
+        """Whether the leaf is trained through a sketch."""
+        return self.mode == "lowrank"
+
+    @functools.cached_property
+    def stamp(self) -> Stamp:
+        """What the doors of a run must agree on."""
+        return Stamp(*(getattr(self, name) for name in Stamp._fields))
+
+    @property
+    def trained_shape(self) -> tuple[int, ...]:
+        """Shape of what is trained: the factor, the leaf, or no number at all."""
+        if self.mode == "frozen":
+            return (0,)
+        return self.factor_shape if self.adapted else self.shape
 
     @property
     def sketched(self) -> tuple[int, ...]:
@@ -85,7 +126,9 @@ class LeafPlan:
     @property
     def wide_dtype(self) -> jnp.dtype:
         """Dtype of sketches, factors and sums: the leaf's, at least float32."""
-        return jnp.promote_types(self.dtype, jnp.float32)
+        # Not promote_types, which refuses this under strict dtype promotion.
+        dtype = jnp.dtype(self.dtype)
+        return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
 
     @property
     def lam(self) -> float:
@@ -131,6 +174,30 @@ def plan_leaves(
     return dict(_plan(spec, shapes, whole))
 
 
+def check_stamp(path: str, stamp: Stamp, plan: LeafPlan, what: str) -> None:
+    """Refuses what was made under another plan of the leaf.
+
+    Args:
+      path: Canonical path of the leaf.
+      stamp: The stamp it carries.
+      plan: The plan of the door it came to.
+      what: What it is, for the message.
+
+    Raises:
+      ValueError: If a field differs; the message names it.
+    """
+    if stamp == plan.stamp:
+        return
+    for name, theirs, mine in zip(Stamp._fields, stamp, plan.stamp, strict=True):
+        if theirs != mine:
+            said = "alpha / rank" if name == "scaling" else name
+            raise ValueError(
+                f"leaf {paths.show(path)}: {what} was made with {said}={theirs!r}, "
+                f"this spec has {said}={mine!r}; hand the same spec to every function "
+                "of a run"
+            )
+
+
 def winner(spec: Spec, path: str) -> Rule | None:
     """The rule that decides about a path: the first that matches the whole of it."""
     matching = (rule for rule in spec.rules if re.fullmatch(rule.path, path))
@@ -156,7 +223,8 @@ def _shape_and_dtype(path: str, leaf: Any) -> tuple[tuple[int, ...], str]:
             f"leaf {paths.show(path)} must be an array, got {kind(leaf)}; hand over the "
             "arrays of the model only"
         )
-    return tuple(map(int, jnp.shape(leaf))), str(jnp.result_type(leaf))
+    dtype = str(jnp.result_type(leaf))
+    return tuple(map(int, jnp.shape(leaf))), dtype
 
 
 @functools.lru_cache(maxsize=256)
@@ -176,7 +244,7 @@ def _plan(
 def _plan_leaf(
     spec: Spec, rule: Rule | None, path: str, shape: tuple[int, ...], dtype: str
 ) -> LeafPlan:
-    leaf = LeafPlan(path=path, shape=shape, dtype=dtype, mode="frozen", reason="rule")
+    leaf = LeafPlan(path=path, shape=shape, dtype=dtype, mode="frozen")
     if rule is not None and rule.mode == "frozen":
         return leaf
     if dtype.startswith("key<") or not jnp.issubdtype(dtype, jnp.inexact):
@@ -184,10 +252,18 @@ def _plan_leaf(
             f"leaf {paths.show(path)} has dtype {dtype}: only floating leaves can be "
             f"trained; add Rule({re.escape(path)!r}, mode='frozen')"
         )
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.dtype(dtype).itemsize < 2:
+        raise ValueError(
+            f"leaf {paths.show(path)} has dtype {dtype}: weights are trained in 16 bits "
+            f"or more; cast it, add Rule({re.escape(path)!r}, mode='frozen'), or keep it "
+            "quantised under the adapter form"
+        )
     if rule is not None and rule.mode == "dense":
         return dataclasses.replace(leaf, mode="dense")
     if len(shape) < 2 and not (rule is not None and rule.has_view):
-        return dataclasses.replace(leaf, mode=spec.rest, reason="not a matrix")
+        return dataclasses.replace(
+            leaf, mode=spec.rest, cause="no matrix", reason="not a matrix"
+        )
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"leaf {paths.show(path)} has dtype {dtype}: sketches are real, so complex "
@@ -200,7 +276,8 @@ def _plan_leaf(
         rows=rows,
         cols=cols,
         batch=batch,
-        reason="rule" if rule is not None else "matrix",
+        cause="matrix" if rule is None else "rule",
+        reason="matrix" if rule is None else "rule",
         assumed_view=rule is None or not rule.has_view,
     )
     return _sized(spec, rule, plan)
@@ -251,6 +328,8 @@ def _sized(spec: Spec, rule: Rule | None, plan: LeafPlan) -> LeafPlan:
         rank=rank,
         scaling=1.0 if alpha is None else alpha / rank,
         sketch=choose("sketch"),
+        resample_every=spec.resample_every,
+        rounding=spec.rounding,
     )
     if rank < plan.dim:
         return plan
@@ -266,13 +345,21 @@ def _sized(spec: Spec, rule: Rule | None, plan: LeafPlan) -> LeafPlan:
         shape=plan.shape,
         dtype=plan.dtype,
         mode=spec.rest,
+        cause="rank",
         reason=f"rank {rank} >= sketched side {plan.dim}",
     )
 
 
 def _check_any_adapted(spec: Spec, plans: dict[str, LeafPlan]) -> None:
-    small = [plan for plan in plans.values() if plan.reason.startswith("rank ")]
-    if small and not any(plan.mode == "lowrank" for plan in plans.values()):
+    lone = next(iter(plans.values()))
+    if len(plans) == 1 and lone.cause == "no matrix" and lone.mode == "dense":
+        raise ValueError(
+            f"leaf {paths.show(lone.path)} of shape {lone.shape} is all there is, and no "
+            "matrix: nothing would be adapted; hand raclora the tree of matrices, not "
+            "one flattened by optax.flatten, or train it with the inner rule alone"
+        )
+    small = [plan for plan in plans.values() if plan.cause == "rank"]
+    if small and not any(plan.adapted for plan in plans.values()):
         plan = small[0]
         raise ValueError(
             f"leaf {paths.show(plan.path)} of shape {plan.shape}: {plan.reason}, and no "

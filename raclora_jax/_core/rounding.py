@@ -46,7 +46,9 @@ def stochastic(exact: Array, dtype: Any, key: Array) -> Array:
     """
     inner, outer = _neighbours(exact, dtype)
     drawn = _draw(exact, (inner, outer), (inner, outer), key)
-    return jnp.where(jnp.isfinite(exact), drawn, exact)
+    # Beyond the largest number there is no second neighbour to draw.
+    inside = jnp.abs(exact) <= float(jnp.finfo(dtype).max)
+    return jnp.where(inside, drawn, nearest(exact, dtype))
 
 
 def settle(exact: Array, dtype: Any, rounding: str, key: Array) -> Array:
@@ -105,7 +107,8 @@ def _draw(
     """The choice that lands on one of two points around a target, right on average."""
     near, far = landings
     reach = far - near
-    share = jnp.where(reach == 0, 0.0, (target - near) / reach)
+    on_grid = reach == 0
+    share = jnp.where(on_grid, 0.0, (target - near) / jnp.where(on_grid, 1.0, reach))
     takes_far = _uniform(key, target.shape) < share
     return jnp.where(takes_far, choices[1], choices[0])
 

@@ -118,7 +118,7 @@ def _whiten_once(sketches: Array, shift: float) -> Array:
     eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
     # Inverting at rank x rank and multiplying is far cheaper than a triangular solve
     # on the tall matrix.
-    inverse = inverse_cholesky(gram + shift * trace * eye)
+    inverse = inverse_cholesky(gram + shift * trace * eye[None])
     return jnp.matmul(inverse, sketches, precision=lax.Precision.HIGHEST)
 
 

@@ -184,20 +184,35 @@ class Spec:
         return cls(**fields, rules=rules)
 
     def check_resumes(self, saved: Spec) -> None:
-        """Refuses to go on with a chain that another spec began.
+        """Refuses to go on with a chain that this spec cannot continue.
+
+        ``resample_every``, ``sketch``, ``alpha`` and ``cache`` may differ. The running
+        link then goes on with the sketches the state keeps and ends by the new length,
+        and the next sketch is of the new distribution; where none are kept, a new link
+        begins at once. ``alpha`` acts from the first step. An adapter's factors have
+        their meaning by ``alpha`` and ``sketch``: change these at the end of its link.
 
         Args:
           saved: The spec kept beside the checkpoint.
 
         Raises:
-          ValueError: If any field but ``cache`` differs.
+          ValueError: If rank, side, views, rounding or what is trained differ.
         """
-        for field in dataclasses.fields(self):
-            mine, theirs = getattr(self, field.name), getattr(saved, field.name)
-            if field.name != "cache" and mine != theirs:
+
+        def fixed(spec: Spec) -> dict[str, Any]:
+            rules = [
+                dataclasses.replace(rule, alpha=None, sketch=None) for rule in spec.rules
+            ]
+            names = ("rank", "side", "rounding", "rest")
+            return {name: getattr(spec, name) for name in names} | {"rules": rules}
+
+        own, its = fixed(self), fixed(saved)
+        for name in own:
+            mine, theirs = own[name], its[name]
+            if mine != theirs:
                 raise ValueError(
-                    f"this spec has {field.name}={mine!r}, the checkpoint was written "
-                    f"with {field.name}={theirs!r}: the chain would not go on where it "
+                    f"this spec has {name}={mine!r}, the checkpoint was written "
+                    f"with {name}={theirs!r}: the chain would not go on where it "
                     "stopped; resume with the saved spec, or start a new state with "
                     "tx.init"
                 )

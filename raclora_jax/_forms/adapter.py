@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,9 +14,22 @@ from jax import Array
 from raclora_jax._core import paths, rounding
 from raclora_jax._core.keys import key_data, leaf_key
 from raclora_jax._core.lowrank import check_factor, lift_leaf
-from raclora_jax._core.plan import LeafPlan, plan_leaves
-from raclora_jax._core.sketch import draw, draw_all
+from raclora_jax._core.plan import LeafPlan, Stamp, check_stamp, plan_leaves
+from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Stamps:
+    """The plans' stamps of a chain, ``((path, stamp), ...)``: a node without leaves."""
+
+    by_path: tuple[tuple[str, Stamp], ...] = ()
+
+    @classmethod
+    def of(cls, plans: dict[str, LeafPlan]) -> Stamps:
+        """The stamps of the adapted leaves."""
+        return cls(tuple((p, plan.stamp) for p, plan in plans.items() if plan.adapted))
 
 
 class AdapterChain(NamedTuple):
@@ -26,11 +40,14 @@ class AdapterChain(NamedTuple):
       key_data: uint32 of shape (2,), all the randomness there is.
       sketches: ``{path: sketch}`` of the running link; empty under
         ``Spec(cache=False)``.
+      stamps: Static; the facts of the run, so that no function of another spec goes on
+        with the chain. Empty if made by hand.
     """
 
     link: Array
     key_data: Array
     sketches: dict[str, Array]
+    stamps: Stamps = Stamps()
 
 
 def init_adapter(
@@ -67,7 +84,8 @@ def init_adapter(
     plans = plan_leaves(spec, leaves, whole=True)
     _check_rounding(spec, plans)
     link, data = jnp.zeros((), jnp.int32), key_data(key)
-    chain = AdapterChain(link, data, _cached(spec, data, link, plans))
+    sketches = _cached(spec, data, link, plans)
+    chain = AdapterChain(link, data, sketches, Stamps.of(plans))
     return paths.unflatten(treedef, _zeros(plans)), chain
 
 
@@ -171,7 +189,7 @@ def next_link(
     link = chain.link + 1
     sketches = _cached(spec, chain.key_data, link, plans)
     zeros = jax.tree.map(jnp.zeros_like, factors)
-    return merged, zeros, AdapterChain(link, chain.key_data, sketches)
+    return merged, zeros, chain._replace(link=link, sketches=sketches)
 
 
 def factor_labels(base_params: Any, spec: Spec | int) -> Any:
@@ -243,7 +261,8 @@ def _sum(
     dequantize: Callable[[Any], Array] | None = None,
 ) -> Any:
     """``finish(plan, W + lift(F))`` for every trained leaf."""
-    leaves, treedef, plans, values = matched(base_params, factors, spec)
+    leaves, treedef, plans, values = matched(base_params, factors, chain, spec)
+    sketches = sketches_of(chain, plans)
     if dequantize is None:
         way_out = (
             "sum them with effective_params(..., dequantize=...), then quantise anew"
@@ -258,20 +277,23 @@ def _sum(
             return weight
         delta = values[path]
         if plan.mode == "lowrank":
-            delta = lift_leaf(delta, sketch_of(chain, plan), plan)
+            delta = lift_leaf(delta, sketches[path], plan)
         return finish(plan, jnp.asarray(weight, plan.wide_dtype) + delta)
 
     return paths.unflatten(treedef, {p: one(p, w) for p, w in leaves.items()})
 
 
 def matched(
-    base_params: Any, factors: Any, spec: Spec
+    base_params: Any, factors: Any, chain: AdapterChain, spec: Spec
 ) -> tuple[dict[str, Any], Any, dict[str, LeafPlan], dict[str, Any]]:
     """Base leaves, their treedef and plans, and the factors that belong to them."""
     leaves, treedef = paths.flatten(base_params, is_leaf=is_quantised)
     values, _ = paths.flatten(factors)
     plans = plan_leaves(spec, leaves)
     _check_rounding(spec, plans)
+    for path, stamp in chain.stamps.by_path:
+        if path in plans and plans[path].adapted:
+            check_stamp(path, stamp, plans[path], "this chain")
     _check_factors(values, plans)
     return leaves, treedef, plans, values
 
@@ -288,18 +310,18 @@ def refuse_quantised(
             )
 
 
-def sketch_of(chain: AdapterChain, plan: LeafPlan) -> Array:
-    """The cached sketch, or the same one drawn where it was not kept."""
-    if plan.path not in chain.sketches:
-        return draw(chain.key_data, chain.link, plan)
-    sketch = chain.sketches[plan.path]
-    if jnp.shape(sketch) != plan.sketch_shape:
-        raise ValueError(
-            f"leaf {paths.show(plan.path)}: expected a sketch of shape "
-            f"{plan.sketch_shape}, got {jnp.shape(sketch)}; use the spec the chain was "
-            "made with"
-        )
-    return sketch
+def sketches_of(chain: AdapterChain, plans: dict[str, LeafPlan]) -> dict[str, Array]:
+    """The sketches of the running link: the cached ones, or the same drawn again."""
+    kept = {path: sketch for path, sketch in chain.sketches.items() if path in plans}
+    for path, sketch in kept.items():
+        if jnp.shape(sketch) != plans[path].sketch_shape:
+            raise ValueError(
+                f"leaf {paths.show(path)}: expected a sketch of shape "
+                f"{plans[path].sketch_shape}, got {jnp.shape(sketch)}; use the spec the "
+                "chain was made with"
+            )
+    missing = [plan for path, plan in plans.items() if path not in kept]
+    return kept | draw_all(chain.key_data, chain.link, missing)
 
 
 def _check_factors(values: dict[str, Any], plans: dict[str, LeafPlan]) -> None:
@@ -329,11 +351,10 @@ def _check_factors(values: dict[str, Any], plans: dict[str, LeafPlan]) -> None:
 
 
 def _zeros(plans: dict[str, LeafPlan]) -> dict[str, Any]:
-    shapes = {"lowrank": "factor_shape", "dense": "shape"}
     return {
         path: optax.MaskedNode()
         if plan.mode == "frozen"
-        else jnp.zeros(getattr(plan, shapes[plan.mode]), plan.wide_dtype)
+        else jnp.zeros(plan.trained_shape, plan.wide_dtype)
         for path, plan in plans.items()
     }
 

@@ -8,18 +8,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
-from jax.tree_util import DictKey
+from jax import Array
 
 from raclora_jax._autodiff.interpret import arrays, evaluate, read_inputs
 from raclora_jax._autodiff.stage import stage
 from raclora_jax._autodiff.uses import Uses
 from raclora_jax._autodiff.weight import Weight, leaf_weight, varying_as
-from raclora_jax._chain.state import RacLoraState, find_state, link_of
+from raclora_jax._chain.state import (
+    check_leaves,
+    check_takes_factors,
+    check_values,
+    find_state,
+    sketches_now,
+)
 from raclora_jax._core import paths
 from raclora_jax._core.lowrank import Factor
 from raclora_jax._core.plan import LeafPlan, plan_tree
-from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
 
 
@@ -87,12 +91,14 @@ def reporting(
         plans = plan_tree(spec, params)
         leaves, treedef = paths.flatten(params)
         state = find_state(opt_state)
-        _check_state(state, plans, spec)
+        check_leaves(state, plans, spec)
+        check_values(state)
+        check_takes_factors(opt_state, plans)
         staged = stage(lambda p: loss_fn(p, *args, **kwargs), params)
         loss_shape = _loss_shape(staged.out_shape, has_aux)
         _check_loss(loss_shape)
         _check_used(staged.jaxpr, plans)
-        sketches = sketches_of(state, plans, spec)
+        sketches = sketches_now(state, plans.values(), spec).sketches
         uses = Uses()
         trained = {
             path: leaves[path]
@@ -125,7 +131,7 @@ def reporting(
                 return optax.MaskedNode()
             if plan.mode == "dense":
                 return found[path]
-            return Factor(found[path], jnp.zeros((), plan.wide_dtype))
+            return Factor(found[path], jnp.zeros((), plan.wide_dtype), plan.stamp)
 
         grads = paths.unflatten(treedef, {path: gradient(path) for path in leaves})
         return ((loss, aux) if has_aux else loss), grads
@@ -166,21 +172,6 @@ def grad(
     return compute
 
 
-def sketches_of(
-    state: RacLoraState, plans: dict[str, LeafPlan], spec: Spec
-) -> dict[str, Array]:
-    """The sketches the next update will use: the cached ones, or those of a new link."""
-    link = link_of(state.count, spec)
-
-    def draw() -> dict[str, Array]:
-        return draw_all(state.key_data, link, plans.values())
-
-    if not spec.cache:
-        # Fused into its use, a sketch would round otherwise than a cached one.
-        return lax.optimization_barrier(draw())
-    return lax.cond(state.sketches.link == link, lambda: state.sketches.values, draw)
-
-
 def _zero_factor(plan: LeafPlan, leaf: Any) -> Array:
     """Zero, and inside ``shard_map`` as varying as the leaf whose gradient it gets."""
     return varying_as(jnp.zeros(plan.factor_shape, plan.wide_dtype), leaf)
@@ -213,37 +204,4 @@ def _check_used(jaxpr: Any, plans: dict[str, LeafPlan]) -> None:
                 f"leaf {paths.show(path)} is adapted, but the loss never uses it; leave "
                 "it out of params, or freeze it with "
                 f"Rule({path!r}, mode='frozen')"
-            )
-
-
-def _check_state(state: RacLoraState, plans: dict[str, LeafPlan], spec: Spec) -> None:
-    """Refuses a state whose sketches or moments belong to other plans."""
-    adapted = {p: plan for p, plan in plans.items() if plan.mode == "lowrank"}
-    held = {("sketch", path): v for path, v in state.sketches.values.items()}
-    for keypath, leaf in jax.tree_util.tree_flatten_with_path(state.inner_state.lowrank)[
-        0
-    ]:
-        if isinstance(keypath[-1], DictKey):
-            held["moment", str(keypath[-1].key)] = leaf
-    for (what, path), array in held.items():
-        plan = adapted.get(path)
-        want = None
-        if plan is not None:
-            want = plan.sketch_shape if what == "sketch" else plan.factor_shape
-        if jnp.shape(array) != want:
-            expected = "none" if want is None else f"one of shape {want}"
-            raise ValueError(
-                f"leaf {paths.show(path)}: opt_state holds a {what} of shape "
-                f"{jnp.shape(array)}, this spec and these params expect {expected}; "
-                "pass the spec that raclora(...) was given, and the state of tx.init "
-                "for these params"
-            )
-    known = {path for _, path in held}
-    for path in adapted:
-        missing = known and path not in known
-        if missing or (spec.cache and ("sketch", path) not in held):
-            raise ValueError(
-                f"leaf {paths.show(path)} is adapted in this spec, but opt_state has no "
-                "sketch for it; pass the spec that raclora(...) was given, and a state "
-                "as tx.init makes it"
             )

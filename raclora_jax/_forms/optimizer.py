@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import optax
-from jax import Array, lax
+from jax import Array
 
-from raclora_jax._chain.state import RacLoraState, find_state, link_of
-from raclora_jax._chain.step import Core
+from raclora_jax._chain.state import RacLoraState, find_state, sketches_of_last
+from raclora_jax._chain.step import Run
 from raclora_jax._core import paths, rounding
-from raclora_jax._core.keys import leaf_keys
+from raclora_jax._core.keys import key_data, leaf_keys
 from raclora_jax._core.lowrank import Factor, add_lifted, check_factor, is_factor
 from raclora_jax._core.plan import LeafPlan, plan_leaves
-from raclora_jax._core.sketch import draw_all
-from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.spec import Spec, as_spec, kind
 
 
 def scale_by_raclora(
@@ -62,12 +62,13 @@ def scale_by_raclora(
       Malinovsky et al., `Randomized Asymmetric Chain of LoRA
       <https://arxiv.org/abs/2410.08305>`_, 2024.
     """
-    core = Core.of(spec, inner, moments, key)
+    run = Run.of(spec, inner, moments, steps_weights=False)
+    data = key_data(key)
 
     def update(
         updates: Any, state: RacLoraState, params: Any = None, **extra: Any
     ) -> tuple[Any, RacLoraState]:
-        step = core.step(updates, state, params, extra)
+        step = run.step(updates, state, params, extra)
 
         def one(path: str, grad: Any) -> Any:
             if is_factor(grad):
@@ -76,7 +77,7 @@ def scale_by_raclora(
 
         return step.answer(one), step.state
 
-    return optax.GradientTransformationExtraArgs(core.init, update)
+    return optax.GradientTransformationExtraArgs(partial(run.init, data), update)
 
 
 def raclora(
@@ -132,7 +133,10 @@ def raclora(
       Malinovsky et al., `Randomized Asymmetric Chain of LoRA
       <https://arxiv.org/abs/2410.08305>`_, 2024.
     """
-    core = Core.of(spec, inner, moments, key, steps_weights=True)
+    run = Run.of(spec, inner, moments, steps_weights=True)
+    data = key_data(key)
+    _check_rate(learning_rate)
+    _check_decay(weight_decay)
     decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
 
     def update(
@@ -140,7 +144,7 @@ def raclora(
     ) -> tuple[Any, RacLoraState]:
         weights = _weights(updates, params, decays)
         decaying = _decaying(mask, params) if decays else {}
-        step = core.step(updates, state, params, extra)
+        step = run.step(updates, state, params, extra)
         rate = _wide_scalar(
             learning_rate(state.count) if callable(learning_rate) else learning_rate
         )
@@ -172,15 +176,13 @@ def raclora(
                 exact = add_lifted(weight, value, step.sketches[path], decay, plan)
             else:
                 exact = weight.astype(plan.wide_dtype) + delta
-            target = rounding.settle(
-                exact, weight.dtype, core.spec.rounding, rounds[path]
-            )
+            target = rounding.settle(exact, weight.dtype, run.spec.rounding, rounds[path])
             return rounding.landing_update(weight, target, grad.dtype, lands[path])
 
         answer = step.answer(one)
         return answer, step.state._replace(master=master)
 
-    return optax.GradientTransformationExtraArgs(core.init, update)
+    return optax.GradientTransformationExtraArgs(partial(run.init, data), update)
 
 
 def apply_updates(params: Any, updates: Any, opt_state: Any, spec: Spec | int) -> Any:
@@ -220,12 +222,8 @@ def apply_updates(params: Any, updates: Any, opt_state: Any, spec: Spec | int) -
     count = jnp.maximum(state.count - 1, 0)
     lifted = [plans[path] for path, step in steps.items() if is_factor(step)]
     keys = _low_keys(state.key_data, "rounding", lifted, count)
-    sketches = state.sketches.values
-    if not spec.cache:
-        stepped = [plan for path, plan in plans.items() if path in steps]
-        drawn = draw_all(state.key_data, link_of(count, spec), stepped)
-        # Fused into its use, a sketch would round otherwise than a cached one.
-        sketches = lax.optimization_barrier(drawn)
+    stepped = [plan for path, plan in plans.items() if path in steps]
+    sketches = sketches_of_last(state, stepped, spec) if lifted else {}
 
     def one(path: str, weight: Any) -> Any:
         step, plan = steps.get(path), plans[path]
@@ -244,6 +242,26 @@ def apply_updates(params: Any, updates: Any, opt_state: Any, spec: Spec | int) -
     return paths.unflatten(treedef, {p: one(p, w) for p, w in leaves.items()})
 
 
+def _check_rate(rate: Any) -> None:
+    if not (callable(rate) or _is_scalar(rate)):
+        raise TypeError(
+            f"learning_rate must be a number or a schedule, got {kind(rate)}; write for "
+            "example 1e-3 or optax.cosine_decay_schedule(1e-3, steps)"
+        )
+
+
+def _check_decay(decay: Any) -> None:
+    if not _is_scalar(decay):
+        raise TypeError(
+            f"weight_decay must be a number, got {kind(decay)}; for a schedule wrap "
+            "raclora in optax.inject_hyperparams"
+        )
+
+
+def _is_scalar(value: Any) -> bool:
+    return jnp.isscalar(value) or (hasattr(value, "dtype") and jnp.shape(value) == ())
+
+
 def _check_steps(steps: dict[str, Any], plans: dict[str, LeafPlan]) -> None:
     """Refuses updates that do not belong to the weights they are to be added to."""
     for path, step in steps.items():
@@ -253,7 +271,7 @@ def _check_steps(steps: dict[str, Any], plans: dict[str, LeafPlan]) -> None:
                 "to the tree whose gradients tx.update took"
             )
         if is_factor(step):
-            check_factor(step.value, plans[path])
+            check_factor(step, plans[path])
         elif jnp.shape(step) != plans[path].shape:
             raise ValueError(
                 f"leaf {paths.show(path)}: expected an update of shape "
@@ -313,10 +331,13 @@ def _low_keys(
 def _like(grad: Factor, value: Any, decay: Any) -> Factor:
     """A ``Factor`` in the dtypes of the gradient."""
     return Factor(
-        jnp.asarray(value, grad.value.dtype), jnp.asarray(decay, grad.decay.dtype)
+        jnp.asarray(value, grad.value.dtype),
+        jnp.asarray(decay, grad.decay.dtype),
+        grad.stamp,
     )
 
 
 def _wide_scalar(value: Any) -> Array:
     value = jnp.asarray(value)
-    return value.astype(jnp.promote_types(value.dtype, jnp.float32))
+    low = value.dtype.itemsize < 4 or not jnp.issubdtype(value.dtype, jnp.inexact)
+    return value.astype(jnp.float32) if low else value

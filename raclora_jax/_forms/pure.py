@@ -95,7 +95,7 @@ def project(grads: Any, sketches: Any, spec: Spec | int) -> Any:
         if plan.mode == "dense":
             return grad
         value = project_leaf(jnp.asarray(grad), drawn[path], plan)
-        return Factor(value, jnp.zeros((), plan.wide_dtype))
+        return Factor(value, jnp.zeros((), plan.wide_dtype), plan.stamp)
 
     return paths.unflatten(treedef, {p: one(p, g) for p, g in leaves.items()})
 
@@ -135,7 +135,7 @@ def lift(factors: Any, sketches: Any, params: Any, spec: Spec | int) -> Any:
             raise ValueError(f"factor {paths.show(path)} has no leaf in params")
         if plan.mode == "lowrank":
             array = value.value if is_factor(value) else value
-            check_factor(array, plan)
+            check_factor(value, plan)
             values[path] = lift_leaf(array, drawn[path], plan)
     return paths.unflatten(treedef, values)
 

@@ -153,7 +153,7 @@ def summary(
     )
     total = _total(rows)
     counters = held.get(None, 0) + sketches.get(None, 0)
-    counters += _nbytes(state.count) + _nbytes(state.key_data)
+    counters += sum(_nbytes(getattr(state, name)) for name in _COUNTERS)
     total = dataclasses.replace(total, state_bytes=total.state_bytes + counters)
     warnings, peak = _warnings(plans), None
     if loss_fn is not None:
@@ -164,6 +164,9 @@ def summary(
             for path, operation in uses.fallbacks
         )
     return Summary(rows, total, _full(plans), _lora(plans), warnings, peak)
+
+
+_COUNTERS = ("count", "link", "step_in_link", "law", "key_data")
 
 
 def _compiled(
@@ -212,8 +215,7 @@ def _bytes_by_path(tree: Any) -> dict[str | None, int]:
 
 
 def _row(plan: LeafPlan, state_bytes: int, sketch_bytes: int) -> Row:
-    shape = {"lowrank": plan.factor_shape, "dense": plan.shape, "frozen": (0,)}
-    trained = math.prod(shape[plan.mode])
+    trained = math.prod(plan.trained_shape)
     itemsize = plan.wide_dtype.itemsize if plan.mode == "lowrank" else _itemsize(plan)
     return Row(
         path=plan.path,
@@ -263,7 +265,7 @@ def _adam(trained: int, gradient_bytes: int, weight_bytes: int) -> Cost:
 
 
 def _full(plans: dict[str, LeafPlan]) -> Cost:
-    trained = [p for p in plans.values() if (p.mode, p.reason) != ("frozen", "rule")]
+    trained = [p for p in plans.values() if (p.mode, p.cause) != ("frozen", "rule")]
     numbers = sum(math.prod(plan.shape) for plan in trained)
     gradients = sum(math.prod(plan.shape) * _itemsize(plan) for plan in trained)
     return _adam(numbers, gradients, _weights(plans))
@@ -296,11 +298,23 @@ def _warnings(plans: dict[str, LeafPlan]) -> tuple[str, ...]:
             f"rule or a trace, first {paths.show(assumed[0])}; a stacked vector such as "
             "a scanned norm scale looks the same"
         )
-    said += [
-        f"leaf {paths.show(plan.path)} is {plan.mode}: {plan.reason}"
-        for plan in plans.values()
-        if plan.reason.startswith("rank ")
-    ]
+    small: dict[str, list[str]] = {}
+    for plan in plans.values():
+        if plan.cause == "rank":
+            small.setdefault(f"{plan.mode}: {plan.reason}", []).append(plan.path)
+    for why, members in small.items():
+        first = f"leaf {paths.show(members[0])}"
+        who = (
+            f"{first} is"
+            if len(members) == 1
+            else f"{first} and {len(members) - 1} more are"
+        )
+        said.append(f"{who} {why}")
+    if not any(plan.adapted for plan in plans.values()):
+        said.append(
+            "no leaf is adapted: a spec reads leaves with two axes as matrices, and a "
+            "params tree flattened to a vector has none"
+        )
     return tuple(said)
 
 

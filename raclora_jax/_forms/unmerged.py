@@ -20,7 +20,7 @@ from raclora_jax._forms.adapter import (
     is_quantised,
     matched,
     refuse_quantised,
-    sketch_of,
+    sketches_of,
 )
 
 
@@ -63,7 +63,7 @@ def adapted(
     def loss(
         factors: Any, base_params: Any, chain: AdapterChain, *args: Any, **kwargs: Any
     ) -> Any:
-        leaves, treedef, plans, values = matched(base_params, factors, spec)
+        leaves, treedef, plans, values = matched(base_params, factors, chain, spec)
         if dequantize is None:
             refuse_quantised(leaves, plans, "read", "pass dequantize to adapted")
         seen = {path: _as_seen(leaf) for path, leaf in leaves.items()}
@@ -71,14 +71,14 @@ def adapted(
             lambda params: loss_fn(params, *args, **kwargs),
             paths.unflatten(treedef, seen),
         )
-        uses = Uses()
+        uses, sketches = Uses(), sketches_of(chain, plans)
 
         def stand_in(path: str, leaf: Any) -> Any:
             plan, dense = plans[path], dequantize if is_quantised(leaf) else None
             if plan.mode == "lowrank":
-                sketch = sketch_of(chain, plan)
+                factor, sketch = values[path], sketches[path]
                 return leaf_weight(
-                    leaf, plan, uses, sketch, values[path], zero=False, dense=dense
+                    leaf, plan, uses, sketch, factor, zero=False, dense=dense
                 )
             array = leaf if dense is None else dense(leaf)
             if plan.mode == "frozen":

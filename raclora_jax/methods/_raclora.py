@@ -37,9 +37,7 @@ def raclora(
 
     def trained(params: Any) -> int:
         plans = plan_tree(spec, params).values()
-        sizes = {"lowrank": "factor_shape", "dense": "shape"}
-        shapes = [getattr(p, sizes[p.mode]) for p in plans if p.mode != "frozen"]
-        return sum(math.prod(shape) for shape in shapes)
+        return sum(math.prod(plan.trained_shape) for plan in plans)
 
     return from_transform(
         tx, trained=trained, moments=lambda opt_state: find_state(opt_state).inner_state
