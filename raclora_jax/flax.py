@@ -12,6 +12,7 @@ from flax.training import train_state
 
 from raclora_jax._core import paths
 from raclora_jax._core.spec import Spec
+from raclora_jax._core.types import Leaf, PyTree
 from raclora_jax._forms import gradient, optimizer
 from raclora_jax._forms.adapter import Stamps
 
@@ -58,7 +59,7 @@ def to_tree(model: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
             node = node.setdefault(branch, {})
         node[name] = leaf
 
-    def restore(tree: Any) -> Any:
+    def restore(tree: PyTree) -> Any:
         back, _ = paths.flatten(tree)
         for path in [*leaves, *back]:
             expected = _shape(leaves, path)
@@ -106,11 +107,11 @@ def value_and_grad(
       (2, 6)
     """
 
-    def compute(model: Any, opt_state: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute(model: Any, opt_state: PyTree, *args: Any, **kwargs: Any) -> Any:
         _check_module(model, "value_and_grad")
         tree, restore = to_tree(model)
 
-        def loss(tree: Any) -> tuple[Any, tuple[Any, Any]]:
+        def loss(tree: PyTree) -> tuple[Any, tuple[Any, Any]]:
             inside = restore(tree)
             out = loss_fn(inside, *args, **kwargs)
             value, aux = out if has_aux else (out, None)
@@ -125,7 +126,7 @@ def value_and_grad(
 
 
 def apply_updates(
-    model: nnx.Module, updates: Any, opt_state: Any, spec: Spec | int
+    model: nnx.Module, updates: PyTree, opt_state: PyTree, spec: Spec | int
 ) -> nnx.Module:
     """``raclora_jax.apply_updates`` on the parameters of an nnx module, in place.
 
@@ -187,7 +188,7 @@ class TrainState(train_state.TrainState):
 
     spec: Spec = struct.field(pytree_node=False)
 
-    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> TrainState:
+    def apply_gradients(self, *, grads: PyTree, **kwargs: Any) -> TrainState:
         """The state after one step.
 
         Args:
@@ -238,7 +239,7 @@ def _parameters(model: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def _holds_variables(state: Any) -> bool:
-    def is_variable(node: Any) -> bool:
+    def is_variable(node: Leaf) -> bool:
         return isinstance(node, nnx.Variable)
 
     return any(map(is_variable, jax.tree.leaves(state, is_leaf=is_variable)))

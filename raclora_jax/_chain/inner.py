@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from raclora_jax._core.types import Leaf
+
 # One object: what is compiled for a rule is found again by the rule's identity, also when
 # optax.inject_hyperparams builds the transformation anew in every step.
 ADAM = optax.scale_by_adam()
@@ -136,5 +138,5 @@ def _multi_steps(inner: Any) -> list[optax.MultiStepsState]:
     return [node for node in nodes if _is_multi_steps(node)]
 
 
-def _is_multi_steps(node: Any) -> bool:
+def _is_multi_steps(node: Leaf) -> bool:
     return isinstance(node, optax.MultiStepsState)

@@ -17,6 +17,7 @@ from raclora_jax._core import paths
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec
+from raclora_jax._core.types import Leaf, PyTree
 
 # The plans of a tree's leaves: static and hashable.
 Plans = tuple[LeafPlan, ...]
@@ -163,7 +164,7 @@ def law_of(plans: Plans) -> Array:
     return jnp.asarray(_law_word(plans), jnp.uint32)
 
 
-def find_state(opt_state: Any) -> RacLoraState:
+def find_state(opt_state: PyTree) -> RacLoraState:
     """The one ``RacLoraState`` anywhere inside an optimizer state.
 
     Args:
@@ -184,7 +185,7 @@ def find_state(opt_state: Any) -> RacLoraState:
     return found[0]
 
 
-def is_state(node: Any) -> bool:
+def is_state(node: Leaf) -> bool:
     """Whether a node is a ``RacLoraState``, for ``is_leaf``."""
     return isinstance(node, RacLoraState)
 
@@ -223,7 +224,7 @@ def check_leaves(state: RacLoraState, plans: dict[str, LeafPlan], spec: Spec) ->
             )
 
 
-def check_takes_factors(opt_state: Any, plans: dict[str, LeafPlan]) -> None:
+def check_takes_factors(opt_state: PyTree, plans: dict[str, LeafPlan]) -> None:
     """Refuses transformations around ``raclora`` that keep leaf-shaped state.
 
     ``MultiSteps``, ``schedule_free``, ``ema`` and their like add gradients or updates to

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,9 @@ from raclora_jax._core.lowrank import (
 from raclora_jax._core.plan import LeafPlan, plan_leaves, plan_tree
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.types import KeyLike, Leaves, Moments, PyTree
 
-_MOMENTS = ("reset", "keep", "transport")
+_MOMENTS: tuple[str, ...] = get_args(Moments)
 
 # Fields of optax states that hold a first moment: linear in the gradient, so that a
 # change of basis carries them over.
@@ -58,7 +59,7 @@ class Step(NamedTuple):
 
     state: RacLoraState
     plans: dict[str, LeafPlan]
-    grads: dict[str, Any]
+    grads: Leaves
     treedef: Any
     sketches: dict[str, Array]
     directions: dict[str, Array]
@@ -95,11 +96,11 @@ class Run:
 
     spec: Spec
     inner: optax.GradientTransformation
-    moments: str
+    moments: Moments
     masters: bool
 
     @classmethod
-    def of(cls, spec: Any, inner: Any, moments: str, *, steps_weights: bool) -> Run:
+    def of(cls, spec: Any, inner: Any, moments: Moments, *, steps_weights: bool) -> Run:
         """The run that users' arguments describe, checked."""
         spec = as_spec(spec)
         if moments not in _MOMENTS:
@@ -111,7 +112,7 @@ class Run:
             check_inner(inner)
         return cls(spec, inner, moments, steps_weights and spec.rounding == "master")
 
-    def init(self, key: Any, params: Any) -> RacLoraState:
+    def init(self, key: KeyLike, params: PyTree) -> RacLoraState:
         """The state before the first update."""
         if isinstance(params, _placeholder_type()):
             # optax.tree.map_params asks which parts mirror the params: none do.
@@ -143,7 +144,7 @@ class Run:
         )
 
     def step(
-        self, updates: Any, state: RacLoraState, params: Any, extra: dict[str, Any]
+        self, updates: PyTree, state: RacLoraState, params: PyTree, extra: Leaves
     ) -> Step:
         """Projects what comes dense, runs the inner rule on factors, and counts."""
         grads, treedef = paths.flatten(updates, is_leaf=is_factor)
@@ -169,7 +170,7 @@ class Run:
         return Step(state, plans, grads, treedef, now.sketches, directions, went)
 
     def _inner_step(
-        self, groups: dict[str, Any], state: RacLoraState, extra: dict[str, Any]
+        self, groups: dict[str, Any], state: RacLoraState, extra: Leaves
     ) -> tuple[dict[str, Array], InnerStates, Array]:
         """One step of the inner rule on each group that has leaves."""
         rule = optax.with_extra_args_support(self.inner).update
@@ -277,7 +278,7 @@ class Run:
         return self.masters and plan.mode != "frozen" and rounding.is_low(plan.dtype)
 
     def _master_copy(
-        self, plans: dict[str, LeafPlan], leaves: dict[str, Any]
+        self, plans: dict[str, LeafPlan], leaves: Leaves
     ) -> dict[str, Array]:
         """The float32 copies a run starts with."""
         copies = {}
@@ -293,9 +294,7 @@ class Run:
         return copies
 
 
-def _plan_gradients(
-    spec: Spec, grads: dict[str, Any], params: Any
-) -> dict[str, LeafPlan]:
+def _plan_gradients(spec: Spec, grads: Leaves, params: PyTree) -> dict[str, LeafPlan]:
     """Plans the leaves that came with a gradient, by the params where given."""
     like = grads
     if params is not None:
@@ -328,7 +327,7 @@ def _select(chosen: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(chosen, same_type(n, o), o), new, old)
 
 
-def _types(tree: Any) -> dict[str, str]:
+def _types(tree: PyTree) -> dict[str, str]:
     return {
         jax.tree_util.keystr(path): f"{jnp.result_type(leaf)} of shape {jnp.shape(leaf)}"
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -340,7 +339,7 @@ def _placeholder_type() -> type:
     """The type optax.tree.map_params calls ``init`` with, asked of itself."""
     seen: list[type] = []
 
-    def init(params: Any) -> tuple[()]:
+    def init(params: PyTree) -> tuple[()]:
         seen.append(type(params))
         return ()
 

@@ -14,6 +14,7 @@ from jax import Array, lax
 from raclora_jax._core import paths
 from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.plan import LeafPlan, Stamp, check_stamp
+from raclora_jax._core.types import Leaf
 
 # Up to this rank a lift is a sum of outer products, which the compiler fuses with the
 # addition to the weights; well above it a matmul is faster, with a dense delta
@@ -40,7 +41,7 @@ class Factor:
     decay: Any
     stamp: Stamp | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def __radd__(self, weight: Any) -> Any:
+    def __radd__(self, weight: Leaf) -> Any:
         raise TypeError(
             "a Factor update cannot be added to weights as it stands: in place of "
             "optax.apply_updates(params, updates) call "
@@ -48,7 +49,7 @@ class Factor:
         )
 
 
-def is_factor(node: Any) -> bool:
+def is_factor(node: Leaf) -> bool:
     """Whether a node is a ``Factor``, for ``is_leaf``."""
     return isinstance(node, Factor)
 

@@ -9,6 +9,8 @@ import jax
 import optax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
+from raclora_jax._core.types import KeyLike, Leaf, Leaves, PyTree
+
 KeyPath = tuple[Any, ...]
 
 
@@ -51,12 +53,12 @@ def _unboxed(keypaths: Iterable[KeyPath]) -> Callable[[KeyPath], KeyPath]:
     return unboxed
 
 
-def _is_hidden(node: Any) -> bool:
+def _is_hidden(node: Leaf) -> bool:
     """Whether a node stands for a leaf that a partial tree leaves out."""
     return node is None or isinstance(node, optax.MaskedNode)
 
 
-def _name(key: Any) -> str:
+def _name(key: KeyLike) -> str:
     match key:
         case DictKey(key=name) | FlattenedIndexKey(key=name):
             return str(name)
@@ -68,12 +70,12 @@ def _name(key: Any) -> str:
 
 
 def flatten(
-    tree: Any, is_leaf: Callable[[Any], bool] | None = None
-) -> tuple[dict[str, Any], Any]:
+    tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
+) -> tuple[Leaves, Any]:
     """Flattens a tree into ``{path: leaf}``, in tree order, and its structure.
 
     Args:
-      tree: Any pytree.
+      tree: PyTree pytree.
       is_leaf: As in ``jax.tree.flatten``.
 
     Returns:
@@ -84,7 +86,7 @@ def flatten(
     """
     pairs, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf)
     unboxed = _unboxed(keypath for keypath, _ in _with_hidden(tree, is_leaf))
-    leaves: dict[str, Any] = {}
+    leaves: Leaves = {}
     for keypath, leaf in pairs:
         path = canonical(unboxed(keypath))
         if path in leaves:
@@ -97,14 +99,14 @@ def flatten(
     return leaves, treedef
 
 
-def _with_hidden(tree: Any, is_leaf: Callable[[Any], bool] | None) -> list[Any]:
-    def stops(node: Any) -> bool:
+def _with_hidden(tree: PyTree, is_leaf: Callable[[Any], bool] | None) -> list[Any]:
+    def stops(node: Leaf) -> bool:
         return _is_hidden(node) or (is_leaf is not None and is_leaf(node))
 
     return jax.tree_util.tree_leaves_with_path(tree, is_leaf=stops)
 
 
-def unflatten(treedef: Any, leaves: dict[str, Any]) -> Any:
+def unflatten(treedef: Any, leaves: Leaves) -> Any:
     """The tree with these leaves, which stand in the order ``flatten`` gave."""
     return jax.tree.unflatten(treedef, list(leaves.values()))
 

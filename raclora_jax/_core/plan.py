@@ -16,6 +16,7 @@ import optax
 
 from raclora_jax._core import paths
 from raclora_jax._core.spec import Rule, Spec, as_spec, kind
+from raclora_jax._core.types import Cause, Leaf, Mode, PyTree, widened
 
 
 class Stamp(NamedTuple):
@@ -62,7 +63,7 @@ class LeafPlan:
     path: str
     shape: tuple[int, ...]
     dtype: str
-    mode: str
+    mode: Mode
     rows: tuple[int, ...] = ()
     cols: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
@@ -72,7 +73,7 @@ class LeafPlan:
     sketch: str = ""
     resample_every: int = 0
     rounding: str = ""
-    cause: str = "rule"
+    cause: Cause = "rule"
     reason: str = "rule"
     assumed_view: bool = False
 
@@ -126,9 +127,7 @@ class LeafPlan:
     @property
     def wide_dtype(self) -> jnp.dtype:
         """Dtype of sketches, factors and sums: the leaf's, at least float32."""
-        # Not promote_types, which refuses this under strict dtype promotion.
-        dtype = jnp.dtype(self.dtype)
-        return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
+        return widened(self.dtype)
 
     @property
     def lam(self) -> float:
@@ -140,7 +139,7 @@ class LeafPlan:
         return math.prod(self.shape[axis] for axis in axes)
 
 
-def plan_tree(spec: Spec | int, tree: Any) -> dict[str, LeafPlan]:
+def plan_tree(spec: Spec | int, tree: PyTree) -> dict[str, LeafPlan]:
     """Plans every leaf of a tree of arrays or abstract arrays.
 
     Args:
@@ -217,7 +216,7 @@ def check_rules_win(spec: Spec, names: Sequence[str]) -> None:
             )
 
 
-def _shape_and_dtype(path: str, leaf: Any) -> tuple[tuple[int, ...], str]:
+def _shape_and_dtype(path: str, leaf: Leaf) -> tuple[tuple[int, ...], str]:
     if not (hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
         raise TypeError(
             f"leaf {paths.show(path)} must be an array, got {kind(leaf)}; hand over the "
@@ -367,7 +366,7 @@ def _check_any_adapted(spec: Spec, plans: dict[str, LeafPlan]) -> None:
         )
 
 
-def _is_masked(node: Any) -> bool:
+def _is_masked(node: Leaf) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 
-def is_low(dtype: Any) -> bool:
+def is_low(dtype: DTypeLike) -> bool:
     """Whether a dtype is a real float below float32."""
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
 
 
-def nearest(exact: Array, dtype: Any) -> Array:
+def nearest(exact: Array, dtype: DTypeLike) -> Array:
     """float32 values rounded to the grid of a dtype, still as float32."""
     info = jnp.finfo(dtype)
     rounded = lax.reduce_precision(exact, int(info.nexp), int(info.nmant))
@@ -30,7 +30,7 @@ def nearest(exact: Array, dtype: Any) -> Array:
 
 # Traced once for all weights of one shape.
 @functools.partial(jax.jit, static_argnames="dtype")
-def stochastic(exact: Array, dtype: Any, key: Array) -> Array:
+def stochastic(exact: Array, dtype: DTypeLike, key: Array) -> Array:
     """One of the two neighbours on the grid of a dtype, right on average.
 
     ``E[result] = exact``: the neighbour away from zero is drawn with a probability equal
@@ -51,7 +51,7 @@ def stochastic(exact: Array, dtype: Any, key: Array) -> Array:
     return jnp.where(inside, drawn, nearest(exact, dtype))
 
 
-def settle(exact: Array, dtype: Any, rounding: str, key: Array) -> Array:
+def settle(exact: Array, dtype: DTypeLike, rounding: str, key: Array) -> Array:
     """Wide values brought to the grid of a weight's dtype, as a spec says.
 
     Args:
@@ -71,7 +71,7 @@ def settle(exact: Array, dtype: Any, rounding: str, key: Array) -> Array:
     return nearest(exact, dtype)
 
 
-def landing_update(weight: Array, target: Array, dtype: Any, key: Array) -> Array:
+def landing_update(weight: Array, target: Array, dtype: DTypeLike, key: Array) -> Array:
     """The update that ``optax.apply_updates`` turns into a given new weight.
 
     In float32 the difference lands exactly. In 16 bits it does wherever the weight stays
@@ -137,7 +137,7 @@ def _mix(bits: Array) -> Array:
     return bits ^ (bits >> 16)
 
 
-def _neighbours(exact: Array, dtype: Any) -> tuple[Array, Array]:
+def _neighbours(exact: Array, dtype: DTypeLike) -> tuple[Array, Array]:
     """The points of a dtype's grid next to float32 values, towards and away from zero.
 
     Equal where the value is on the grid. Cutting mantissa bits goes towards zero, and
@@ -158,7 +158,7 @@ def _away(values: Array) -> Array:
 
 
 def _where_subnormal(
-    exact: Array, dtype: Any, integer: Callable[[Array], Array], otherwise: Array
+    exact: Array, dtype: DTypeLike, integer: Callable[[Array], Array], otherwise: Array
 ) -> Array:
     """Puts values too small for a dtype's exponent on its even grid of subnormals."""
     info = jnp.finfo(dtype)

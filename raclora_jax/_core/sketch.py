@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
 from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.keys import folded, path_words
@@ -146,17 +147,17 @@ def _well_conditioned(rank: int, dim: int) -> bool:
     return dim >= 32 and dim >= 2 * rank
 
 
-def _gaussian_raw(keys: Array, shape: tuple[int, int], dtype: Any) -> Array:
+def _gaussian_raw(keys: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
     return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
 
 
-def _orthonormal(keys: Array, shape: tuple[int, int], dtype: Any) -> Array:
+def _orthonormal(keys: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
     # Rows of L^-1 G with a positive diagonal in L are Haar: whitening a Gaussian draw
     # and making it orthonormal are one thing.
     return _whiten(_gaussian_raw(keys, shape, dtype))
 
 
-def _rademacher(keys: Array, shape: tuple[int, int], dtype: Any) -> Array:
+def _rademacher(keys: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
     def with_word(word: int) -> Array:
         return jax.vmap(lambda key: jax.random.fold_in(key, word))(keys)
 
@@ -174,7 +175,7 @@ def _rademacher(keys: Array, shape: tuple[int, int], dtype: Any) -> Array:
     return _whiten(jnp.where(regular, signs, spare))
 
 
-def _coordinate(keys: Array, shape: tuple[int, int], dtype: Any) -> Array:
+def _coordinate(keys: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
     rank, dim = shape
     chosen = jax.vmap(lambda key: jax.random.permutation(key, dim)[:rank])(keys)
     return jax.nn.one_hot(chosen, dim, dtype=dtype)

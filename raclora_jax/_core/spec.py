@@ -9,15 +9,17 @@ import numbers
 import operator
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
-MODES = ("lowrank", "dense", "frozen")
-SIDES = ("left", "right", "auto")
-SKETCHES = ("orthonormal", "gaussian", "rademacher", "coordinate", "gaussian_raw")
-ROUNDINGS = ("auto", "nearest", "stochastic", "master")
-RESTS = ("dense", "frozen")
+from raclora_jax._core.types import Mode, Rest, Rounding, Side, Sketch
+
+MODES: tuple[str, ...] = get_args(Mode)
+SIDES: tuple[str, ...] = get_args(Side)
+SKETCHES: tuple[str, ...] = get_args(Sketch)
+ROUNDINGS: tuple[str, ...] = get_args(Rounding)
+RESTS: tuple[str, ...] = get_args(Rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +52,11 @@ class Rule:
 
     path: str
     _: dataclasses.KW_ONLY
-    mode: str = "lowrank"
+    mode: Mode = "lowrank"
     rank: int | None = None
     alpha: float | None = None
-    side: str | None = None
-    sketch: str | None = None
+    side: Side | None = None
+    sketch: Sketch | None = None
     rows: int | tuple[int, ...] | None = None
     batch: int | tuple[int, ...] = ()
 
@@ -125,13 +127,13 @@ class Spec:
     rank: int
     _: dataclasses.KW_ONLY
     alpha: float | None = None
-    side: str = "auto"
-    sketch: str = "orthonormal"
+    side: Side = "auto"
+    sketch: Sketch = "orthonormal"
     resample_every: int = 25
-    rounding: str = "auto"
+    rounding: Rounding = "auto"
     cache: bool = True
     rules: Iterable[Rule] = ()
-    rest: str = "dense"
+    rest: Rest = "dense"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", _check_count("Spec", "rank", self.rank))

@@ -17,6 +17,7 @@ from raclora_jax._core.lowrank import check_factor, lift_leaf
 from raclora_jax._core.plan import LeafPlan, Stamp, check_stamp, plan_leaves
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.types import KeyLike, Leaf, Leaves, PyTree
 
 
 @jax.tree_util.register_static
@@ -51,7 +52,7 @@ class AdapterChain(NamedTuple):
 
 
 def init_adapter(
-    base_params: Any, spec: Spec | int, *, key: Any
+    base_params: PyTree, spec: Spec | int, *, key: KeyLike
 ) -> tuple[Any, AdapterChain]:
     """Starts a chain on frozen weights.
 
@@ -90,8 +91,8 @@ def init_adapter(
 
 
 def effective_params(
-    base_params: Any,
-    factors: Any,
+    base_params: PyTree,
+    factors: PyTree,
     chain: AdapterChain,
     spec: Spec | int,
     *,
@@ -125,7 +126,9 @@ def effective_params(
     )
 
 
-def merge(base_params: Any, factors: Any, chain: AdapterChain, spec: Spec | int) -> Any:
+def merge(
+    base_params: PyTree, factors: PyTree, chain: AdapterChain, spec: Spec | int
+) -> Any:
     """``effective_params`` rounded once into the dtype of the weights.
 
     Args:
@@ -158,7 +161,7 @@ def merge(base_params: Any, factors: Any, chain: AdapterChain, spec: Spec | int)
 
 
 def next_link(
-    base_params: Any, factors: Any, chain: AdapterChain, spec: Spec | int
+    base_params: PyTree, factors: PyTree, chain: AdapterChain, spec: Spec | int
 ) -> tuple[Any, Any, AdapterChain]:
     """Merges, draws the next sketches and puts the factors back to zero.
 
@@ -192,7 +195,7 @@ def next_link(
     return merged, zeros, chain._replace(link=link, sketches=sketches)
 
 
-def factor_labels(base_params: Any, spec: Spec | int) -> Any:
+def factor_labels(base_params: PyTree, spec: Spec | int) -> Any:
     """The mode of every leaf of ``factors``, as labels for ``optax.partition``.
 
     A rule that keeps one state for the factors and one for the dense leaves can start
@@ -220,7 +223,7 @@ def factor_labels(base_params: Any, spec: Spec | int) -> Any:
     return paths.unflatten(treedef, {p: label(plan) for p, plan in plans.items()})
 
 
-def restart(opt_state: Any, tx: optax.GradientTransformation, factors: Any) -> Any:
+def restart(opt_state: PyTree, tx: optax.GradientTransformation, factors: PyTree) -> Any:
     """Starts the moments of the factors again; those of dense leaves go on.
 
     Args:
@@ -247,14 +250,14 @@ def restart(opt_state: Any, tx: optax.GradientTransformation, factors: Any) -> A
     return opt_state._replace(inner_states=states)
 
 
-def is_quantised(node: Any) -> bool:
+def is_quantised(node: Leaf) -> bool:
     """Whether a node is a quantised array, one leaf made of several (``qwix.QArray``)."""
     return hasattr(node, "qvalue") and hasattr(node, "shape")
 
 
 def _sum(
-    base_params: Any,
-    factors: Any,
+    base_params: PyTree,
+    factors: PyTree,
     chain: AdapterChain,
     spec: Spec,
     finish: Callable[[LeafPlan, Array], Array],
@@ -269,7 +272,7 @@ def _sum(
         )
         refuse_quantised(leaves, plans, "merged into", way_out)
 
-    def one(path: str, weight: Any) -> Any:
+    def one(path: str, weight: Leaf) -> Any:
         plan = plans[path]
         if dequantize is not None and is_quantised(weight):
             weight = dequantize(weight)
@@ -284,8 +287,8 @@ def _sum(
 
 
 def matched(
-    base_params: Any, factors: Any, chain: AdapterChain, spec: Spec
-) -> tuple[dict[str, Any], Any, dict[str, LeafPlan], dict[str, Any]]:
+    base_params: PyTree, factors: PyTree, chain: AdapterChain, spec: Spec
+) -> tuple[Leaves, Any, dict[str, LeafPlan], Leaves]:
     """Base leaves, their treedef and plans, and the factors that belong to them."""
     leaves, treedef = paths.flatten(base_params, is_leaf=is_quantised)
     values, _ = paths.flatten(factors)
@@ -299,7 +302,7 @@ def matched(
 
 
 def refuse_quantised(
-    leaves: dict[str, Any], plans: dict[str, LeafPlan], verb: str, way_out: str
+    leaves: Leaves, plans: dict[str, LeafPlan], verb: str, way_out: str
 ) -> None:
     """Refuses quantised leaves where nothing says how to read them."""
     for path, leaf in leaves.items():
@@ -324,7 +327,7 @@ def sketches_of(chain: AdapterChain, plans: dict[str, LeafPlan]) -> dict[str, Ar
     return kept | draw_all(chain.key_data, chain.link, missing)
 
 
-def _check_factors(values: dict[str, Any], plans: dict[str, LeafPlan]) -> None:
+def _check_factors(values: Leaves, plans: dict[str, LeafPlan]) -> None:
     """Refuses factors that were made for other weights or another spec."""
     trained = {path: plan for path, plan in plans.items() if plan.mode != "frozen"}
     for path, plan in trained.items():

@@ -25,6 +25,7 @@ from raclora_jax._core import paths
 from raclora_jax._core.lowrank import Factor
 from raclora_jax._core.plan import LeafPlan, plan_tree
 from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.types import Leaf, PyTree
 
 
 def value_and_grad(
@@ -87,7 +88,7 @@ def reporting(
     """
     spec = as_spec(spec)
 
-    def compute(params: Any, opt_state: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute(params: PyTree, opt_state: PyTree, *args: Any, **kwargs: Any) -> Any:
         plans = plan_tree(spec, params)
         leaves, treedef = paths.flatten(params)
         state = find_state(opt_state)
@@ -109,7 +110,7 @@ def reporting(
         }
 
         def value(trained: dict[str, Array]) -> tuple[Array, Any]:
-            def stand_in(path: str, leaf: Any) -> Any:
+            def stand_in(path: str, leaf: Leaf) -> Any:
                 if plans[path].mode != "lowrank":
                     return trained.get(path, leaf)
                 sketch, factor = sketches[path], trained[path]
@@ -165,14 +166,14 @@ def grad(
     """
     both = value_and_grad(loss_fn, spec, has_aux=has_aux)
 
-    def compute(params: Any, opt_state: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute(params: PyTree, opt_state: PyTree, *args: Any, **kwargs: Any) -> Any:
         value, grads = both(params, opt_state, *args, **kwargs)
         return (grads, value[1]) if has_aux else grads
 
     return compute
 
 
-def _zero_factor(plan: LeafPlan, leaf: Any) -> Array:
+def _zero_factor(plan: LeafPlan, leaf: Leaf) -> Array:
     """Zero, and inside ``shard_map`` as varying as the leaf whose gradient it gets."""
     return varying_as(jnp.zeros(plan.factor_shape, plan.wide_dtype), leaf)
 

@@ -17,14 +17,15 @@ from raclora_jax._core.keys import key_data, leaf_keys
 from raclora_jax._core.lowrank import Factor, add_lifted, check_factor, is_factor
 from raclora_jax._core.plan import LeafPlan, plan_leaves
 from raclora_jax._core.spec import Spec, as_spec, kind
+from raclora_jax._core.types import KeyLike, Leaf, Leaves, Moments, PyTree
 
 
 def scale_by_raclora(
     spec: Spec | int,
     *,
     inner: optax.GradientTransformation | None = None,
-    moments: str = "reset",
-    key: Any,
+    moments: Moments = "reset",
+    key: KeyLike,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs any optax rule on projected gradients and lifts its answer back.
 
@@ -66,7 +67,7 @@ def scale_by_raclora(
     data = key_data(key)
 
     def update(
-        updates: Any, state: RacLoraState, params: Any = None, **extra: Any
+        updates: PyTree, state: RacLoraState, params: PyTree = None, **extra: Any
     ) -> tuple[Any, RacLoraState]:
         step = run.step(updates, state, params, extra)
 
@@ -86,9 +87,9 @@ def raclora(
     *,
     inner: optax.GradientTransformation | None = None,
     weight_decay: Any = 0.0,
-    mask: Any = None,
-    moments: str = "reset",
-    key: Any,
+    mask: PyTree = None,
+    moments: Moments = "reset",
+    key: KeyLike,
 ) -> optax.GradientTransformationExtraArgs:
     """RAC-LoRA with learning rate, decoupled weight decay and rounding without bias.
 
@@ -140,7 +141,7 @@ def raclora(
     decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
 
     def update(
-        updates: Any, state: RacLoraState, params: Any = None, **extra: Any
+        updates: PyTree, state: RacLoraState, params: PyTree = None, **extra: Any
     ) -> tuple[Any, RacLoraState]:
         weights = _weights(updates, params, decays)
         decaying = _decaying(mask, params) if decays else {}
@@ -161,7 +162,7 @@ def raclora(
             if is_factor(grad) and path not in master:
                 return _like(grad, value, decay)
             delta = step.lifted(path, value)
-            weight: Any = weights.get(path)
+            weight: Leaf = weights.get(path)
             if decaying.get(path):
                 delta = delta - decay * weight.astype(plan.wide_dtype)
             if path in master:
@@ -185,7 +186,9 @@ def raclora(
     return optax.GradientTransformationExtraArgs(partial(run.init, data), update)
 
 
-def apply_updates(params: Any, updates: Any, opt_state: Any, spec: Spec | int) -> Any:
+def apply_updates(
+    params: PyTree, updates: PyTree, opt_state: PyTree, spec: Spec | int
+) -> Any:
     """Adds updates to the weights: ``W + lift(value) - decay * W``, rounded once.
 
     Dense leaves are added as ``optax.apply_updates`` does, ``Factor`` leaves are lifted
@@ -225,7 +228,7 @@ def apply_updates(params: Any, updates: Any, opt_state: Any, spec: Spec | int) -
     stepped = [plan for path, plan in plans.items() if path in steps]
     sketches = sketches_of_last(state, stepped, spec) if lifted else {}
 
-    def one(path: str, weight: Any) -> Any:
+    def one(path: str, weight: Leaf) -> Any:
         step, plan = steps.get(path), plans[path]
         if step is None:
             return weight
@@ -259,10 +262,11 @@ def _check_decay(decay: Any) -> None:
 
 
 def _is_scalar(value: Any) -> bool:
-    return jnp.isscalar(value) or (hasattr(value, "dtype") and jnp.shape(value) == ())
+    array = hasattr(value, "dtype") and jnp.shape(value) == ()
+    return array or isinstance(value, int | float)
 
 
-def _check_steps(steps: dict[str, Any], plans: dict[str, LeafPlan]) -> None:
+def _check_steps(steps: Leaves, plans: dict[str, LeafPlan]) -> None:
     """Refuses updates that do not belong to the weights they are to be added to."""
     for path, step in steps.items():
         if path not in plans:
@@ -280,7 +284,7 @@ def _check_steps(steps: dict[str, Any], plans: dict[str, LeafPlan]) -> None:
             )
 
 
-def _weights(updates: Any, params: Any, decays: bool) -> dict[str, Array]:
+def _weights(updates: PyTree, params: PyTree, decays: bool) -> dict[str, Array]:
     """The weights, where the step needs them."""
     if params is not None:
         leaves, _ = paths.flatten(params)
@@ -295,7 +299,7 @@ def _weights(updates: Any, params: Any, decays: bool) -> dict[str, Array]:
     return {}
 
 
-def _decaying(mask: Any, params: Any) -> dict[str, bool]:
+def _decaying(mask: PyTree, params: PyTree) -> dict[str, bool]:
     """Which leaves decay; a mask may stop at a prefix of the params."""
     leaves, _ = paths.flatten(params)
     if mask is None:

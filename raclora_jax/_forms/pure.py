@@ -20,9 +20,12 @@ from raclora_jax._core.lowrank import (
 from raclora_jax._core.plan import LeafPlan, plan_leaves, plan_tree
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.types import KeyLike, PyTree
 
 
-def sample_sketch(params: Any, spec: Spec | int, *, key: Any, link: Any = 0) -> Any:
+def sample_sketch(
+    params: PyTree, spec: Spec | int, *, key: KeyLike, link: Any = 0
+) -> Any:
     """Draws the sketches of a whole tree, or of one leaf.
 
     Args:
@@ -55,7 +58,7 @@ def sample_sketch(params: Any, spec: Spec | int, *, key: Any, link: Any = 0) -> 
     return paths.unflatten(treedef, {p: drawn.get(p, optax.MaskedNode()) for p in plans})
 
 
-def project(grads: Any, sketches: Any, spec: Spec | int) -> Any:
+def project(grads: PyTree, sketches: PyTree, spec: Spec | int) -> Any:
     """Projects dense gradients on their sketches, leaf by leaf.
 
     For a left sketch S (dim x rank) of a leaf W (rows x cols) this is
@@ -100,7 +103,7 @@ def project(grads: Any, sketches: Any, spec: Spec | int) -> Any:
     return paths.unflatten(treedef, {p: one(p, g) for p, g in leaves.items()})
 
 
-def lift(factors: Any, sketches: Any, params: Any, spec: Spec | int) -> Any:
+def lift(factors: PyTree, sketches: PyTree, params: PyTree, spec: Spec | int) -> Any:
     """Lifts factors to dense deltas: the transpose of ``project``.
 
     For a left sketch S (dim x rank) and a factor F (rank x cols) this is
@@ -140,7 +143,7 @@ def lift(factors: Any, sketches: Any, params: Any, spec: Spec | int) -> Any:
     return paths.unflatten(treedef, values)
 
 
-def _matched(sketches: Any, plans: dict[str, LeafPlan]) -> dict[str, Array]:
+def _matched(sketches: PyTree, plans: dict[str, LeafPlan]) -> dict[str, Array]:
     drawn, _ = paths.flatten(sketches)
     for path, plan in plans.items():
         if plan.mode != "lowrank":

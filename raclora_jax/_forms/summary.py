@@ -17,6 +17,7 @@ from raclora_jax._autodiff.uses import Uses
 from raclora_jax._core import paths
 from raclora_jax._core.plan import LeafPlan, plan_tree
 from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.types import Leaf, PyTree
 from raclora_jax._forms.gradient import reporting
 from raclora_jax._forms.optimizer import apply_updates, raclora
 
@@ -106,7 +107,7 @@ class Summary:
 
 
 def summary(
-    params: Any,
+    params: PyTree,
     spec: Spec | int,
     loss_fn: Callable[..., Any] | None = None,
     *args: Any,
@@ -174,7 +175,7 @@ def _compiled(
     spec: Spec,
     has_aux: bool,
     tx: optax.GradientTransformation,
-    params: Any,
+    params: PyTree,
     state: Any,
     args: tuple[Any, ...],
 ) -> tuple[int | None, Uses]:
@@ -183,7 +184,7 @@ def _compiled(
     grad_fn = reporting(loss_fn, spec, has_aux, seen.append)
     inputs, filled = abstracted(args)
 
-    def step(params: Any, state: Any, inputs: Any) -> Any:
+    def step(params: PyTree, state: Any, inputs: Any) -> Any:
         value, grads = grad_fn(params, state, *filled(inputs))
         updates, state = tx.update(grads, state, params)
         return apply_updates(params, updates, state, spec), state, value
@@ -196,7 +197,7 @@ def _compiled(
     return held - memory.alias_size_in_bytes + memory.temp_size_in_bytes, seen[0]
 
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+def _abstract(leaf: Leaf) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
@@ -204,7 +205,7 @@ def _nbytes(array: Any) -> int:
     return int(array.size) * array.dtype.itemsize
 
 
-def _bytes_by_path(tree: Any) -> dict[str | None, int]:
+def _bytes_by_path(tree: PyTree) -> dict[str | None, int]:
     """Bytes of a state by the leaf they belong to; counters under ``None``."""
     found: dict[str | None, int] = {}
     for keypath, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:

@@ -15,6 +15,7 @@ from raclora_jax._autodiff.uses import Uses
 from raclora_jax._autodiff.weight import leaf_weight
 from raclora_jax._core import paths
 from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.types import Leaf, PyTree
 from raclora_jax._forms.adapter import (
     AdapterChain,
     is_quantised,
@@ -61,7 +62,11 @@ def adapted(
     spec = as_spec(spec)
 
     def loss(
-        factors: Any, base_params: Any, chain: AdapterChain, *args: Any, **kwargs: Any
+        factors: PyTree,
+        base_params: PyTree,
+        chain: AdapterChain,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         leaves, treedef, plans, values = matched(base_params, factors, chain, spec)
         if dequantize is None:
@@ -73,7 +78,7 @@ def adapted(
         )
         uses, sketches = Uses(), sketches_of(chain, plans)
 
-        def stand_in(path: str, leaf: Any) -> Any:
+        def stand_in(path: str, leaf: Leaf) -> Any:
             plan, dense = plans[path], dequantize if is_quantised(leaf) else None
             if plan.mode == "lowrank":
                 factor, sketch = values[path], sketches[path]
@@ -94,6 +99,6 @@ def adapted(
     return loss
 
 
-def _as_seen(leaf: Any) -> Any:
+def _as_seen(leaf: Leaf) -> Any:
     """A leaf as the model sees it."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_quantised(leaf) else leaf

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import optax
 
 from raclora_jax._core.spec import Spec
+from raclora_jax._core.types import KeyLike
 from raclora_jax.methods._method import Method
 from raclora_jax.methods._pair import pair_method
 
@@ -16,7 +15,7 @@ def asymmetric(
     spec: Spec | int,
     *,
     inner: optax.GradientTransformation | None = None,
-    key: Any,
+    key: KeyLike,
 ) -> Method:
     """Asymmetric LoRA: the drawn factor of LoRA stays as drawn, the other is trained.
 

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from raclora_jax._core.types import PyTree
+
 
 class Method(NamedTuple):
     """One way to fine-tune, usable in any jitted loop.
@@ -38,8 +40,8 @@ class DenseState(NamedTuple):
       opt_state: State of the optax transformation.
     """
 
-    params: Any
-    opt_state: Any
+    params: PyTree
+    opt_state: PyTree
 
 
 def from_transform(
@@ -59,7 +61,7 @@ def from_transform(
       A ``Method``.
     """
 
-    def init(params: Any) -> DenseState:
+    def init(params: PyTree) -> DenseState:
         params = jax.tree.map(jnp.asarray, params)
         return DenseState(params, tx.init(params))
 
@@ -68,7 +70,7 @@ def from_transform(
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         return DenseState(optax.apply_updates(state.params, updates), opt_state), loss
 
-    def optimizer_bytes(params: Any) -> int:
+    def optimizer_bytes(params: PyTree) -> int:
         return nbytes(moments(jax.eval_shape(tx.init, params)))
 
     return Method(init, step, lambda state: state.params, trained, optimizer_bytes)
@@ -79,11 +81,11 @@ def rate_at(learning_rate: optax.ScalarOrSchedule, count: Array) -> Array:
     return jnp.asarray(learning_rate(count) if callable(learning_rate) else learning_rate)
 
 
-def size(tree: Any) -> int:
+def size(tree: PyTree) -> int:
     """Numbers in a tree of arrays or abstract arrays."""
     return sum(int(leaf.size) for leaf in jax.tree.leaves(tree))
 
 
-def nbytes(tree: Any) -> int:
+def nbytes(tree: PyTree) -> int:
     """Bytes of a tree of arrays or abstract arrays."""
     return sum(int(leaf.size) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

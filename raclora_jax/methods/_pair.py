@@ -20,6 +20,7 @@ from raclora_jax._core.lowrank import lift_leaf
 from raclora_jax._core.plan import LeafPlan, plan_tree
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.types import KeyLike, PyTree
 from raclora_jax.methods._method import Method, nbytes, rate_at, size
 
 
@@ -51,7 +52,7 @@ def pair_method(
     train_drawn: bool,
     chain: bool,
     restart: bool,
-    key: Any,
+    key: KeyLike,
 ) -> Method:
     """A method with the pair ``W + scaling * drawn * zero``.
 
@@ -73,7 +74,7 @@ def pair_method(
     groups = ("zero", "drawn", "dense") if train_drawn else ("zero", "dense")
 
     def begin(
-        params: Any, link: Array | int
+        params: PyTree, link: Array | int
     ) -> tuple[dict[str, Array], dict[str, Array]]:
         plans = plan_tree(spec, params).values()
         drawn = draw_all(data, link, plans)
@@ -84,7 +85,7 @@ def pair_method(
         }
         return drawn, zero
 
-    def init(params: Any) -> PairState:
+    def init(params: PyTree) -> PairState:
         leaves, treedef = paths.flatten(params)
         base = paths.unflatten(treedef, {p: jnp.asarray(w) for p, w in leaves.items()})
         drawn, zero = begin(base, 0)
@@ -132,11 +133,11 @@ def pair_method(
         count = optax.safe_increment(state.count)
         return state._replace(**trained, inner=states, count=count), value
 
-    def trained(params: Any) -> int:
+    def trained(params: PyTree) -> int:
         state = jax.eval_shape(init, params)
         return sum(size(getattr(state, group)) for group in groups)
 
-    def optimizer_bytes(params: Any) -> int:
+    def optimizer_bytes(params: PyTree) -> int:
         return nbytes(jax.eval_shape(init, params).inner)
 
     return Method(init, step, params, trained, optimizer_bytes)

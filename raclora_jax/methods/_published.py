@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import optax
 
 from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.types import KeyLike
 from raclora_jax.methods._method import Method
 from raclora_jax.methods._pair import pair_method
 
 
 def published_raclora(
-    learning_rate: optax.ScalarOrSchedule, spec: Spec | int, *, key: Any
+    learning_rate: optax.ScalarOrSchedule, spec: Spec | int, *, key: KeyLike
 ) -> Method:
     """RAC-LoRA as published: a raw N(0, 1) sketch, the factor trained by AdamW.
 

@@ -10,12 +10,17 @@ import optax
 from raclora_jax._chain.state import find_state
 from raclora_jax._core.plan import plan_tree
 from raclora_jax._core.spec import Spec
+from raclora_jax._core.types import KeyLike, PyTree
 from raclora_jax._forms import optimizer
 from raclora_jax.methods._method import Method, from_transform
 
 
 def raclora(
-    learning_rate: optax.ScalarOrSchedule, spec: Spec | int, *, key: Any, **options: Any
+    learning_rate: optax.ScalarOrSchedule,
+    spec: Spec | int,
+    *,
+    key: KeyLike,
+    **options: Any,
 ) -> Method:
     """``raclora_jax.raclora`` in the shape of a ``Method``.
 
@@ -35,7 +40,7 @@ def raclora(
     """
     tx = optimizer.raclora(learning_rate, spec, key=key, **options)
 
-    def trained(params: Any) -> int:
+    def trained(params: PyTree) -> int:
         plans = plan_tree(spec, params).values()
         return sum(math.prod(plan.trained_shape) for plan in plans)
 

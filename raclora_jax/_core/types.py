@@ -1,0 +1,35 @@
+"""Names for the types that signatures repeat, and the words a spec knows."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+# A tree of arrays; JAX knows no narrower type for one.
+PyTree: TypeAlias = Any
+# A leaf of one: an array, an abstract array, or what another library keeps for one.
+Leaf: TypeAlias = Any
+Leaves: TypeAlias = dict[str, Leaf]
+KeyLike: TypeAlias = Array | int
+Scalar: TypeAlias = Array | float
+
+Mode = Literal["lowrank", "dense", "frozen"]
+Side = Literal["left", "right", "auto"]
+Sketch = Literal["orthonormal", "gaussian", "rademacher", "coordinate", "gaussian_raw"]
+Rounding = Literal["auto", "nearest", "stochastic", "master"]
+Rest = Literal["dense", "frozen"]
+Moments = Literal["reset", "keep", "transport"]
+Cause = Literal["rule", "matrix", "no matrix", "rank"]
+
+
+def widened(dtype: DTypeLike) -> jnp.dtype:
+    """A dtype, or float32 where it is narrower.
+
+    Not ``jnp.promote_types``, which refuses this under strict dtype promotion.
+    """
+    dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return dtype if dtype.itemsize >= 4 else jnp.dtype(jnp.float32)
