@@ -10,8 +10,8 @@ $(VENV)/.installed-%: pyproject.toml
 
 .PHONY: finetune test check format bench clean
 
-finetune: $(VENV)/.installed-examples
-	$(BIN)/python -m examples.finetune $(ARGS)
+finetune: $(VENV)/.installed-benchmarks
+	$(BIN)/python -m benchmarks.finetune $(ARGS)
 
 test: $(VENV)/.installed-tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)

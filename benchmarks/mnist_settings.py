@@ -1,6 +1,6 @@
 """Which settings of RAC-LoRA come closest to full fine-tuning on MNIST at rank 1.
 
-The experiment of ``python -m examples.finetune --data mnist`` with 912 trained numbers
+The experiment of ``python -m benchmarks.finetune --data mnist`` with 912 trained numbers
 (the columns sketched): link lengths, what a link does to the moments, the distribution,
 and a head whose steps are scaled down to the size of the others'.
 
@@ -19,7 +19,8 @@ from jax import Array
 
 import raclora_jax as rl
 from benchmarks import rows as result_rows
-from examples import data, finetune, report
+from benchmarks.finetune import data, report
+from benchmarks.finetune import study as finetune
 from raclora_jax import methods
 
 SEEDS = range(3)

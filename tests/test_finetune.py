@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from examples import data, finetune, training
+from benchmarks.finetune import data, training
+from benchmarks.finetune import study as finetune
 from raclora_jax import methods
 
 MNIST = pathlib.Path(

@@ -7,8 +7,8 @@ there is a chain, link length are tuned for each method over the same grid on va
 images; then each trains on all but the test images, which the table reports, over fresh
 seeds.
 
-    python -m examples.finetune                                # scikit-learn's digits
-    python -m examples.finetune --data mnist --data-dir DIR    # the paper's experiment
+    python -m benchmarks.finetune                                # scikit-learn's digits
+    python -m benchmarks.finetune --data mnist --data-dir DIR    # the paper's experiment
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from rich.progress import (
 
 import raclora_jax as rl
 from benchmarks import rows as result_rows
-from examples import data, report, training
+from benchmarks.finetune import data, report, training
 from raclora_jax import methods
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
@@ -206,7 +206,7 @@ def main() -> None:
     report.draw_figure(rows, out / f"{name}.png", title)
     result_rows.save(
         out / f"{name}.json",
-        f"python -m examples.finetune --data {name}",
+        f"python -m benchmarks.finetune --data {name}",
         rows,
         seeds=list(range(options.seeds)),
         **setting._asdict(),
@@ -270,7 +270,3 @@ def _options() -> argparse.Namespace:
     if options.seeds < 2:
         parser.error("--seeds must be at least 2: the table reports a spread")
     return options
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from examples.data import Split, Task
+from benchmarks.finetune.data import Split, Task
 from raclora_jax.methods import Method
 
 # A method, given its learning-rate schedule and the key of the run.

@@ -1,0 +1,1 @@
+"""The comparison behind ``make finetune``: every method, one network, two tasks."""
