@@ -222,45 +222,53 @@ def ragged_dot_general(eqn: Any, x: Any, weight: Any, groups: Any) -> Array | No
     """A product of groups of rows, each with its own matrix of the stack."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     standard = (((1,), (1,)), ((), ()))
-    if isinstance(x, Weight) or any(len(axis) != 1 for axis in weight.axes):
+    if isinstance(x, Weight) or isinstance(groups, Weight):
         return None
     if numbers.dot_dimension_numbers != standard or len(weight.axes) != 3:
         return None
-    stack, summed, free = _atoms(weight.axes)
-    weight.saw([summed], [stack])
+    stack, summed, free = (_atoms([axis]) for axis in weight.axes)
+    weight.saw(summed, stack)
 
     def ragged(x: Array, matrices: Array, groups: Array) -> Array:
         return eqn.primitive.bind(x, matrices.astype(x.dtype), groups, **eqn.params)
-
-    def laid_out(array: Array, names: Sequence[Label], order: Sequence[Label]) -> Array:
-        return lax.transpose(array, [names.index(name) for name in order])
 
     y = ragged(x, weight.array, groups)
     if weight.factor is None:
         return weight.watched(y)
     s_names, f_names = weight.sketch_axes, weight.factor_axes
-    early, late = [stack, summed, RANK], [stack, RANK, free]
-    sketch = weight.sketch
-    if {*s_names} == {*early} and {*f_names} == {*late}:
+    thin, wide = (stack, summed, [RANK]), (stack, [RANK], free)
+
+    def stacked(array: Array, names: Sequence[Label], axes: Sequence[list[Any]]) -> Array:
+        """A factor as a stack of matrices, its parts merged as those of the base are."""
+        order = [names.index(name) for axis in axes for name in axis]
+        array = lax.transpose(array, order)
+        sizes = iter(array.shape)
+        return array.reshape([math.prod(next(sizes) for _ in axis) for axis in axes])
+
+    def fit(names: Sequence[Label], axes: Sequence[list[Any]]) -> bool:
+        return {*names} == {name for axis in axes for name in axis}
+
+    inputs = x, weight.sketch, groups
+    if fit(s_names, thin) and fit(f_names, wide):
 
         def sketched(inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
             x, sketch, groups = inputs
-            return ragged(x, laid_out(sketch, s_names, early), groups), groups
+            return ragged(x, stacked(sketch, s_names, thin), groups), groups
 
         def push(known: tuple[Array, Array], factor: Array) -> Array:
-            thin, groups = known
-            return ragged(thin, laid_out(factor, f_names, late), groups)
+            narrow, groups = known
+            return ragged(narrow, stacked(factor, f_names, wide), groups)
 
-        return weight.attached(y, (x, sketch, groups), push, keep=sketched)
-    if {*s_names} != {*late} or {*f_names} != {*early}:
+        return weight.attached(y, inputs, push, keep=sketched)
+    if not (fit(s_names, wide) and fit(f_names, thin)):
         return None
 
     def push_late(known: tuple[Array, Array, Array], factor: Array) -> Array:
         x, sketch, groups = known
-        middle = ragged(x, laid_out(factor, f_names, early), groups)
-        return ragged(middle, laid_out(sketch, s_names, late), groups)
+        middle = ragged(x, stacked(factor, f_names, thin), groups)
+        return ragged(middle, stacked(sketch, s_names, wide), groups)
 
-    return weight.attached(y, (x, sketch, groups), push_late)
+    return weight.attached(y, inputs, push_late)
 
 
 class _Output(NamedTuple):

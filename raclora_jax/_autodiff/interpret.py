@@ -140,7 +140,7 @@ def _remat(eqn: Any, operands: list[Any]) -> list[Any]:
 def _scan(eqn: Any, operands: list[Any]) -> list[Any]:
     """Leaves are read as constants, or sliced along an axis that stacks matrices."""
     params, program = eqn.params, eqn.params["jaxpr"]
-    constants, carry, xs = _scan_operands(params, operands)
+    constants, carry, xs = scan_operands(params, operands)
     kept = _unchanged(program, len(constants), carry)
     start = [None if i in kept else v for i, v in enumerate(carry)]
     start = arrays(start, "scan")
@@ -168,7 +168,7 @@ def _scan(eqn: Any, operands: list[Any]) -> list[Any]:
     return [*(kept.get(i, v) for i, v in enumerate(end)), *ys]
 
 
-def _scan_operands(
+def scan_operands(
     params: dict[str, Any], operands: list[Any]
 ) -> tuple[list[Any], list[Any], list[Any]]:
     """Constants, carry and scanned inputs; JAX has told them apart in two ways."""

@@ -23,10 +23,13 @@ class Uses:
     Attributes:
       views: ``{path: views}`` in the order of the program.
       fallbacks: ``{(path, operation): times}`` for uses that formed a dense gradient.
+      lost: ``{path: operation}`` for leaves that an operation read in a way that shows
+        no view.
     """
 
     views: dict[str, list[Use]] = dataclasses.field(default_factory=dict)
     fallbacks: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
+    lost: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def warn(self) -> None:
         """One warning for all the uses that formed a dense gradient."""

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from raclora_jax._autodiff.interpret import arrays, evaluate, read_inputs
+from raclora_jax._autodiff.interpret import read_inputs
 from raclora_jax._autodiff.stage import abstracted, stage
 from raclora_jax._autodiff.uses import Use, Uses
+from raclora_jax._autodiff.watch import Seen, watch
 from raclora_jax._autodiff.weight import leaf_weight
 from raclora_jax._core import paths
 from raclora_jax._core.plan import LeafPlan, check_rules_win, plan_tree, winner
 from raclora_jax._core.spec import Rule, Spec
+from raclora_jax._core.types import PyTree
 
 
 def trace_spec(
-    fn: Callable[..., Any], params: Any, *args: Any, rank: int, **spec: Any
+    fn: Callable[..., Any], params: PyTree, *args: Any, rank: int, **spec: Any
 ) -> Spec:
     """A ``Spec`` whose views are read off the operations of a model.
 
@@ -29,6 +32,7 @@ def trace_spec(
     product takes one by one are the batch; the others are the columns. Where uses
     disagree, as for an embedding that is the head too, the stored order decides. A leaf
     with two or more axes that is never contracted is no matrix: it joins the ``rest``.
+    So does one whose use cannot be read, with a warning that names the rule to add.
 
     Args:
       fn: ``fn(params, *args)``, the loss or the forward pass.
@@ -41,8 +45,9 @@ def trace_spec(
       A spec with a rule for every leaf that has two or more axes.
 
     Raises:
-      ValueError: If ``fn`` never uses a leaf with two or more axes, or a rule does not
-        fit.
+      ValueError: If ``fn`` never uses a leaf with two or more axes, a rule does not fit,
+        no leaf is left to adapt, or ``rest="frozen"`` would freeze one whose use cannot
+        be read.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -65,12 +70,43 @@ def trace_spec(
         elif said is not None:
             rules[path] = said
     traced = dataclasses.replace(wanted, rules=_grouped(rules))
-    plan_tree(traced, params)
+    plans = plan_tree(traced, params)
+    unread = {
+        path: (operation, leaves[path].ndim)
+        for path, operation in uses.lost.items()
+        if rules[path].mode != "lowrank" and _needs_view(path, wanted)
+    }
+    _tell_unread(unread, wanted.rest)
+    if all(plan.mode != "lowrank" for plan in plans.values()):
+        raise ValueError(
+            f"no leaf is left to adapt: of {len(plans)} none is seen to be contracted or "
+            "has a rule that names its view; add such a rule, Rule(path, rows=...)"
+        )
     return traced
 
 
+def _tell_unread(unread: dict[str, tuple[str, int]], rest: str) -> None:
+    """Warns of leaves whose use shows no view, or refuses where they would be frozen."""
+    if not unread:
+        return
+    listed = [
+        f"{paths.show(path)} in {operation}, add "
+        f"Rule({re.escape(path)!r}, rows={tuple(range(ndim - 1))})"
+        for path, (operation, ndim) in unread.items()
+    ]
+    text = (
+        "these leaves are read in a way that shows no rows, so they are "
+        f"{'frozen' if rest == 'frozen' else 'trained in full'}; to adapt one, add its "
+        f"rule, with the axes that are summed for rows: {'; '.join(listed[:8])}"
+        f"{f'; and {len(listed) - 8} more' if len(listed) > 8 else ''}"
+    )
+    if rest == "frozen":
+        raise ValueError(f"{text}; or say so with mode='frozen' in its rule")
+    warnings.warn(text, stacklevel=3)
+
+
 def _watched(
-    fn: Callable[..., Any], params: Any, args: tuple[Any, ...], spec: Spec
+    fn: Callable[..., Any], params: PyTree, args: tuple[Any, ...], spec: Spec
 ) -> Uses:
     """What ``fn`` does with its leaves, found without running it."""
     leaves, treedef = paths.flatten(params)
@@ -86,14 +122,18 @@ def _watched(
     )
     uses = Uses()
 
-    def watch(arrays_in: list[Any], rest: list[Any]) -> list[Any]:
+    def follow(arrays: list[Any]) -> None:
         values = [
-            leaf_weight(array, _unplanned(path, array), uses) if array.ndim > 1 else array
-            for path, array in zip(leaves, arrays_in, strict=True)
+            Seen((leaf_weight(array, _unplanned(path, array), uses),))
+            if array.ndim > 1
+            else Seen()
+            for path, array in zip(leaves, arrays, strict=True)
         ]
-        return arrays(evaluate(staged.jaxpr, [*values, *rest]), "output")
+        # What a function of the leaves alone closes over is its data.
+        closed_over = Seen() if inputs else None
+        watch(staged.jaxpr, [*values, *(None for _ in inputs)], closed_over)
 
-    jax.eval_shape(watch, shapes, inputs)
+    jax.eval_shape(follow, shapes)
     read = read_inputs(staged.jaxpr)
     for index, (path, shape) in enumerate(zip(leaves, shapes, strict=True)):
         needs = len(shape.shape) > 1 and _needs_view(path, spec)
@@ -130,10 +170,15 @@ def _view(ndim: int, views: list[Use]) -> tuple[tuple[int, ...], tuple[int, ...]
     summed = frozenset[int]().union(*(view.contracted for view in views))
     batch = frozenset[int]().union(*(view.batch for view in views)) - summed
     matrix = [axis for axis in range(ndim) if axis not in batch]
-    rows = [view.contracted for view in views if view.contracted]
+    # A sum over all of a leaf's axes is no product of a matrix.
+    rows = [
+        view.contracted
+        for view in views
+        if view.contracted and not view.contracted.issuperset(matrix)
+    ]
     # Where uses disagree, the rows are those of the use that contracts the first axis.
     rows.sort(key=lambda axes: matrix[0] not in axes)
-    if not rows or len(rows[0]) == len(matrix):
+    if not rows:
         return None
     return tuple(sorted(rows[0])), tuple(sorted(batch))
 

@@ -1,0 +1,275 @@
+"""Reads a model's program for what it does with its leaves, without computing it.
+
+What is made of leaves and constants alone is followed through every operation, because
+it may still be a matrix of the model: a standardised kernel, kernels side by side, one
+plus a scale. What data has entered is an activation, and is followed no further: else
+the scale of a norm would look contracted by the layer behind it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from raclora_jax._autodiff import consume, rearrange
+from raclora_jax._autodiff.interpret import scan_operands
+from raclora_jax._autodiff.weight import Axis, Leaf, Part, Weight
+
+
+class Seen(NamedTuple):
+    """A value made of leaves and constants; one that data has entered is ``None``.
+
+    Attributes:
+      members: A watching weight for every leaf in it, all of the value's shape.
+      lost: Leaves in it whose axes are no longer told apart, and by which operation.
+    """
+
+    members: tuple[Weight, ...] = ()
+    lost: tuple[tuple[Leaf, str], ...] = ()
+
+
+Value = Seen | None
+
+
+def watch(jaxpr: Any, values: Sequence[Value], constants: Value = None) -> list[Value]:
+    """Writes down the uses of the leaves in a program.
+
+    Args:
+      jaxpr: A jaxpr, open or closed.
+      values: What each of its inputs is.
+      constants: What the arrays it closes over are.
+
+    Returns:
+      What each of its outputs is.
+    """
+    program = getattr(jaxpr, "jaxpr", jaxpr)
+    env: dict[Any, Value] = dict.fromkeys(program.constvars, constants)
+    env.update(zip(program.invars, values, strict=True))
+
+    def read(var: Any) -> Value:
+        return Seen() if isinstance(var, jex.Literal) else env[var]
+
+    for eqn in program.eqns:
+        out = _apply(eqn, [read(var) for var in eqn.invars])
+        env.update(zip(eqn.outvars, out, strict=True))
+    return [read(var) for var in program.outvars]
+
+
+def _apply(eqn: Any, operands: list[Value]) -> list[Value]:
+    """One equation."""
+    name = eqn.primitive.name
+    data = any(value is None for value in operands)
+    if not any(value is not None and any(value) for value in operands):
+        return [None if data else Seen()] * len(eqn.outvars)
+    if name in _SAME:
+        return operands
+    if name in _CALLS:
+        return _CALLS[name](eqn, operands)
+    sums = name not in _QUIET and not _is_map(eqn)
+    lost = _union(v.lost for v in operands if v is not None)
+    kept: list[list[Weight]] = [[] for _ in eqn.outvars]
+    for place, value in enumerate(operands):
+        for member in value.members if value is not None else ():
+            made = _by_rule(eqn, place, member)
+            if made is None and not data:
+                made = _by_shape(eqn, member)
+            if made is None and (sums or not data):
+                lost += ((member.leaf, name),)
+            for group, weight in zip(kept, made or (), strict=False):
+                group.append(weight)
+    if sums and (data or name in consume.RULES):
+        for leaf, operation in lost:
+            leaf.uses.lost.setdefault(leaf.path, operation)
+    return [
+        None if data and not group else Seen(_distinct(group), () if data else lost)
+        for group in kept
+    ]
+
+
+def _by_rule(eqn: Any, place: int, member: Weight) -> list[Weight] | None:
+    """What the gradient's own rule makes of a leaf: nothing, where it uses it up."""
+    name = eqn.primitive.name
+    rule = consume.RULES.get(name) or rearrange.RULES.get(name)
+    if rule is None or name in _COLLECTIVES:
+        return None
+    operands: list[Any] = [_blank(var.aval) for var in eqn.invars]
+    operands[place] = member
+    out = rule(eqn, *operands)
+    if out is None:
+        return None
+    made = out if isinstance(out, list) else [out]
+    return [value for value in made if isinstance(value, Weight)]
+
+
+def _by_shape(eqn: Any, member: Weight) -> list[Weight] | None:
+    """A leaf after an operation that keeps its axes where they are, adds or sums some."""
+    name, gone = eqn.primitive.name, eqn.params.get("axes", ())
+    if name == "reshape" or name in consume.RULES:
+        return None
+    axes = member.axes
+    if name == "stack":
+        place = eqn.params["axis"]
+        axes = (*axes[:place], (), *axes[place:])
+    elif len(eqn.outvars[0].aval.shape) != len(axes):
+        axes = tuple(axis for i, axis in enumerate(axes) if i not in gone)
+    if any(len(var.aval.shape) != len(axes) for var in eqn.outvars):
+        return None
+    return [_reshaped(member, axes, var.aval) for var in eqn.outvars]
+
+
+def _is_map(eqn: Any) -> bool:
+    """Whether the operation acts entry by entry, by the look of its shapes."""
+    out = eqn.outvars[0].aval.shape
+    shapes = {var.aval.shape for var in eqn.invars} - {()}
+    alike = all(
+        len(shape) == len(out)
+        and all(size in (1, made) for size, made in zip(shape, out, strict=True))
+        for shape in shapes
+    )
+    return alike and eqn.primitive.name not in _SOLVES
+
+
+def _reshaped(member: Weight, axes: Sequence[Axis], aval: Any) -> Weight:
+    fitted = tuple(map(_fitted, axes, aval.shape))
+    return member.replace(base=_blank(aval), axes=fitted)
+
+
+def _fitted(axis: Axis, size: int) -> Axis:
+    """An axis that got another size; its parts only have to be named from here on."""
+    if math.prod(part.size for part in axis) == size:
+        return axis
+    if not axis:
+        return (Part((-1,), size),)
+    first, *rest = axis
+    return (Part(first.atom, size), *(Part(part.atom, 1) for part in rest))
+
+
+def _blank(aval: Any) -> Any:
+    return jnp.zeros(aval.shape, aval.dtype)
+
+
+def _distinct(members: Iterable[Weight]) -> tuple[Weight, ...]:
+    return tuple({(member.leaf.path, member.axes): member for member in members}.values())
+
+
+def _union(groups: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(entry for group in groups for entry in group))
+
+
+def _call(eqn: Any, operands: list[Value]) -> list[Value]:
+    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    program = next(eqn.params[name] for name in names if name in eqn.params)
+    return watch(program, operands, Seen())
+
+
+def _cond(eqn: Any, operands: list[Value]) -> list[Value]:
+    _, *rest = operands
+    branches = [watch(program, rest, Seen()) for program in eqn.params["branches"]]
+    return [_either(values) for values in zip(*branches, strict=True)]
+
+
+def _either(values: Sequence[Value]) -> Value:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values):
+        return None
+    members = _distinct(member for value in known for member in value.members)
+    return Seen(members, _union(value.lost for value in known))
+
+
+def _scan(eqn: Any, operands: list[Value]) -> list[Value]:
+    program = eqn.params["jaxpr"]
+    constants, carry, xs = scan_operands(eqn.params, operands)
+    now = _handed_on(program, len(constants), carry)
+    inner = program.jaxpr.invars[len(constants) + len(carry) :]
+    slices = [_slice(x, var.aval) for x, var in zip(xs, inner, strict=True)]
+    out = watch(program, [*constants, *now, *slices], Seen())
+    return [*now, *(_forgotten(y, "scan") for y in out[len(carry) :])]
+
+
+def _while(eqn: Any, operands: list[Value]) -> list[Value]:
+    params = eqn.params
+    first = params["cond_nconsts"]
+    split = first + params["body_nconsts"]
+    of_test, of_body, carry = operands[:first], operands[first:split], operands[split:]
+    now = _handed_on(params["body_jaxpr"], len(of_body), carry)
+    watch(params["cond_jaxpr"], [*of_test, *now], Seen())
+    watch(params["body_jaxpr"], [*of_body, *now], Seen())
+    return now
+
+
+def _handed_on(program: Any, constants: int, carry: list[Value]) -> list[Value]:
+    """A loop's state inside it: data, but for what it hands on as it is."""
+    inner = program.jaxpr
+    return [
+        value if inner.outvars[i] is inner.invars[constants + i] else None
+        for i, value in enumerate(carry)
+    ]
+
+
+def _slice(value: Value, aval: Any) -> Value:
+    """One step's slice of what a scan runs over: its first axis stacks matrices."""
+    if value is None:
+        return None
+    for member in value.members:
+        member.saw((), [part.atom for part in member.axes[0]])
+    members = tuple(_reshaped(m, m.axes[1:], aval) for m in value.members)
+    return Seen(members, value.lost)
+
+
+def _forgotten(value: Value, operation: str) -> Value:
+    if value is None:
+        return None
+    lost = [(member.leaf, operation) for member in value.members]
+    return Seen((), _union([value.lost, lost]))
+
+
+def _shard_map(eqn: Any, operands: list[Value]) -> list[Value]:
+    program = eqn.params["jaxpr"]
+    program = getattr(program, "jaxpr", program)
+    values = [
+        value and Seen(tuple(_reshaped(m, m.axes, var.aval) for m in value[0]), value[1])
+        for value, var in zip(operands, program.invars, strict=True)
+    ]
+    out = watch(program, values, Seen())
+    return [_forgotten(value, "shard_map") for value in out]
+
+
+# Outputs are the operands, one by one.
+_SAME = {"copy", "copy_p", "name", "optimization_barrier", "pvary", "sharding_constraint"}
+# Not to be bound outside the mesh they belong to.
+_COLLECTIVES = {"all_gather"}
+# Operations that put a leaf among data, or look it up, and sum nothing. A convolution
+# without a rule is one in groups, whose kernel is no matrix.
+_QUIET = {
+    "concatenate",
+    "conv_general_dilated",
+    "dynamic_slice",
+    "dynamic_update_slice",
+    "gather",
+    "pad",
+    "scatter",
+    "scatter-add",
+    "scatter_add",
+}
+# Alike in the shapes of operands and output, but no map.
+_SOLVES = {"dot_general", "triangular_solve"}
+
+_CALLS: dict[str, Callable[[Any, list[Value]], list[Value]]] = {
+    "checkpoint": _call,
+    "closed_call": _call,
+    "cond": _cond,
+    "core_call": _call,
+    "custom_jvp_call": _call,
+    "custom_vjp_call": _call,
+    "custom_vjp_call_jaxpr": _call,
+    "jit": _call,
+    "pjit": _call,
+    "remat2": _call,
+    "scan": _scan,
+    "shard_map": _shard_map,
+    "while": _while,
+}
