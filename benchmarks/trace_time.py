@@ -1,7 +1,8 @@
 """What a step costs before it runs: tracing and lowering, beside plain JAX.
 
 Every repeat builds its functions anew, so no cache of traced functions answers. The
-steps are whole: gradient, optimizer, apply.
+steps are whole: gradient, optimizer, apply. Two programs are compiled too: the step of
+the 4-layer decoder, and the adapter form's gradient on 24 leaves without a cache.
 
     python -m benchmarks.trace_time [--quick]
 """
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
+import raclora_jax as rl
 from benchmarks import models, rivals, timing
 from benchmarks.models import Model
 from benchmarks.rivals import Method
@@ -80,11 +82,56 @@ def measure(model: Model, repeats: int) -> list[dict]:
     ]
 
 
+def adapter_without_cache(leaves: int) -> Any:
+    """The adapter form's loss and gradient on a stack of layers, lowered."""
+    spec = rl.Spec(rivals.RANK, cache=False)
+    params = {
+        f"layer_{i:02}": jax.ShapeDtypeStruct((256, 256), "float32")
+        for i in range(leaves)
+    }
+    x = jax.ShapeDtypeStruct((64, 256), "float32")
+
+    def loss(params: Any, x: Any) -> Any:
+        for kernel in params.values():
+            x = jax.nn.gelu(x @ kernel)
+        return jax.numpy.mean(x**2)
+
+    factors, chain = jax.eval_shape(lambda p: rl.init_adapter(p, spec, key=0), params)
+    step = jax.jit(jax.value_and_grad(rl.adapted(loss, spec)))
+    return step.lower(factors, params, chain, x)
+
+
+def decoder_step(quick: bool) -> Any:
+    """The whole step of the 4-layer decoder, lowered."""
+    model = models.decoder(**(models.TINY if quick else {}))
+    method = rivals.ours(model)
+    state = jax.eval_shape(method.init, jax.random.key(0))
+    return jax.jit(method.step, donate_argnums=0).lower(state, model.shapes()[1])
+
+
+def compiled(name: str, lower: Callable[[], Any]) -> dict:
+    """CPU seconds to lower and to compile one program, and its lines as lowered."""
+    lowered, lowering = clocked(lower)
+    _, compiling = clocked(lowered.compile)
+    return {
+        "model": name,
+        "method": "ours",
+        "lower_seconds": lowering,
+        "compile_seconds": compiling,
+        "lines": lowered.as_text().count("\n"),
+    }
+
+
 def main() -> None:
     """Measures every model, writes rows, prints the table."""
     options = timing.arguments(__doc__)
     repeats = 1 if options.quick else 7
     results = [r for m in all_models(options.quick) for r in measure(m, repeats)]
+    leaves = 4 if options.quick else 24
+    results += [
+        compiled("decoder step", lambda: decoder_step(options.quick)),
+        compiled(f"adapter, {leaves} leaves", lambda: adapter_without_cache(leaves)),
+    ]
     timing.finish(options, "trace_time", results, repeats=repeats, rank=rivals.RANK)
 
 

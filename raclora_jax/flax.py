@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,9 @@ from raclora_jax._core.types import Leaf, PyTree
 from raclora_jax._forms import gradient, optimizer
 from raclora_jax._forms.adapter import Stamps
 
+# An nnx.Module, or any view that holds a model's parameters.
+Model: TypeAlias = Any
+
 # A chain's stamps hold no array: a state dict has nothing of them, and a restored chain
 # takes those of its template.
 serialization.register_serialization_state(
@@ -23,7 +26,7 @@ serialization.register_serialization_state(
 )
 
 
-def to_tree(model: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+def to_tree(model: Model) -> tuple[dict[str, Any], Callable[[Any], Any]]:
     """The trainable leaves of any Flax view of a model as one plain tree.
 
     Every view of one model gives the same tree, so the same paths and sketches: an
@@ -59,7 +62,7 @@ def to_tree(model: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
             node = node.setdefault(branch, {})
         node[name] = leaf
 
-    def restore(tree: PyTree) -> Any:
+    def restore(tree: PyTree) -> PyTree:
         back, _ = paths.flatten(tree)
         for path in [*leaves, *back]:
             expected = _shape(leaves, path)
@@ -107,7 +110,7 @@ def value_and_grad(
       (2, 6)
     """
 
-    def compute(model: Any, opt_state: PyTree, *args: Any, **kwargs: Any) -> Any:
+    def compute(model: Model, opt_state: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         _check_module(model, "value_and_grad")
         tree, restore = to_tree(model)
 
@@ -205,7 +208,7 @@ class TrainState(train_state.TrainState):
         )
 
 
-def _check_module(model: Any, name: str) -> None:
+def _check_module(model: object, name: str) -> None:
     if not isinstance(model, nnx.Module):
         raise TypeError(
             f"flax.{name} takes an nnx.Module, got {type(model).__name__}; for linen "
@@ -213,13 +216,13 @@ def _check_module(model: Any, name: str) -> None:
         )
 
 
-def _parameters(model: Any) -> tuple[Any, Callable[[Any], Any]]:
+def _parameters(model: Model) -> tuple[Any, Callable[[Any], Any]]:
     """The trainable part of a view, and how to put a new one in its place."""
     if isinstance(model, nnx.Module):
         graphdef, *states = nnx.split(model, nnx.Param, ...)
         params, rest = states
 
-        def merged(new: Any) -> nnx.Module:
+        def merged(new: PyTree) -> nnx.Module:
             # Variables of its own: those of the model may be of an outer trace.
             return nnx.merge(graphdef, new, jax.tree.map(lambda leaf: leaf, rest))
 
@@ -238,7 +241,7 @@ def _parameters(model: Any) -> tuple[Any, Callable[[Any], Any]]:
     )
 
 
-def _holds_variables(state: Any) -> bool:
+def _holds_variables(state: PyTree) -> bool:
     def is_variable(node: Leaf) -> bool:
         return isinstance(node, nnx.Variable)
 

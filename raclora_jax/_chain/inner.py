@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from raclora_jax._core.types import Leaf
+from raclora_jax._core.types import Leaf, OptState, PyTree
 
 # One object: what is compiled for a rule is found again by the rule's identity, also when
 # optax.inject_hyperparams builds the transformation anew in every step.
 ADAM = optax.scale_by_adam()
 
 
-def check_inner(inner: Any) -> None:
+def check_inner(inner: object) -> None:
     """Refuses an inner rule that needs params or carries a learning rate.
 
     Args:
@@ -36,12 +34,12 @@ def check_inner(inner: Any) -> None:
     gradient = {"probe": jnp.ones((2, 2), jnp.float32)}
 
     def probe() -> Array:
-        def advance(carry: Any) -> Any:
+        def advance(carry: PyTree) -> PyTree:
             count, state, _ = carry
             update, new = rule.update(gradient, state, None)
             return count + 1, jax.tree.map(same_type, new, state), update["probe"]
 
-        def waits(carry: Any) -> Array:
+        def waits(carry: PyTree) -> Array:
             count, _, update = carry
             return (count < 4096) & jnp.all(update == 0)
 
@@ -67,14 +65,14 @@ def check_inner(inner: Any) -> None:
         )
 
 
-def emitted(before: Any, after: Any) -> Array:
+def emitted(before: OptState, after: OptState) -> Array:
     """Whether the inner rule let an update through; ``MultiSteps`` holds some back."""
     pairs = zip(_multi_steps(before), _multi_steps(after), strict=True)
     flags = [old.gradient_step != new.gradient_step for old, new in pairs]
     return jnp.all(jnp.asarray(flags)) if flags else jnp.asarray(True)
 
 
-def together(moved: Any, old: Any, new: Any) -> tuple[Any, Any]:
+def together(moved: PyTree, old: OptState, new: OptState) -> tuple[PyTree, OptState]:
     """Lets no group step where ``MultiSteps`` skipped a mini-step of another.
 
     Args:
@@ -92,7 +90,7 @@ def together(moved: Any, old: Any, new: Any) -> tuple[Any, Any]:
     flags = {g: jnp.asarray(False) if s is None else s for g, s in skips.items()}
     any_skipped = jnp.any(jnp.stack([*flags.values()]))
 
-    def held(group: str) -> Any:
+    def held(group: str) -> OptState:
         back = any_skipped & ~flags[group]
         return jax.tree.map(
             lambda before, after: jnp.where(back, before, after), old[group], new[group]
@@ -102,7 +100,7 @@ def together(moved: Any, old: Any, new: Any) -> tuple[Any, Any]:
     return still, {group: held(group) for group in new}
 
 
-def _skipped(before: Any, after: Any) -> Array | None:
+def _skipped(before: OptState, after: OptState) -> Array | None:
     """Whether a mini-step was skipped; ``None`` if the rule accumulates nothing."""
     flags = [
         (old.gradient_step == new.gradient_step) & (old.mini_step == new.mini_step)
@@ -111,16 +109,16 @@ def _skipped(before: Any, after: Any) -> Array | None:
     return jnp.any(jnp.asarray(flags)) if flags else None
 
 
-def nothing_accumulated(inner: Any) -> Array:
+def nothing_accumulated(inner: OptState) -> Array:
     """Whether no mini-step of ``MultiSteps`` waits for the next emission."""
     flags = [node.mini_step == 0 for node in _multi_steps(inner)]
     return jnp.all(jnp.asarray(flags)) if flags else jnp.asarray(True)
 
 
-def keep_gradient_steps(old: Any, fresh: Any) -> Any:
+def keep_gradient_steps(old: OptState, fresh: OptState) -> OptState:
     """A restart must not turn back the schedule of how much is accumulated."""
 
-    def one(old: Any, fresh: Any) -> Any:
+    def one(old: OptState, fresh: OptState) -> OptState:
         if _is_multi_steps(old):
             return fresh._replace(gradient_step=old.gradient_step)
         return fresh
@@ -128,12 +126,12 @@ def keep_gradient_steps(old: Any, fresh: Any) -> Any:
     return jax.tree.map(one, old, fresh, is_leaf=_is_multi_steps)
 
 
-def same_type(new: Any, old: Any) -> Array:
+def same_type(new: Leaf, old: Leaf) -> Array:
     """Strong types that never drift, whatever the inner rule promotes."""
     return lax.convert_element_type(new, jnp.asarray(old).dtype)
 
 
-def _multi_steps(inner: Any) -> list[optax.MultiStepsState]:
+def _multi_steps(inner: OptState) -> list[optax.MultiStepsState]:
     nodes = jax.tree.leaves(inner, is_leaf=_is_multi_steps)
     return [node for node in nodes if _is_multi_steps(node)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from raclora_jax._core import paths
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec
-from raclora_jax._core.types import Leaf, PyTree
+from raclora_jax._core.types import Leaf, OptState, PyTree
 
 # The plans of a tree's leaves: static and hashable.
 Plans = tuple[LeafPlan, ...]
@@ -31,8 +31,8 @@ class InnerStates(NamedTuple):
       dense: State for the leaves trained in full, ``{path: leaf}``.
     """
 
-    lowrank: Any
-    dense: Any
+    lowrank: OptState
+    dense: OptState
 
 
 class SketchCache(NamedTuple):
@@ -231,7 +231,8 @@ def check_takes_factors(opt_state: PyTree, plans: dict[str, LeafPlan]) -> None:
     arrays of the leaf's shape, which a ``Factor`` has not.
     """
     adapted = [plan for plan in plans.values() if plan.adapted]
-    for keypath, leaf in jax.tree_util.tree_leaves_with_path(opt_state, is_leaf=is_state):
+    around = _holder(opt_state)
+    for keypath, leaf in jax.tree_util.tree_leaves_with_path(around, is_leaf=is_state):
         if is_state(leaf):
             continue
         where = "/" + paths.canonical(keypath)
@@ -247,10 +248,26 @@ def check_takes_factors(opt_state: PyTree, plans: dict[str, LeafPlan]) -> None:
                 )
 
 
+def _holder(opt_state: PyTree) -> PyTree:
+    """The part of an optimizer state that one transformation keeps around the chain.
+
+    Transformations keep tuples; dicts and lists outside of those are the user's own, and
+    what else they hold belongs to other optimizers.
+    """
+    while isinstance(opt_state, dict | list):
+        parts = opt_state.values() if isinstance(opt_state, dict) else opt_state
+        opt_state = next(part for part in parts if _holds_state(part))
+    return opt_state
+
+
+def _holds_state(tree: PyTree) -> bool:
+    return any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
+
+
 def check_values(state: RacLoraState) -> None:
     """Refuses numbers that no run can have written; traced ones cannot be looked at."""
 
-    def known(value: Any) -> bool:
+    def known(value: Leaf) -> bool:
         return not isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct)
 
     way_out = "the checkpoint is damaged: restore another, or start anew with tx.init"

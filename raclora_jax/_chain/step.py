@@ -45,7 +45,15 @@ from raclora_jax._core.lowrank import (
 from raclora_jax._core.plan import LeafPlan, plan_leaves, plan_tree
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
-from raclora_jax._core.types import KeyLike, Leaves, Moments, PyTree
+from raclora_jax._core.types import (
+    KeyLike,
+    Leaf,
+    Leaves,
+    Moments,
+    OptState,
+    PyTree,
+    TreeDef,
+)
 
 _MOMENTS: tuple[str, ...] = get_args(Moments)
 
@@ -60,7 +68,7 @@ class Step(NamedTuple):
     state: RacLoraState
     plans: dict[str, LeafPlan]
     grads: Leaves
-    treedef: Any
+    treedef: TreeDef
     sketches: dict[str, Array]
     directions: dict[str, Array]
     emitted: Array
@@ -71,10 +79,10 @@ class Step(NamedTuple):
             return value
         return lift_leaf(value, self.sketches[path], self.plans[path])
 
-    def answer(self, one: Callable[[str, Any], Any]) -> Any:
+    def answer(self, one: Callable[[str, Leaf], Leaf]) -> PyTree:
         """The updates tree: ``one(path, grad)`` per trained leaf, zeros for frozen."""
 
-        def each(path: str, grad: Any) -> Any:
+        def each(path: str, grad: Leaf) -> Leaf:
             frozen = self.plans[path].mode == "frozen"
             return jnp.zeros_like(grad) if frozen else one(path, grad)
 
@@ -214,7 +222,7 @@ class Run:
             sketches=cache,
         )
 
-    def _transported(self, state: RacLoraState, now: Now, plans: Plans) -> Any:
+    def _transported(self, state: RacLoraState, now: Now, plans: Plans) -> OptState:
         """The inner state of the factors, its first moments in the new sketches."""
 
         def drawn() -> dict[str, Array]:
@@ -239,7 +247,7 @@ class Run:
 
         return jax.tree_util.tree_map_with_path(transport, state.inner_state.lowrank)
 
-    def _inner_init(self, plans: Plans, mode: str) -> Any:
+    def _inner_init(self, plans: Plans, mode: str) -> OptState:
         zeros = {
             plan.path: jnp.zeros(plan.trained_shape, plan.wide_dtype)
             for plan in plans
@@ -323,7 +331,7 @@ def _plan_gradients(spec: Spec, grads: Leaves, params: PyTree) -> dict[str, Leaf
     return plans
 
 
-def _select(chosen: Array, new: Any, old: Any) -> Any:
+def _select(chosen: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda n, o: jnp.where(chosen, same_type(n, o), o), new, old)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from typing import Any, NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax import Array, lax
 from raclora_jax._core import paths
 from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.plan import LeafPlan, Stamp, check_stamp
-from raclora_jax._core.types import Leaf
+from raclora_jax._core.types import Leaf, Scalar
 
 # Up to this rank a lift is a sum of outer products, which the compiler fuses with the
 # addition to the weights; well above it a matmul is faster, with a dense delta
@@ -37,11 +37,11 @@ class Factor:
         spec takes it. ``None`` for one made by hand, of which only the shape is known.
     """
 
-    value: Any
-    decay: Any
+    value: Array
+    decay: Array
     stamp: Stamp | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def __radd__(self, weight: Leaf) -> Any:
+    def __radd__(self, weight: Leaf) -> NoReturn:
         raise TypeError(
             "a Factor update cannot be added to weights as it stands: in place of "
             "optax.apply_updates(params, updates) call "
@@ -97,7 +97,7 @@ def lift_leaf(factor: Array, sketch: Array, plan: LeafPlan) -> Array:
 
 
 def add_lifted(
-    weight: Array, factor: Array, sketch: Array, decay: Any, plan: LeafPlan
+    weight: Array, factor: Array, sketch: Array, decay: Scalar, plan: LeafPlan
 ) -> Array:
     """``W + (lift(F) - decay * W)``, in one pass over the weight at small rank.
 
@@ -212,7 +212,7 @@ def in_basis(basis: Array, factor: Array, plan: LeafPlan) -> Array:
     return moved.astype(factor.dtype)
 
 
-def check_factor(factor: Any, plan: LeafPlan) -> None:
+def check_factor(factor: Leaf, plan: LeafPlan) -> None:
     """Refuses a factor that cannot belong to the leaf.
 
     Args:

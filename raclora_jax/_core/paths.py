@@ -9,7 +9,7 @@ import jax
 import optax
 from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
 
-from raclora_jax._core.types import KeyLike, Leaf, Leaves, PyTree
+from raclora_jax._core.types import KeyLike, Leaf, Leaves, PyTree, TreeDef
 
 KeyPath = tuple[Any, ...]
 
@@ -106,7 +106,7 @@ def _with_hidden(tree: PyTree, is_leaf: Callable[[Any], bool] | None) -> list[An
     return jax.tree_util.tree_leaves_with_path(tree, is_leaf=stops)
 
 
-def unflatten(treedef: Any, leaves: Leaves) -> Any:
+def unflatten(treedef: TreeDef, leaves: Leaves) -> PyTree:
     """The tree with these leaves, which stand in the order ``flatten`` gave."""
     return jax.tree.unflatten(treedef, list(leaves.values()))
 

@@ -251,12 +251,12 @@ def as_spec(spec: Spec | int) -> Spec:
     return Spec(rank)
 
 
-def kind(value: Any) -> str:
+def kind(value: object) -> str:
     """A value and its type, for messages."""
     return f"{value!r} of type {type(value).__name__}"
 
 
-def _check_count(where: str, name: str, value: Any) -> int:
+def _check_count(where: str, name: str, value: object) -> int:
     count = None if isinstance(value, bool) else _as_int(value)
     if count is None:
         raise TypeError(
@@ -276,7 +276,7 @@ def _as_int(value: Any) -> int | None:
         return None
 
 
-def _check_alpha(where: str, alpha: Any) -> float | None:
+def _check_alpha(where: str, alpha: object) -> float | None:
     if alpha is None:
         return None
     if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
@@ -289,14 +289,14 @@ def _check_alpha(where: str, alpha: Any) -> float | None:
     return number
 
 
-def _check_choice(where: str, name: str, value: Any, known: tuple[str, ...]) -> None:
+def _check_choice(where: str, name: str, value: object, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(
             f"{where}: {name} must be one of {', '.join(map(repr, known))}, got {value!r}"
         )
 
 
-def _axes_tuple(where: str, name: str, axes: Any) -> tuple[int, ...]:
+def _axes_tuple(where: str, name: str, axes: object) -> tuple[int, ...]:
     parts = axes if isinstance(axes, (tuple, list)) else (axes,)
     found = [None if isinstance(axis, bool) else _as_int(axis) for axis in parts]
     if None in found:

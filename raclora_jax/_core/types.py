@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -11,10 +12,16 @@ from jax.typing import DTypeLike
 
 # A tree of arrays; JAX knows no narrower type for one.
 PyTree: TypeAlias = Any
+# How to build one again from its leaves.
+TreeDef: TypeAlias = jax.tree_util.PyTreeDef
 # A leaf of one: an array, an abstract array, or what another library keeps for one.
 Leaf: TypeAlias = Any
 Leaves: TypeAlias = dict[str, Leaf]
 KeyLike: TypeAlias = Array | int
+# The state of an optax transformation, whatever it is.
+OptState: TypeAlias = Any
+# ``loss_fn(params, *args)``.
+LossFn: TypeAlias = Callable[..., Any]
 Scalar: TypeAlias = Array | float
 
 Mode = Literal["lowrank", "dense", "frozen"]

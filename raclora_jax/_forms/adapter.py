@@ -97,7 +97,7 @@ def effective_params(
     spec: Spec | int,
     *,
     dequantize: Callable[[Any], Array] | None = None,
-) -> Any:
+) -> PyTree:
     """The exact sum ``W + lift(F)`` in the wider dtype.
 
     Args:
@@ -128,7 +128,7 @@ def effective_params(
 
 def merge(
     base_params: PyTree, factors: PyTree, chain: AdapterChain, spec: Spec | int
-) -> Any:
+) -> PyTree:
     """``effective_params`` rounded once into the dtype of the weights.
 
     Args:
@@ -195,7 +195,7 @@ def next_link(
     return merged, zeros, chain._replace(link=link, sketches=sketches)
 
 
-def factor_labels(base_params: PyTree, spec: Spec | int) -> Any:
+def factor_labels(base_params: PyTree, spec: Spec | int) -> PyTree:
     """The mode of every leaf of ``factors``, as labels for ``optax.partition``.
 
     A rule that keeps one state for the factors and one for the dense leaves can start
@@ -217,13 +217,15 @@ def factor_labels(base_params: PyTree, spec: Spec | int) -> Any:
     leaves, treedef = paths.flatten(base_params, is_leaf=is_quantised)
     plans = plan_leaves(as_spec(spec), leaves, whole=True)
 
-    def label(plan: LeafPlan) -> Any:
+    def label(plan: LeafPlan) -> PyTree:
         return optax.MaskedNode() if plan.mode == "frozen" else plan.mode
 
     return paths.unflatten(treedef, {p: label(plan) for p, plan in plans.items()})
 
 
-def restart(opt_state: PyTree, tx: optax.GradientTransformation, factors: PyTree) -> Any:
+def restart(
+    opt_state: PyTree, tx: optax.GradientTransformation, factors: PyTree
+) -> PyTree:
     """Starts the moments of the factors again; those of dense leaves go on.
 
     Args:
@@ -262,7 +264,7 @@ def _sum(
     spec: Spec,
     finish: Callable[[LeafPlan, Array], Array],
     dequantize: Callable[[Any], Array] | None = None,
-) -> Any:
+) -> PyTree:
     """``finish(plan, W + lift(F))`` for every trained leaf."""
     leaves, treedef, plans, values = matched(base_params, factors, chain, spec)
     sketches = sketches_of(chain, plans)
@@ -272,7 +274,7 @@ def _sum(
         )
         refuse_quantised(leaves, plans, "merged into", way_out)
 
-    def one(path: str, weight: Leaf) -> Any:
+    def one(path: str, weight: Leaf) -> Leaf:
         plan = plans[path]
         if dequantize is not None and is_quantised(weight):
             weight = dequantize(weight)

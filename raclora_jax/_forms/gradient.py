@@ -88,7 +88,7 @@ def reporting(
     """
     spec = as_spec(spec)
 
-    def compute(params: PyTree, opt_state: PyTree, *args: Any, **kwargs: Any) -> Any:
+    def compute(params: PyTree, opt_state: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         plans = plan_tree(spec, params)
         leaves, treedef = paths.flatten(params)
         state = find_state(opt_state)
@@ -110,7 +110,7 @@ def reporting(
         }
 
         def value(trained: dict[str, Array]) -> tuple[Array, Any]:
-            def stand_in(path: str, leaf: Leaf) -> Any:
+            def stand_in(path: str, leaf: Leaf) -> Leaf:
                 if plans[path].mode != "lowrank":
                     return trained.get(path, leaf)
                 sketch, factor = sketches[path], trained[path]
@@ -126,7 +126,7 @@ def reporting(
         (loss, aux), found = jax.value_and_grad(value, has_aux=True)(trained)
         report(uses)
 
-        def gradient(path: str) -> Any:
+        def gradient(path: str) -> Leaf:
             plan = plans[path]
             if plan.mode == "frozen":
                 return optax.MaskedNode()
@@ -166,7 +166,7 @@ def grad(
     """
     both = value_and_grad(loss_fn, spec, has_aux=has_aux)
 
-    def compute(params: PyTree, opt_state: PyTree, *args: Any, **kwargs: Any) -> Any:
+    def compute(params: PyTree, opt_state: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         value, grads = both(params, opt_state, *args, **kwargs)
         return (grads, value[1]) if has_aux else grads
 
@@ -178,7 +178,7 @@ def _zero_factor(plan: LeafPlan, leaf: Leaf) -> Array:
     return varying_as(jnp.zeros(plan.factor_shape, plan.wide_dtype), leaf)
 
 
-def _loss_shape(out: Any, has_aux: bool) -> Any:
+def _loss_shape(out: PyTree, has_aux: bool) -> PyTree:
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise ValueError(
             "with has_aux=True loss_fn must return (loss, aux), got a "
@@ -187,7 +187,7 @@ def _loss_shape(out: Any, has_aux: bool) -> Any:
     return out[0] if has_aux else out
 
 
-def _check_loss(loss: Any) -> None:
+def _check_loss(loss: PyTree) -> None:
     shape, dtype = getattr(loss, "shape", None), getattr(loss, "dtype", None)
     if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         got = type(loss).__name__ if shape is None else f"{dtype} of shape {shape}"

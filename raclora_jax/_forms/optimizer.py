@@ -17,7 +17,7 @@ from raclora_jax._core.keys import key_data, leaf_keys
 from raclora_jax._core.lowrank import Factor, add_lifted, check_factor, is_factor
 from raclora_jax._core.plan import LeafPlan, plan_leaves
 from raclora_jax._core.spec import Spec, as_spec, kind
-from raclora_jax._core.types import KeyLike, Leaf, Leaves, Moments, PyTree
+from raclora_jax._core.types import KeyLike, Leaf, Leaves, Moments, PyTree, Scalar
 
 
 def scale_by_raclora(
@@ -71,7 +71,7 @@ def scale_by_raclora(
     ) -> tuple[Any, RacLoraState]:
         step = run.step(updates, state, params, extra)
 
-        def one(path: str, grad: Any) -> Any:
+        def one(path: str, grad: Leaf) -> Leaf:
             if is_factor(grad):
                 return _like(grad, step.directions[path], 0.0)
             return step.lifted(path, step.directions[path]).astype(grad.dtype)
@@ -155,7 +155,7 @@ def raclora(
         rounds = _low_keys(state.key_data, "rounding", dense, state.count)
         lands = _low_keys(state.key_data, "landing", dense, state.count)
 
-        def one(path: str, grad: Any) -> Any:
+        def one(path: str, grad: Leaf) -> Leaf:
             plan = step.plans[path]
             value = (descent * step.directions[path]).astype(plan.wide_dtype)
             decay = jnp.asarray(shrink if decaying.get(path) else 0.0, plan.wide_dtype)
@@ -188,7 +188,7 @@ def raclora(
 
 def apply_updates(
     params: PyTree, updates: PyTree, opt_state: PyTree, spec: Spec | int
-) -> Any:
+) -> PyTree:
     """Adds updates to the weights: ``W + lift(value) - decay * W``, rounded once.
 
     Dense leaves are added as ``optax.apply_updates`` does, ``Factor`` leaves are lifted
@@ -228,7 +228,7 @@ def apply_updates(
     stepped = [plan for path, plan in plans.items() if path in steps]
     sketches = sketches_of_last(state, stepped, spec) if lifted else {}
 
-    def one(path: str, weight: Leaf) -> Any:
+    def one(path: str, weight: Leaf) -> Leaf:
         step, plan = steps.get(path), plans[path]
         if step is None:
             return weight
@@ -245,7 +245,7 @@ def apply_updates(
     return paths.unflatten(treedef, {p: one(p, w) for p, w in leaves.items()})
 
 
-def _check_rate(rate: Any) -> None:
+def _check_rate(rate: object) -> None:
     if not (callable(rate) or _is_scalar(rate)):
         raise TypeError(
             f"learning_rate must be a number or a schedule, got {kind(rate)}; write for "
@@ -253,7 +253,7 @@ def _check_rate(rate: Any) -> None:
         )
 
 
-def _check_decay(decay: Any) -> None:
+def _check_decay(decay: object) -> None:
     if not _is_scalar(decay):
         raise TypeError(
             f"weight_decay must be a number, got {kind(decay)}; for a schedule wrap "
@@ -332,7 +332,7 @@ def _low_keys(
     return leaf_keys(data, domain, low, count)
 
 
-def _like(grad: Factor, value: Any, decay: Any) -> Factor:
+def _like(grad: Factor, value: Array, decay: Scalar) -> Factor:
     """A ``Factor`` in the dtypes of the gradient."""
     return Factor(
         jnp.asarray(value, grad.value.dtype),
@@ -341,7 +341,7 @@ def _like(grad: Factor, value: Any, decay: Any) -> Factor:
     )
 
 
-def _wide_scalar(value: Any) -> Array:
+def _wide_scalar(value: Scalar) -> Array:
     value = jnp.asarray(value)
     low = value.dtype.itemsize < 4 or not jnp.issubdtype(value.dtype, jnp.inexact)
     return value.astype(jnp.float32) if low else value

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -20,12 +18,12 @@ from raclora_jax._core.lowrank import (
 from raclora_jax._core.plan import LeafPlan, plan_leaves, plan_tree
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
-from raclora_jax._core.types import KeyLike, PyTree
+from raclora_jax._core.types import KeyLike, Leaf, PyTree
 
 
 def sample_sketch(
-    params: PyTree, spec: Spec | int, *, key: KeyLike, link: Any = 0
-) -> Any:
+    params: PyTree, spec: Spec | int, *, key: KeyLike, link: Array | int = 0
+) -> PyTree:
     """Draws the sketches of a whole tree, or of one leaf.
 
     Args:
@@ -58,7 +56,7 @@ def sample_sketch(
     return paths.unflatten(treedef, {p: drawn.get(p, optax.MaskedNode()) for p in plans})
 
 
-def project(grads: PyTree, sketches: PyTree, spec: Spec | int) -> Any:
+def project(grads: PyTree, sketches: PyTree, spec: Spec | int) -> PyTree:
     """Projects dense gradients on their sketches, leaf by leaf.
 
     For a left sketch S (dim x rank) of a leaf W (rows x cols) this is
@@ -91,7 +89,7 @@ def project(grads: PyTree, sketches: PyTree, spec: Spec | int) -> Any:
     plans = plan_leaves(as_spec(spec), leaves)
     drawn = _matched(sketches, plans)
 
-    def one(path: str, grad: Any) -> Any:
+    def one(path: str, grad: Leaf) -> Leaf:
         plan = plans[path]
         if plan.mode == "frozen":
             return optax.MaskedNode()
@@ -103,7 +101,7 @@ def project(grads: PyTree, sketches: PyTree, spec: Spec | int) -> Any:
     return paths.unflatten(treedef, {p: one(p, g) for p, g in leaves.items()})
 
 
-def lift(factors: PyTree, sketches: PyTree, params: PyTree, spec: Spec | int) -> Any:
+def lift(factors: PyTree, sketches: PyTree, params: PyTree, spec: Spec | int) -> PyTree:
     """Lifts factors to dense deltas: the transpose of ``project``.
 
     For a left sketch S (dim x rank) and a factor F (rank x cols) this is

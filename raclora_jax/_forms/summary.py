@@ -176,7 +176,7 @@ def _compiled(
     has_aux: bool,
     tx: optax.GradientTransformation,
     params: PyTree,
-    state: Any,
+    state: PyTree,
     args: tuple[Any, ...],
 ) -> tuple[int | None, Uses]:
     """Peak bytes of a step, as the compiler plans it, and what it saw of the model."""
@@ -184,7 +184,7 @@ def _compiled(
     grad_fn = reporting(loss_fn, spec, has_aux, seen.append)
     inputs, filled = abstracted(args)
 
-    def step(params: PyTree, state: Any, inputs: Any) -> Any:
+    def step(params: PyTree, state: PyTree, inputs: PyTree) -> PyTree:
         value, grads = grad_fn(params, state, *filled(inputs))
         updates, state = tx.update(grads, state, params)
         return apply_updates(params, updates, state, spec), state, value
@@ -201,7 +201,7 @@ def _abstract(leaf: Leaf) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
-def _nbytes(array: Any) -> int:
+def _nbytes(array: Leaf) -> int:
     return int(array.size) * array.dtype.itemsize
 
 

@@ -78,7 +78,7 @@ def adapted(
         )
         uses, sketches = Uses(), sketches_of(chain, plans)
 
-        def stand_in(path: str, leaf: Leaf) -> Any:
+        def stand_in(path: str, leaf: Leaf) -> Leaf:
             plan, dense = plans[path], dequantize if is_quantised(leaf) else None
             if plan.mode == "lowrank":
                 factor, sketch = values[path], sketches[path]
@@ -99,6 +99,6 @@ def adapted(
     return loss
 
 
-def _as_seen(leaf: Leaf) -> Any:
+def _as_seen(leaf: Leaf) -> Leaf:
     """A leaf as the model sees it."""
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if is_quantised(leaf) else leaf

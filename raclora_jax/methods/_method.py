@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from raclora_jax._core.types import PyTree
+from raclora_jax._core.types import LossFn, PyTree
 
 
 class Method(NamedTuple):
@@ -65,7 +65,7 @@ def from_transform(
         params = jax.tree.map(jnp.asarray, params)
         return DenseState(params, tx.init(params))
 
-    def step(state: DenseState, loss_fn: Any, *args: Any) -> tuple[DenseState, Array]:
+    def step(state: DenseState, loss_fn: LossFn, *args: Any) -> tuple[DenseState, Array]:
         loss, grads = jax.value_and_grad(loss_fn)(state.params, *args)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         return DenseState(optax.apply_updates(state.params, updates), opt_state), loss

@@ -20,7 +20,7 @@ from raclora_jax._core.lowrank import lift_leaf
 from raclora_jax._core.plan import LeafPlan, plan_tree
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
-from raclora_jax._core.types import KeyLike, PyTree
+from raclora_jax._core.types import KeyLike, LossFn, PyTree
 from raclora_jax.methods._method import Method, nbytes, rate_at, size
 
 
@@ -36,7 +36,7 @@ class PairState(NamedTuple):
       count: int32 scalar, steps taken.
     """
 
-    base: Any
+    base: PyTree
     drawn: dict[str, Array]
     zero: dict[str, Array]
     dense: dict[str, Array]
@@ -97,7 +97,7 @@ def pair_method(
         state = PairState(base, drawn, zero, dense, {}, jnp.zeros((), jnp.int32))
         return state._replace(inner={g: rule.init(getattr(state, g)) for g in groups})
 
-    def params(state: PairState) -> Any:
+    def params(state: PairState) -> PyTree:
         plans = plan_tree(spec, state.base)
         leaves, treedef = paths.flatten(state.base)
         merged = {p: _effective(plans[p], weight, state) for p, weight in leaves.items()}
@@ -112,13 +112,13 @@ def pair_method(
         fresh = {g: rule.init(getattr(state, g)) for g in groups if g != "dense"}
         return state._replace(inner={**state.inner, **fresh})
 
-    def step(state: PairState, loss_fn: Any, *args: Any) -> tuple[PairState, Array]:
+    def step(state: PairState, loss_fn: LossFn, *args: Any) -> tuple[PairState, Array]:
         if chain:
             ends = (state.count > 0) & (state.count % spec.resample_every == 0)
             state = lax.cond(ends, next_link, lambda state: state, state)
         trained = {group: getattr(state, group) for group in groups}
 
-        def loss(trained: dict[str, Any]) -> Any:
+        def loss(trained: dict[str, Any]) -> Array:
             return loss_fn(params(state._replace(**trained)), *args)
 
         value, grads = jax.value_and_grad(loss)(trained)
