@@ -257,7 +257,9 @@ def _with_progress(table: list[Entry], total: int) -> Iterator[tuple[Entry, Tick
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.finetune", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--data", choices=("digits", "mnist"), default="digits")
     parser.add_argument(
         "--data-dir", type=pathlib.Path, help="folder of MNIST's idx files"

@@ -1,0 +1,60 @@
+"""Flax nnx: a module trained in place through rank-4 steps, batch norm included.
+
+python examples/nnx.py
+"""
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from sklearn.datasets import load_digits
+
+import raclora_jax as rl
+from raclora_jax import flax as rl_flax
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden = nnx.Linear(64, 128, rngs=rngs)
+        self.norm = nnx.BatchNorm(128, rngs=rngs)
+        self.head = nnx.Linear(128, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.norm(self.hidden(x))))
+
+
+digits = load_digits()
+images, labels = (digits.data / 16).astype(np.float32), digits.target
+train, test = np.arange(1500), slice(1500, None)
+
+
+def loss_fn(model, x, y):
+    return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+
+
+model = Net(nnx.Rngs(0))  # or a module with your own weights
+params, restore = rl_flax.to_tree(model)
+spec = rl.trace_spec(lambda p, x: restore(p)(x), params, images[:64], rank=4)
+print(rl.summary(params, spec))
+
+tx = rl.raclora(1e-2, spec, key=1)
+opt_state = tx.init(params)
+grad_fn = rl_flax.value_and_grad(loss_fn, spec)
+
+
+@nnx.jit
+def step(model, opt_state, x, y):
+    loss, grads = grad_fn(model, opt_state, x, y)
+    updates, opt_state = tx.update(grads, opt_state, rl_flax.to_tree(model)[0])
+    rl_flax.apply_updates(model, updates, opt_state, spec)
+    return loss, opt_state
+
+
+rng = np.random.default_rng(0)
+for _ in range(400):
+    batch = rng.choice(train, 64)
+    loss, opt_state = step(model, opt_state, images[batch], labels[batch])
+
+model.eval()
+hits = jax.jit(model.__call__)(images[test]).argmax(-1) == labels[test]
+print(f"test accuracy: {np.mean(hits):.3f}")
