@@ -4,7 +4,9 @@ Steps on 8 x 2048 tokens with and without rematerialisation; then the deepest su
 that each method could train on the card, by the compiler's count of memory. LoRA by
 PEFT is measured beside them where PyTorch, transformers and peft are installed.
 
-    python -m benchmarks.gpu [--quick]
+Every study writes its own rows as soon as it is done: a card is often lent for minutes.
+
+    python -m benchmarks.gpu [--quick] [--studies peft,steps,steps_remat,parts,deepest]
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 
 import jax
 
+import raclora_jax as rl
 from benchmarks import models, rivals, timing
 from benchmarks.models import Model
 from benchmarks.rivals import Method
@@ -73,7 +76,10 @@ def memory_limit() -> int:
 
 def study_steps(model: Model, makers: list[Maker], **times: int) -> list[dict]:
     """Every method that fits beside the states of the others, in one race."""
-    entries = [Compiled.of(make(model), model) for make in makers]
+    entries = []
+    for make in makers:
+        entries.append(Compiled.of(make(model), model))
+        print(entries[-1].method.name, entries[-1].row(), flush=True)
     held = sum(entry.held for entry in entries)
     limit = memory_limit() if jax.default_backend() != "cpu" else float("inf")
     fit = [entry for entry in entries if held - entry.held + entry.peak <= limit]
@@ -117,24 +123,66 @@ def deepest(make: Maker, sizes: dict[str, int], limit: int) -> dict:
     return entry.row() | {"layers": layers, "billion_weights": count / 1e9}
 
 
+def parts(model: Model, **options: Any) -> list[Method]:
+    """Our step, cut after the gradient and after the update: what each part costs."""
+    whole = rivals.ours(model, **options)
+    spec = rivals.spec_of(model, **options)
+    grad_fn = rl.value_and_grad(model.loss, spec)
+    tx = rl.raclora(rivals.RATE, spec, key=0)
+
+    def to_gradient(state: Any, batch: models.Batch) -> Any:
+        params, opt_state = state
+        loss, grads = grad_fn(params, opt_state, batch)
+        return (params, opt_state), (loss, grads)
+
+    def to_update(state: Any, batch: models.Batch) -> Any:
+        (params, opt_state), (loss, grads) = to_gradient(state, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (params, opt_state), (loss, updates)
+
+    def init(key: Any) -> Any:
+        params = model.init(key)
+        return params, tx.init(params)
+
+    return [
+        rivals.floor(model),
+        Method("gradient", init, to_gradient),
+        Method("gradient, update", init, to_update),
+        whole._replace(name="gradient, update, apply"),
+    ]
+
+
 def main() -> None:
-    """Runs the studies, PyTorch first, and writes rows."""
-    options = timing.arguments(__doc__)
-    sizes = TINY if options.quick else SIZES
-    times = {"rounds": 2, "runs": 1} if options.quick else {"rounds": 5, "runs": 5}
-    remats = (True,) if options.quick else (True, False)
-    makers = METHODS[:3:2] if options.quick else METHODS
-    steps = times["rounds"] * times["runs"]
-    # Before JAX takes the card's memory.
-    peft = [row for remat in remats for row in study_peft(sizes, steps, remat=remat)]
-    raced = []
-    for remat in remats:
-        raced += study_steps(llama(sizes, remat=remat), makers, **times)
+    """Runs the studies, PyTorch first, and writes the rows of each."""
+    parser = timing.parser(__doc__)
+    parser.add_argument("--studies", default="peft,steps,steps_remat,parts,deepest")
+    options = timing.parse(parser)
+    quick = options.quick
+    sizes = TINY if quick else SIZES
+    times = {"rounds": 2, "runs": 1} if quick else {"rounds": 5, "runs": 5}
+    remats = (True,) if quick else (True, False)
+    makers = METHODS[:3:2] if quick else METHODS
     limit = int(FILLED * memory_limit())
-    depths = [deepest(make, sizes, limit) for make in makers]
-    results = [{"study": "steps"} | row for row in [*raced, *peft]]
-    results += [{"study": "deepest model"} | row for row in depths]
-    timing.finish(options, "gpu", results, sizes=sizes, dtype="bfloat16", limit=limit)
+
+    def peft() -> list[dict]:
+        count = times["rounds"] * times["runs"]
+        return [row for remat in remats for row in study_peft(sizes, count, remat=remat)]
+
+    def parts_of_a_step() -> list[dict]:
+        model = llama(sizes, remat=True)
+        return timing.compare(model, parts(model, side="left"), **times)
+
+    studies = {
+        "peft": peft,
+        "steps": lambda: study_steps(llama(sizes, remat=False), makers, **times),
+        "steps_remat": lambda: study_steps(llama(sizes, remat=True), makers, **times),
+        "parts": parts_of_a_step,
+        "deepest": lambda: [deepest(make, sizes, limit) for make in makers],
+    }
+    for name in options.studies.split(","):
+        results = studies[name]()
+        settings = {"sizes": sizes, "dtype": "bfloat16", "limit": limit, **times}
+        timing.finish(options, f"gpu_{name}", results, program="gpu", **settings)
 
 
 if __name__ == "__main__":

@@ -137,25 +137,40 @@ def compare(
     return [{"model": model.name} | row for row in timed]
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """The options of a speed study; a quick run keeps its numbers to itself."""
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options that speed studies share."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="tiny shapes, few rounds")
     parser.add_argument("--out", type=pathlib.Path, help="folder of the results")
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of this run; a quick run keeps its numbers to itself."""
     options = parser.parse_args()
     if options.out is None and not options.quick:
         options.out = rows.RESULTS
     return options
 
 
+def arguments(description: str | None) -> argparse.Namespace:
+    """The options of a study that has none of its own."""
+    return parse(parser(description))
+
+
 def finish(
-    options: argparse.Namespace, name: str, results: list[dict], **settings: Any
+    options: argparse.Namespace,
+    name: str,
+    results: list[dict],
+    *,
+    program: str | None = None,
+    **settings: Any,
 ) -> None:
     """Prints the rows, and saves them where the run is to be kept."""
     print_rows(results, name.replace("_", " "))
     if options.out is not None:
         path = options.out / f"{name}.json"
-        rows.save(path, f"python -m benchmarks.{name}", results, **settings)
+        rows.save(path, f"python -m benchmarks.{program or name}", results, **settings)
 
 
 def print_rows(results: list[dict], title: str) -> None:
