@@ -18,6 +18,7 @@ from jax import Array, lax
 
 from raclora_jax._autodiff.contraction import Label, contract
 from raclora_jax._autodiff.weight import RANK, Axis, Map, Part, Weight, einsum_parts
+from raclora_jax._core.types import widened
 
 
 def dot_general(eqn: Any, left: Any, right: Any) -> Array | None:
@@ -283,10 +284,10 @@ class _Output(NamedTuple):
     @classmethod
     def of(cls, y: Array, axes: Sequence[Axis], precision: Any) -> _Output:
         parts = [part for axis in axes for part in axis]
-        if precision is None and jnp.finfo(y.dtype).bits >= 32:
+        if precision is None and y.dtype.itemsize >= 4:
             precision = lax.Precision.HIGHEST
         names, sizes = [part.atom for part in parts], [part.size for part in parts]
-        wide = jnp.promote_types(y.dtype, jnp.float32)
+        wide = widened(y.dtype)
         return cls(y.shape, names, sizes, {"precision": precision}, wide)
 
     def made(self, left: Array, left_names: Any, right: Array, right_names: Any) -> Array:

@@ -54,7 +54,7 @@ def contract(
 
     if made(left_axes, right_axes) != [*out_axes] == made(right_axes, left_axes):
         left, left_axes, right, right_axes = right, right_axes, left, left_axes
-    joint = jnp.promote_types(left.dtype, right.dtype)
+    joint = _joint(left.dtype, right.dtype)
     product = dot(
         left.astype(joint),
         right.astype(joint),
@@ -79,7 +79,7 @@ def dot(left: Array, right: Array, dimensions: Any, precision: Any, dtype: Any) 
             left, right, dimensions, precision=precision, preferred_element_type=dtype
         )
 
-    if dtype is None or jnp.finfo(left.dtype).bits >= 32:
+    if dtype is None or left.dtype.itemsize >= 4:
         return product(left, right)
     # XLA's CPU backend lacks some 16-bit products into 32 bits.
     return lax.platform_dependent(
@@ -88,6 +88,16 @@ def dot(left: Array, right: Array, dimensions: Any, precision: Any, dtype: Any) 
         cpu=lambda left, right: product(left.astype(dtype), right.astype(dtype)),
         default=product,
     )
+
+
+def _joint(one: jnp.dtype, other: jnp.dtype) -> jnp.dtype:
+    """The wider of two floating dtypes, under strict dtype promotion too.
+
+    Of two 16-bit formats neither holds the other, so it is float32.
+    """
+    if one == other or one.itemsize > other.itemsize:
+        return one
+    return other if other.itemsize > one.itemsize else jnp.dtype(jnp.float32)
 
 
 def split(array: Array, axes: Sequence[Sequence[tuple[Label, int]]]) -> Array:
