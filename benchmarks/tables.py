@@ -1,4 +1,4 @@
-"""Writes the README's tables from the result files, so that no number is typed.
+"""Writes the tables of README and docs from the result files: no number is typed.
 
 python -m benchmarks.tables
 """
@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from collections.abc import Callable, Sequence
 
 from benchmarks.rows import RESULTS
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).parent.parent
+PAGES = tuple(
+    ROOT / page for page in ("README.md", "docs/results.md", "docs/performance.md")
+)
 
 
 def finetune_table(name: str) -> str:
@@ -111,17 +115,23 @@ TABLES = {
 
 def filled(text: str) -> str:
     """The text with every marked table written anew."""
-    for name, table in TABLES.items():
+    for name in marked(text):
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         before, rest = text.split(begin)
         _, after = rest.split(end)
-        text = f"{before}{begin}\n{table()}\n{end}{after}"
+        text = f"{before}{begin}\n{TABLES[name]()}\n{end}{after}"
     return text
 
 
+def marked(text: str) -> list[str]:
+    """The names of the tables that a text holds."""
+    return re.findall(r"<!-- end of (\w+) -->", text)
+
+
 def main() -> None:
-    """Rewrites the README in place."""
-    README.write_text(filled(README.read_text()))
+    """Rewrites the pages in place."""
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
 
 
 if __name__ == "__main__":

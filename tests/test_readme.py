@@ -1,4 +1,4 @@
-"""The README's code runs, and its tables are those of the result files."""
+"""The README's code runs and prints what it says; its tables are the result files'."""
 
 import pathlib
 import re
@@ -13,22 +13,46 @@ README = ROOT / "README.md"
 pytestmark = pytest.mark.skipif(not README.exists(), reason="no README beside the tests")
 
 
-def test_code_runs(capsys):
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 4
-    names = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
-    assert names["loss"] < 0.1  # it started at 1
-    assert "dense/kernel" in capsys.readouterr().out
+def test_code_runs_and_prints_what_stands_beneath(capsys):
+    """Blocks run one after the other; a text block is what the one before printed."""
+    blocks = re.findall(r"```(python|text)\n(.*?)```", README.read_text(), re.DOTALL)
+    names, said = {}, ""
+    for kind, block in blocks:
+        if kind == "text":
+            assert block == said
+            first = names["loss_fn"](names["init"], names["x"], names["y"])
+            assert names["loss"] < 0.1 * first
+        else:
+            exec(compile(block, "README.md", "exec"), names)
+            said = capsys.readouterr().out
+            names.setdefault("init", names["params"])
+    assert [kind for kind, _ in blocks].count("text") == 1
 
 
-def test_tables_are_those_of_the_result_files():
+def test_twelve_lines_train():
     text = README.read_text()
+    block = next(
+        b for b in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "jit" in b
+    )
+    assert len([line for line in block.splitlines() if line]) == 12
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_tables_are_those_of_the_result_files(page):
+    text = page.read_text()
     assert tables.filled(text) == text, "run: python -m benchmarks.tables"
 
 
-def test_commands_exist():
+def test_every_table_stands_on_a_page():
+    shown = [name for page in tables.PAGES for name in tables.marked(page.read_text())]
+    assert set(shown) == set(tables.TABLES)
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_commands_and_links_exist(page):
+    text = (ROOT / page).read_text()
     makefile = (ROOT / "Makefile").read_text()
-    for command in re.findall(r"`?make (\w+)", README.read_text()):
+    for command in re.findall(r"make ([a-z]\w+)", text):
         assert f"\n{command}:" in makefile
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert link.startswith("https://") or (ROOT / link).exists(), link
