@@ -8,7 +8,7 @@ $(VENV)/.installed-%: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
 
-.PHONY: finetune test check format bench clean
+.PHONY: finetune test check format docs bench clean
 
 finetune: $(VENV)/.installed-benchmarks
 	$(BIN)/python -m benchmarks.finetune $(ARGS)
@@ -20,10 +20,14 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/codespell
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html $(ARGS)
 
 bench: $(VENV)/.installed-benchmarks
 	$(BIN)/python -m benchmarks.counterexample
@@ -36,4 +40,4 @@ bench: $(VENV)/.installed-benchmarks
 	$(BIN)/python -m benchmarks.inner_loop
 
 clean:
-	rm -rf $(VENV) out dist build
+	rm -rf $(VENV) out dist build docs/_build

@@ -5,7 +5,9 @@ import re
 
 import pytest
 
+import raclora_jax as rl
 from benchmarks import tables
+from raclora_jax import methods
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -56,3 +58,10 @@ def test_commands_and_links_exist(page):
         assert f"\n{command}:" in makefile
     for link in re.findall(r"\]\(([^)#]+)", text):
         assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+def test_reference_has_every_public_name():
+    reference = (ROOT / "docs" / "reference.md").read_text()
+    shown = re.findall(r"auto(?:class|function):: (\w+)$", reference, re.MULTILINE)
+    public = {*rl.__all__, *methods.__all__, "to_tree", "TrainState"}
+    assert public - {*shown} == set(), "add them to docs/reference.md"
