@@ -7,23 +7,16 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-from flax import nnx, serialization, struct
+from flax import nnx, struct
 from flax.training import train_state
 
 from raclora_jax._core import paths
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import Leaf, PyTree
 from raclora_jax._forms import gradient, optimizer
-from raclora_jax._forms.adapter import Stamps
 
 # An nnx.Module, or any view that holds a model's parameters.
 Model: TypeAlias = Any
-
-# A chain's stamps hold no array: a state dict has nothing of them, and a restored chain
-# takes those of its template.
-serialization.register_serialization_state(
-    Stamps, lambda stamps: {}, lambda stamps, saved: stamps
-)
 
 
 def to_tree(model: Model) -> tuple[dict[str, Any], Callable[[Any], Any]]:

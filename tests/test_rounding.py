@@ -236,9 +236,9 @@ def test_the_landing_update_is_right_on_average_elsewhere(dtype):
 def test_small_steps_from_zero_weights_are_right_on_average(dtype):
     """The bias of a fresh layer, tiny steps, gradients in the same 16 bits."""
     spec = rl.Spec(1)
-    params = {"bias": jnp.zeros((40_000,), dtype)}
+    params = {"bias": jnp.zeros((40_000,), dtype), "kernel": jnp.zeros((3, 2), dtype)}
     tx = rl.raclora(1e-3, spec, inner=optax.identity(), key=0)
-    grads = {"bias": jnp.full((40_000,), 0.7531, dtype)}
+    grads = jax.tree.map(lambda leaf: jnp.full_like(leaf, 0.7531), params)
     updates, _ = tx.update(grads, tx.init(params), params)
     end = np.asarray(optax.apply_updates(params, updates)["bias"], np.float64)
     want = -1e-3 * float(grads["bias"][0])
@@ -250,8 +250,10 @@ def test_the_numbers_behind_the_rounding():
     """Uniform, and without memory along an axis, between keys and between axes."""
     count = 1 << 16
     keys = [jax.random.fold_in(jax.random.key(1), i) for i in range(2)]
-    flat, other = (np.asarray(rounding._uniform(k, (count,)), float) for k in keys)
-    square = np.asarray(rounding._uniform(keys[0], (256, 256)), float)
+    flat, other = (
+        np.asarray(rounding._fraction(rounding._hash(k, (count,))), float) for k in keys
+    )
+    square = np.asarray(rounding._fraction(rounding._hash(keys[0], (256, 256))), float)
     np.testing.assert_array_equal(square.ravel(), flat)
     assert flat.min() >= 0
     assert flat.max() < 1

@@ -44,8 +44,15 @@ def stochastic(exact: Array, dtype: DTypeLike, key: Array) -> Array:
     Returns:
       float32 array of values on the grid of ``dtype``; not-finite values stay.
     """
-    inner, outer = _neighbours(exact, dtype)
-    drawn = _draw(exact, (inner, outer), (inner, outer), key)
+    noise = _hash(key, exact.shape)
+    low = jnp.uint32(_ulp(dtype) - 1)
+    bits = lax.bitcast_convert_type(exact, jnp.uint32)
+    # Adding noise below the last kept place carries into it as often as it should.
+    drawn = lax.bitcast_convert_type((bits + (noise & low)) & ~low, jnp.float32)
+    share = _fraction(noise)
+    drawn = _where_subnormal(
+        exact, dtype, lambda x: jnp.sign(x) * jnp.floor(jnp.abs(x) + share), drawn
+    )
     # Beyond the largest number there is no second neighbour to draw.
     inside = jnp.abs(exact) <= float(jnp.finfo(dtype).max)
     return jnp.where(inside, drawn, nearest(exact, dtype))
@@ -109,12 +116,12 @@ def _draw(
     reach = far - near
     on_grid = reach == 0
     share = jnp.where(on_grid, 0.0, (target - near) / jnp.where(on_grid, 1.0, reach))
-    takes_far = _uniform(key, target.shape) < share
+    takes_far = _fraction(_hash(key, target.shape)) < share
     return jnp.where(takes_far, choices[1], choices[0])
 
 
-def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
-    """Numbers in [0, 1) for rounding: a hash of position and key.
+def _hash(key: Array, shape: tuple[int, ...]) -> Array:
+    """32 bits per weight for rounding: a hash of position and key.
 
     A cipher per weight would take longer than the step itself, and its loop would hold
     weight-shaped words; a hash is computed where it is used. The key is a cipher's.
@@ -123,8 +130,12 @@ def _uniform(key: Array, shape: tuple[int, ...]) -> Array:
     count = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):
         count = count * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
-    mixed = _mix(_mix(count ^ words[0]) + words[-1])
-    return (mixed >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+    return _mix(_mix(count ^ words[0]) + words[-1])
+
+
+def _fraction(bits: Array) -> Array:
+    """Random bits as a number in [0, 1)."""
+    return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
 
 
 def _mix(bits: Array) -> Array:
@@ -143,7 +154,7 @@ def _neighbours(exact: Array, dtype: DTypeLike) -> tuple[Array, Array]:
     Equal where the value is on the grid. Cutting mantissa bits goes towards zero, and
     adding one in the last kept place goes to the next number.
     """
-    ulp = 1 << int(jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant)
+    ulp = _ulp(dtype)
     bits = lax.bitcast_convert_type(exact, jnp.uint32)
     cut = bits & jnp.uint32(0xFFFFFFFF ^ (ulp - 1))
     inner = lax.bitcast_convert_type(cut, jnp.float32)
@@ -151,6 +162,11 @@ def _neighbours(exact: Array, dtype: DTypeLike) -> tuple[Array, Array]:
     inner = _where_subnormal(exact, dtype, jnp.trunc, inner)
     outer = _where_subnormal(exact, dtype, _away, outer)
     return inner, jnp.where(inner == exact, exact, outer)
+
+
+def _ulp(dtype: DTypeLike) -> int:
+    """The last kept place of a dtype's mantissa, as a float32's bits count it."""
+    return 1 << int(jnp.finfo(jnp.float32).nmant - jnp.finfo(dtype).nmant)
 
 
 def _away(values: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +31,21 @@ class Stamps:
     @classmethod
     def of(cls, plans: dict[str, LeafPlan]) -> Stamps:
         """The stamps of the adapted leaves."""
+        _tell_flax()
         return cls(tuple((p, plan.stamp) for p, plan in plans.items() if plan.adapted))
+
+
+def _tell_flax() -> None:
+    """Lets ``flax.serialization`` save a chain, in a program that has imported it.
+
+    Stamps hold no array: a state dict has nothing of them, and a restored chain takes
+    those of its template.
+    """
+    serialization = sys.modules.get("flax.serialization")
+    if serialization is not None:
+        serialization.register_serialization_state(
+            Stamps, lambda stamps: {}, lambda stamps, saved: stamps, override=True
+        )
 
 
 class AdapterChain(NamedTuple):
