@@ -14,9 +14,11 @@ import zlib
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -272,21 +274,43 @@ add(
     "leaf times leaf",
     {"w": W, "v": (10, 8)},
     lambda p: total(p["v"] @ p["w"]),
-    may=ADAPTED,
 )
 add(
     "leaf times leaf times data",
     {"w": W, "v": (10, 8)},
     lambda p, x: total(x @ (p["w"] @ p["v"])),
     X,
-    may=ADAPTED,
+)
+add(
+    "leaf times leaf, scaled, in a stack",
+    {"w": (3, 8, 7), "v": (3, 7, 8), "s": Leaf(())},
+    lambda p, x: (
+        total(
+            jnp.einsum(
+                "ehd,edf->ehf", p["v"].swapaxes(1, 2) * p["s"], 0.5 * p["v"] @ p["w"]
+            )
+        )
+        + p["s"]
+    ),
+    X,
+    views={"w": {"batch": 0}, "v": {"batch": 0}},
+    may=("w", "v"),
+)
+add(
+    "ragged_dot, axes merged",
+    {"w": (3, 2, 5, 8)},
+    lambda p, x, sizes: total(
+        lax.ragged_dot(x, p["w"].transpose(0, 3, 1, 2).reshape(3, 8, 10), sizes)
+    ),
+    normal(7, 9, 8),
+    np.array([2, 4, 3], np.int32),
+    views={"w": {"batch": 0, "rows": 3}},
 )
 add(
     "leaf times its transpose",
     {"w": W},
     lambda p, x: total(x @ (p["w"] @ p["w"].T)),
     X,
-    falls={"w": "dot_general"},
 )
 add("NumPy constants", {"w": W}, lambda p: total(np.ones((3, 8)) @ p["w"]))
 
@@ -1266,7 +1290,6 @@ add(
         x @ (p["w"] - 0.1 * jax.grad(lambda w: total(jnp.tanh(x @ w)))(p["w"]))
     ),
     X,
-    falls={"w": "sub|add"},
 )
 add(
     "stop_gradient of the leaf",
@@ -1623,14 +1646,217 @@ for check in (True, False):
         X,
     )
 
+# --- Sums with arrays, leaves side by side ----------------------------------------------
+
+add("one more than a leaf", {"w": W}, lambda p, x: total(x @ (1 + p["w"])), X)
+add(
+    "one more than a leaf, under scan",
+    {"w": STACK, "b": SQUARE},
+    lambda p, x: total(
+        lax.scan(lambda h, w: block(h, (1 + w) - p["b"] * 0.3 - 0.1), x, p["w"])[0]
+    ),
+    X,
+    views=LAYERS | {"b": {"mode": "dense"}},
+)
+add(
+    "one more than half a leaf, and one less a leaf",
+    {"w": SQUARE},
+    lambda p, x: total(jnp.tanh(x @ (1 + 0.5 * p["w"])) @ (1 - 2 * p["w"].T)),
+    X,
+)
+add(
+    "a leaf and the product of two others",
+    {"w": W, "a": (8, 2), "b": (2, 10), "s": Leaf(())},
+    lambda p, x: total(x @ (p["s"] * p["w"] + p["a"] @ p["b"])) + total(p["w"] - x[0, 0]),
+    X,
+    views={"a": {"mode": "dense"}, "b": {"mode": "dense"}},
+    falls={"w": "sin"},
+)
+add(
+    "rounded, with the derivative of the leaf",
+    {"w": W},
+    lambda p, x: total(
+        x @ (p["w"] + lax.stop_gradient(jnp.round(4 * p["w"]) / 4 - p["w"]))
+    ),
+    X,
+)
+add(
+    "positions added to tokens",
+    {"w": SQUARE, "v": (1, 5, 8)},
+    lambda p, x: total((x + p["v"]) @ p["w"]),
+    normal(13, 2, 5, 8),
+    views={"v": {"rows": (0, 1)}},
+    falls={"v": "add"},
+)
+add(
+    "two leaves concatenated",
+    {"w": W, "v": (8, 5)},
+    lambda p, x: total(x @ jnp.concatenate([p["w"], p["v"]], axis=1)),
+    X,
+)
+add(
+    "leaves concatenated, transposed, scaled, with an array",
+    {"w": W, "v": (8, 5)},
+    lambda p, x: total(
+        jnp.concatenate([0.5 * p["w"].T, x, -p["v"].T, p["w"].T + 1]).astype(x.dtype)
+        @ x.T
+    ),
+    X,
+)
+add(
+    "leaves concatenated along what is summed",
+    {"w": (8, 10), "v": (6, 10)},
+    lambda p, x, y: total(jnp.concatenate([p["v"], x, p["w"]]).T @ y),
+    X @ normal(14, 8, 10),
+    normal(15, 20, 3),
+)
+add(
+    "leaves concatenated, with heads",
+    {"w": (8, 2, 3), "v": (8, 4, 3)},
+    lambda p, x: total(
+        jnp.einsum("td,dhk->htk", x, jnp.concatenate([p["w"], p["v"]], axis=1))
+    ),
+    X,
+    views={"w": {"rows": 0}, "v": {"rows": 0}},
+)
+add(
+    "stacks concatenated along what is stacked",
+    {"w": (3, 8, 7), "v": (2, 8, 7)},
+    lambda p, x: total(jnp.einsum("etd,edf->etf", x, jnp.concatenate([p["w"], p["v"]]))),
+    normal(7, 5, 4, 8),
+    views={"w": {"batch": 0}, "v": {"batch": 0}},
+    falls={"w": "dot_general", "v": "dot_general"},
+)
+add(
+    "concatenated inside jit, remat and scan",
+    {"w": STACK, "v": (8, 4)},
+    lambda p, x: total(
+        lax.scan(
+            jax.checkpoint(
+                jax.jit(lambda h, w: block(h, jnp.concatenate([w[:, :4], p["v"]], 1)))
+            ),
+            x,
+            p["w"],
+        )[0]
+    ),
+    X,
+    views=LAYERS,
+)
+add(
+    "concatenated before remat, and a loop that carries it",
+    {"w": (8, 5), "v": (8, 3)},
+    lambda p, x: total(
+        jax.checkpoint(lambda x, k: lax.scan(lambda h, _: block(h, k), x, None, 3)[0])(
+            x, jnp.concatenate([p["w"], p["v"]], 1)
+        )
+    ),
+    X,
+)
+add(
+    "concatenated to be scanned",
+    {"w": STACK, "v": (2, 8, 8)},
+    lambda p, x: total(lax.scan(block, x, jnp.concatenate([p["w"], p["v"]]))[0]),
+    X,
+    views=LAYERS | {"v": {"batch": 0}},
+    falls={"w": "scan", "v": "scan"},
+)
+
+# --- Models as people write them --------------------------------------------------------
+
+before = {*CASES}
+
+
+def add_recurrent(name, cell):
+    """Puts a recurrent network of Flax on the table, every leaf by its path."""
+    model, x = nn.RNN(cell), normal(16, 2, 4, 8)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.asarray(x))["params"]
+    start = cell.initialize_carry(jax.random.key(0), x[:, 0].shape)
+
+    def loss(p, x):
+        variables = {"params": unflatten_dict(p, sep="/")}
+        carry = jax.tree.map(lambda c: c.astype(x.dtype), start)
+        return total(model.apply(variables, x, initial_carry=carry))
+
+    leaves = flatten_dict(shapes, sep="/").items()
+    add(name, {path: leaf.shape for path, leaf in leaves}, loss, x)
+
+
+add_recurrent("LSTM of linen", nn.OptimizedLSTMCell(6, parent=None))
+add_recurrent("LSTM of linen, each gate by itself", nn.LSTMCell(6, parent=None))
+add_recurrent("GRU of linen", nn.GRUCell(6, parent=None))
+
+
+def standardised(p, x):
+    """A residual network's convolution with its kernel standardised, as BiT has it."""
+    mean, var = jnp.mean(p["w"], (0, 1, 2)), jnp.var(p["w"], (0, 1, 2))
+    kernel = (p["w"] - mean) / jnp.sqrt(var + 1e-5)
+    return convolve((2, 2))({"w": kernel}, x)
+
+
+add(
+    "convolution with a standardised kernel",
+    {"w": KERNEL},
+    standardised,
+    IMAGE,
+    views=CONV,
+    falls={"w": "reduce_sum"},
+)
+
+
+def mixture(p, x, sizes):
+    """Experts as Gemma's, the two branches of a gate kept in one leaf."""
+    gate = lax.ragged_dot(x, p["w"].transpose(0, 3, 1, 2).reshape(3, 8, 10), sizes)
+    hidden = jax.nn.gelu(gate[:, :5]) * gate[:, 5:]
+    return total(lax.ragged_dot(hidden, p["v"], sizes))
+
+
+add(
+    "experts with a merged gate",
+    {"w": (3, 2, 5, 8), "v": (3, 5, 8)},
+    mixture,
+    normal(7, 9, 8),
+    np.array([2, 4, 3], np.int32),
+    views={"w": {"batch": 0, "rows": 3}, "v": {"batch": 0}},
+)
+add(
+    "learned queries",
+    {"probe": (4, 8), "w": SQUARE, "v": SQUARE, "e": SQUARE},
+    lambda p, x: total(
+        jax.nn.softmax((p["probe"] @ p["w"]) @ (x @ p["v"]).T) @ (x @ p["e"])
+    ),
+    X,
+    views={"probe": {"rows": 1}},
+)
+
+
+def normalised(p, x):
+    """Layers with norms that scale by one more than a leaf, under scan."""
+
+    def layer(h, leaves):
+        scale, w = leaves
+        normed = h * lax.rsqrt(jnp.mean(h**2, -1, keepdims=True) + 1e-6)
+        return h + jnp.tanh(normed * (1 + scale) @ w), None
+
+    return total(lax.scan(layer, x, (p["scale"], p["w"]))[0])
+
+
+add(
+    "norms that scale by one more",
+    {"scale": (3, 8), "w": STACK},
+    normalised,
+    X,
+    views=LAYERS | {"scale": {"mode": "dense"}},
+)
+MODELS = [name for name in CASES if name not in before]
+
 # --- Uses without a rule: exact all the same --------------------------------------------
 
 add(
-    "two leaves concatenated",
-    {"w": W, "v": W},
-    lambda p, x: total(x @ jnp.concatenate([p["w"], p["v"]], axis=1)),
-    X,
-    falls={"w": "concatenate", "v": "concatenate"},
+    "two leaves side by side in a lookup",
+    {"e": TABLE, "v": TABLE},
+    lambda p, t: total(jnp.concatenate([p["e"], p["v"]], axis=1)[t]),
+    TOKENS,
+    falls={"e": "gather", "v": "gather"},
 )
 add(
     "two leaves stacked",
@@ -1767,8 +1993,10 @@ add("aux", {"w": SQUARE, "v": SQUARE}, with_aux, X, has_aux=True)
 add(
     "aux that holds a leaf",
     {"w": W},
-    lambda p, x: (total(x @ p["w"]), {"w": p["w"], "turned": p["w"].T}),
+    lambda p, x: (
+        total(x @ p["w"]),
+        {"w": p["w"], "turned": p["w"].T, "twice": jnp.concatenate([p["w"], p["w"]])},
+    ),
     X,
     has_aux=True,
-    may=("w",),
 )

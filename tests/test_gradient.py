@@ -6,10 +6,14 @@ The oracle is ``project(jax.grad(loss)(params, *args), sample_sketch(...))``. Ea
 
 from __future__ import annotations
 
+import re
+import warnings
+
 import cases
 import jax
 import pytest
 from agreement import (
+    KEY,
     SIDES,
     assert_reported,
     assert_same,
@@ -21,6 +25,7 @@ from agreement import (
 from cases import CASES
 
 import raclora_jax as rl
+from raclora_jax._core.plan import plan_tree
 
 pytestmark = pytest.mark.usefixtures("quick_draws")
 
@@ -59,6 +64,56 @@ def test_case(name):
     settings = TURNS[list(CASES).index(name) % 2]
     with jax.enable_x64(True):
         check(CASES[name], settings, 1e-13)
+
+
+NEW = [
+    name for name in CASES if name in cases.MODELS or re.search("concat|one more", name)
+]
+
+
+@pytest.mark.parametrize(
+    "name", [*NEW, "leaf times its transpose", "ragged_dot, axes merged"]
+)
+def test_case_away_from_zero(name):
+    """The adapter form, where the factors have a value: against the merged weights."""
+    with jax.enable_x64(True):
+        case = CASES[name]
+        params, args = case.inputs()
+        spec = case.spec(2, SIDES[len(name) % 2])
+        factors, chain = rl.init_adapter(params, spec, key=KEY)
+        keys = iter(jax.random.split(jax.random.key(5), len(params)))
+        factors = jax.tree.map(
+            lambda f: jax.random.normal(next(keys), f.shape) / 5, factors
+        )
+
+        def apart(factors):
+            return rl.adapted(case.loss, spec)(factors, params, chain, *args)
+
+        def merged(factors):
+            return case.loss(rl.effective_params(params, factors, chain, spec), *args)
+
+        def both(factors):
+            return [jax.value_and_grad(loss)(factors) for loss in (apart, merged)]
+
+        (ours, expected), messages = fallbacks(jit(both), factors)
+        # The factors of this form are float32.
+        assert_same(ours, expected, 1e-7, name)
+        assert_reported(case, messages)
+
+
+@pytest.mark.parametrize("name", cases.MODELS)
+def test_a_model_is_traced(name):
+    """The views read off a model are those its gradient is held against."""
+    case = CASES[name]
+    params, args = case.inputs()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plans = plan_tree(rl.trace_spec(case.loss, params, *args, rank=2), params)
+    for path, plan in plan_tree(case.spec(2, "auto"), params).items():
+        seen = plans[path]
+        assert (seen.mode, seen.rows, seen.batch) == (plan.mode, plan.rows, plan.batch), (
+            path
+        )
 
 
 # Every fourth will do: what may differ is dtypes, not rules.

@@ -22,13 +22,35 @@ from raclora_jax._core.types import widened
 
 
 def dot_general(eqn: Any, left: Any, right: Any) -> Array | None:
-    """A product with the leaf on either side, any axes contracted, free or stacked."""
+    """A product with leaves on either side or both, any axes summed, free or stacked."""
     if isinstance(left, Weight) and isinstance(right, Weight):
-        right = right.materialise("dot_general")
+        left, right = left.folded(), right.folded()
+        values = left.value(), right.value()
+        y = eqn.primitive.bind(*values, **eqn.params)
+        y = dotted(eqn, right, values[0], y, first=False, whole=True)
+        return dotted(eqn, left, values[1], y, first=True, whole=True)
     first = isinstance(left, Weight)
     weight, x = (left, right) if first else (right, left)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         return None
+    operands = (weight.array, x) if first else (x, weight.array)
+    y = eqn.primitive.bind(*operands, **eqn.params)
+    return dotted(eqn, weight, x, y, first=first)
+
+
+def dotted(
+    eqn: Any, weight: Weight, x: Array, y: Array, *, first: bool, whole: bool = False
+) -> Array:
+    """A product's output, with its dependence on the leaf.
+
+    Args:
+      eqn: The equation.
+      weight: The leaf.
+      x: The other operand.
+      y: The output.
+      first: Whether the leaf is the left operand.
+      whole: Whether ``y`` has the factor's part in it already.
+    """
     summed, stacked = eqn.params["dimension_numbers"]
     mine, its = (0, 1) if first else (1, 0)
     shared = dict(
@@ -46,9 +68,7 @@ def dot_general(eqn: Any, left: Any, right: Any) -> Array | None:
         _atoms(weight.axes[axis] for axis in summed[mine]),
         _atoms(weight.axes[axis] for axis in stacked[mine]),
     )
-    operands = (weight.array, x) if first else (x, weight.array)
-    y = eqn.primitive.bind(*operands, **eqn.params)
-    return _product(weight, y, y_axes, x, x_axes, eqn.params["precision"])
+    return _product(weight, y, y_axes, x, x_axes, eqn.params["precision"], whole)
 
 
 def _product(
@@ -58,6 +78,7 @@ def _product(
     x: Array,
     x_axes: Sequence[Axis],
     precision: Any,
+    whole: bool,
 ) -> Array:
     """``y`` attached to the three-operand contraction of x, sketch and factor."""
     if weight.factor is None:
@@ -73,7 +94,8 @@ def _product(
         return contract(x, x_names, sketch, s_names, inner, **out.options)
 
     if early:
-        return weight.attached(y, inputs, *out.early(inner, f_names), keep=sketched)
+        maps = out.early(inner, f_names)
+        return weight.attached(y, inputs, *maps, keep=sketched, whole=whole)
 
     def push(known: tuple[Array, Array], factor: Array) -> Array:
         x, sketch = known
@@ -86,7 +108,7 @@ def _product(
         middle = out.met(cotangent, sketch, s_names, inner, wide=False)
         return contract(x, x_names, middle, inner, f_names, dtype=out.wide, **out.options)
 
-    return weight.attached(y, inputs, push, pull)
+    return weight.attached(y, inputs, push, pull, whole=whole)
 
 
 def _order(

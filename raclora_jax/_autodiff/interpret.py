@@ -14,8 +14,12 @@ import jax
 import jax.extend.core as jex
 from jax import lax
 
-from raclora_jax._autodiff import consume, rearrange
+from raclora_jax._autodiff import consume, join, rearrange
+from raclora_jax._autodiff.join import Joined
 from raclora_jax._autodiff.weight import Weight
+
+# What stands for leaves among the values of a program.
+LEAVES = (Weight, Joined)
 
 
 def read_inputs(jaxpr: Any) -> set[int]:
@@ -63,7 +67,7 @@ def evaluate(jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
 
     for index, eqn in enumerate(inner.eqns):
         reached = any(
-            not isinstance(var, jex.Literal) and isinstance(env.get(var), Weight)
+            not isinstance(var, jex.Literal) and isinstance(env.get(var), LEAVES)
             for var in eqn.invars
         )
         if not reached:
@@ -78,7 +82,12 @@ def evaluate(jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
 
 def arrays(values: Sequence[Any], operation: str) -> list[Any]:
     """The values with every weight formed, where an operation takes arrays only."""
-    return [v.materialise(operation) if isinstance(v, Weight) else v for v in values]
+    return [v.materialise(operation) if isinstance(v, LEAVES) else v for v in values]
+
+
+def constants(values: Sequence[Any]) -> list[Any]:
+    """The values with every weight as an array that no gradient goes back through."""
+    return [v.constant() if isinstance(v, LEAVES) else v for v in values]
 
 
 def _last_reads(jaxpr: Any) -> dict[Any, int]:
@@ -110,7 +119,10 @@ def _apply(jaxpr: Any, eqn: Any, operands: list[Any]) -> list[Any]:
     if name in _CALLS:
         out = _CALLS[name](eqn, operands)
     else:
-        rule = consume.RULES.get(name) or rearrange.RULES.get(name)
+        if name == "concatenate" or any(isinstance(v, Joined) for v in operands):
+            rule = join.RULES.get(name)
+        else:
+            rule = consume.RULES.get(name) or rearrange.RULES.get(name)
         out = None if rule is None else rule(eqn, *operands)
     if out is not None:
         return list(out) if eqn.primitive.multiple_results else [out]
@@ -144,6 +156,7 @@ def _scan(eqn: Any, operands: list[Any]) -> list[Any]:
     kept = _unchanged(program, len(constants), carry)
     start = [None if i in kept else v for i, v in enumerate(carry)]
     start = arrays(start, "scan")
+    xs = [x.materialise("scan") if isinstance(x, Joined) else x for x in xs]
     stacked = [x.stacked() if isinstance(x, Weight) else x for x in xs]
     xs = [
         x.materialise("scan") if isinstance(x, Weight) and s is None else s
@@ -226,7 +239,9 @@ def _shard_map(eqn: Any, operands: list[Any]) -> list[Any]:
     params = eqn.params
     specs, values = [], []
     for operand, spec in zip(operands, params["in_specs"], strict=True):
-        if isinstance(operand, Weight):
+        if isinstance(operand, Joined):
+            operand = operand.materialise("shard_map")
+        elif isinstance(operand, Weight):
             inside = operand.sharded(tuple(spec))
             if inside is None:
                 operand = operand.materialise("shard_map")

@@ -148,7 +148,7 @@ def same(eqn: Any, weight: Weight) -> Weight:
 
 
 def optimization_barrier(eqn: Any, *operands: Any) -> list[Any]:
-    arrays = [_array(operand) for operand in operands]
+    arrays = [array_of(operand) for operand in operands]
     out = eqn.primitive.bind(*arrays, **eqn.params)
     return [
         old.replace(base=new) if isinstance(old, Weight) else new
@@ -179,8 +179,35 @@ def div(eqn: Any, left: Any, right: Any) -> Weight | None:
     return _scaled(left, 1 / jnp.asarray(right).reshape(()))
 
 
+def add(eqn: Any, left: Any, right: Any) -> Weight | None:
+    """A sum or difference with an array: the base takes it up, the factor stays.
+
+    The array may depend on what is trained, and its own gradient is then right too.
+    """
+    first = isinstance(left, Weight)
+    weight, other = (left, right) if first else (right, left)
+    if isinstance(other, Weight) or eqn.outvars[0].aval.shape != weight.shape:
+        return None
+    # A leaf broadcast over tokens and added to them is an activation from here on.
+    if jnp.ndim(other) and any(part.atom[0] < 0 for a in weight.axes for part in a):
+        return None
+    weight = weight.folded()
+    other = jnp.asarray(other, weight.array.dtype)
+    operands = (weight.array, other) if first else (other, weight.array)
+    base = eqn.primitive.bind(*operands, **eqn.params)
+    if first or eqn.primitive.name != "sub" or weight.factor is None:
+        return weight.replace(base=base)
+    return weight.replace(base=base, factor=-weight.factor)
+
+
 def stop_gradient(eqn: Any, weight: Weight) -> Array:
     return weight.constant()
+
+
+def flat(eqn: Any, *operands: Any) -> Array:
+    """A function whose derivative is zero, as a rounding or a comparison."""
+    values = [v.constant() if isinstance(v, Weight) else v for v in operands]
+    return eqn.primitive.bind(*values, **eqn.params)
 
 
 def pvary(eqn: Any, *operands: Any) -> list[Any]:
@@ -282,7 +309,8 @@ def _scaled(weight: Weight, scale: Array) -> Weight:
     return dataclasses.replace(weight, scale=product)
 
 
-def _array(operand: Any) -> Any:
+def array_of(operand: Any) -> Any:
+    """What an operation on the base alone takes for an operand."""
     return operand.array if isinstance(operand, Weight) else operand
 
 
@@ -290,7 +318,24 @@ def _names(axes: Any) -> tuple[Any, ...]:
     return tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
 
 
+_FLAT = (
+    "ceil",
+    "eq",
+    "floor",
+    "ge",
+    "gt",
+    "is_finite",
+    "le",
+    "lt",
+    "ne",
+    "round",
+    "sign",
+)
+
 RULES: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(_FLAT, flat),
+    "add": add,
+    "add_any": add,
     "all_gather": all_gather,
     "broadcast_in_dim": broadcast_in_dim,
     "convert_element_type": convert_element_type,
@@ -309,6 +354,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "split": split,
     "squeeze": squeeze,
     "stop_gradient": stop_gradient,
+    "sub": add,
     "transpose": transpose,
     "unstack": unstack,
 }

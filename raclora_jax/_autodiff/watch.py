@@ -94,7 +94,7 @@ def _by_rule(eqn: Any, place: int, member: Weight) -> list[Weight] | None:
     """What the gradient's own rule makes of a leaf: nothing, where it uses it up."""
     name = eqn.primitive.name
     rule = consume.RULES.get(name) or rearrange.RULES.get(name)
-    if rule is None or name in _COLLECTIVES:
+    if rule is None or name in _COLLECTIVES or name in _SUMS:
         return None
     operands: list[Any] = [_blank(var.aval) for var in eqn.invars]
     operands[place] = member
@@ -238,6 +238,8 @@ def _shard_map(eqn: Any, operands: list[Value]) -> list[Value]:
     return [_forgotten(value, "shard_map") for value in out]
 
 
+# What a matrix is added to may be data.
+_SUMS = {"add", "add_any", "sub"}
 # Outputs are the operands, one by one.
 _SAME = {"copy", "copy_p", "name", "optimization_barrier", "pvary", "sharding_constraint"}
 # Not to be bound outside the mesh they belong to.

@@ -134,34 +134,53 @@ class Weight:
         *,
         keep: Callable[[Any], Any] = lambda inputs: inputs,
         factor: Array | None = None,
+        whole: bool = False,
     ) -> Array:
         """An operation's output, with its dependence on the factor.
 
         Args:
-          output: What the operation gives for the base alone.
+          output: What the operation gives for the base alone, or for the whole leaf.
           inputs: The operation's other inputs, and the sketch.
           push: ``push(known, F)``, the output's change for a factor, linear in it.
           pull: Its transpose, ``pull(known, cotangent)``; derived if not given.
           keep: ``keep(inputs)`` gives ``known``, what the backward pass has to hold.
           factor: The factor that ``push`` takes, if it is not this weight's own.
+          whole: Whether ``output`` has the factor's part in it already.
 
         Returns:
           An array like ``output``.
         """
         factor = self.factor if factor is None else factor
-        if not self.leaf.zero:
+        if not (self.leaf.zero or whole):
             change = push(keep(inputs), lax.stop_gradient(factor))
             output += (self.leaf.scaling * change).astype(output.dtype)
         output = _attach(output, factor, inputs, keep, push, pull, self.leaf.scaling)
         return self.watched(output)
 
+    def folded(self) -> Weight:
+        """The weight with its scalar multiplied in."""
+        if self.scale is None:
+            return self
+        array, factor = self.array, self.factor
+        if factor is not None:
+            factor = factor * self.scale.astype(factor.dtype)
+        base = array * self.scale.astype(array.dtype)
+        return self.replace(base=base, factor=factor, scale=None)
+
+    def value(self) -> Array:
+        """The leaf as an array that no gradient goes back through to the factor."""
+        whole = self.folded()
+        if whole.factor is None or whole.leaf.zero:
+            return whole.array
+        change = whole._lifted(whole.sketch, lax.stop_gradient(whole.factor))
+        return whole.array + (whole.leaf.scaling * change).astype(whole.array.dtype)
+
     def constant(self) -> Array:
         """The leaf as an array that no gradient goes back through."""
-        if not self.leaf.zero:
-            return lax.stop_gradient(self.materialise("stop_gradient"))
-        if self.scale is None:
-            return self.array
-        return self.array * lax.stop_gradient(self.scale)
+        value = self.value()
+        return (
+            value if self.leaf.zero and self.scale is None else lax.stop_gradient(value)
+        )
 
     def stacked(self) -> Weight | None:
         """The weight made ready for ``scan``: its first axis first in every array.
@@ -239,23 +258,26 @@ class Weight:
         fallbacks = self.leaf.uses.fallbacks
         use = self.leaf.path, operation
         fallbacks[use] = fallbacks.get(use, 0) + 1
-        base, parts = self.array, [part for axis in self.axes for part in axis]
+        base = self.array
         if self.factor is None:
             return self.watched(base)
-        own = [p.atom for p in parts if p.atom in (*self.sketch_axes, *self.factor_axes)]
-        added = [i for i, part in enumerate(parts) if part.atom not in own]
-        precision = lax.Precision.HIGHEST
 
         def push(sketch: Array, factor: Array) -> Array:
-            change = contract(
-                sketch, self.sketch_axes, factor, self.factor_axes, own,
-                precision=precision,
-            )  # fmt: skip
-            change = jnp.expand_dims(change, added)
-            wide = jnp.broadcast_to(change, [part.size for part in parts])
-            return wide.reshape(base.shape).astype(base.dtype)
+            return self._lifted(sketch, factor).astype(base.dtype)
 
         return self.attached(base, self.sketch, push)
+
+    def _lifted(self, sketch: Array, factor: Array) -> Array:
+        """``S F`` as an array of the shape of the base."""
+        parts = [part for axis in self.axes for part in axis]
+        own = [p.atom for p in parts if p.atom in (*self.sketch_axes, *self.factor_axes)]
+        added = [i for i, part in enumerate(parts) if part.atom not in own]
+        change = contract(
+            sketch, self.sketch_axes, factor, self.factor_axes, own,
+            precision=lax.Precision.HIGHEST,
+        )  # fmt: skip
+        change = jnp.expand_dims(change, added)
+        return jnp.broadcast_to(change, [part.size for part in parts]).reshape(self.shape)
 
 
 def leaf_weight(

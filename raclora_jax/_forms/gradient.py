@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from raclora_jax._autodiff.interpret import arrays, evaluate, read_inputs
+from raclora_jax._autodiff.interpret import arrays, constants, evaluate, read_inputs
 from raclora_jax._autodiff.stage import stage
 from raclora_jax._autodiff.uses import Uses
-from raclora_jax._autodiff.weight import Weight, leaf_weight, varying_as
+from raclora_jax._autodiff.weight import leaf_weight, varying_as
 from raclora_jax._chain.state import (
     check_leaves,
     check_takes_factors,
@@ -119,8 +119,7 @@ def reporting(
             inputs = [stand_in(path, leaf) for path, leaf in leaves.items()]
             loss, *aux = evaluate(staged.jaxpr, inputs)
             # What stands beside the loss has no gradient.
-            aux = [v.constant() if isinstance(v, Weight) else v for v in aux]
-            out = staged.rebuilt([*arrays([loss], "output"), *aux])
+            out = staged.rebuilt([*arrays([loss], "output"), *constants(aux)])
             return out if has_aux else (out, None)
 
         (loss, aux), found = jax.value_and_grad(value, has_aux=True)(trained)
