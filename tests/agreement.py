@@ -69,6 +69,8 @@ def assert_reported(case, messages):
         assert any(re.search(primitive, m) for m in named), (path, primitive, messages)
     free = {*case.falls, *case.may}
     for message in messages:
+        (rule,) = re.findall(r"Rule\('(.+)', mode='dense'\)", message)
+        assert any(re.fullmatch(rule, path) for path in free), message
         assert any(f"'{path}'" in message for path in free), message
         assert not any(f"'{path}'" in message for path in {*case.params} - free), message
 

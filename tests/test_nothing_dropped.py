@@ -7,6 +7,7 @@ import warnings
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from agreement import fallbacks
 from jax import lax
@@ -112,6 +113,20 @@ def test_linen_lstm():
     views = traced(lambda p, x: jnp.sum(model.apply({"params": p}, x)), params, x)
     kernels = [view for path, view in views.items() if path.endswith("kernel")]
     assert kernels == [((0,), ())] * 8
+    # And nothing is left out where the rest is frozen.
+    frozen = traced(
+        lambda p, x: jnp.sum(model.apply({"params": p}, x)), params, x, rest="frozen"
+    )
+    assert {k: v for k, v in frozen.items() if v != "frozen"} == {
+        k: v for k, v in views.items() if k.endswith("kernel")
+    }
+
+
+def test_what_is_no_array_is_named():
+    eqx = pytest.importorskip("equinox")
+    model = eqx.nn.MLP(8, 3, 8, 2, key=jax.random.key(0))
+    with pytest.raises(TypeError, match="'activation' must be an array"):
+        rl.trace_spec(lambda m, x: jnp.sum(jax.vmap(m)(x)), model, X, rank=2)
 
 
 def test_what_data_enters_is_no_matrix():
@@ -128,6 +143,46 @@ def test_what_data_enters_is_no_matrix():
     # So does what the function closes over, where it takes nothing else.
     x = jnp.ones((6, 8))
     assert traced(lambda p: loss(p, x), params) == expected
+
+
+# --- Literals beside a leaf -------------------------------------------------------------
+
+ARRAYS = {"w": jnp.ones((8, 10)) / 9}
+STACK = {"w": jnp.ones((3, 8, 8)) / 9}
+
+
+def shifted(h, w):
+    return jnp.tanh(h @ (1 + w)), None
+
+
+LITERALS = {
+    "one more": (lambda p, x: jnp.sum(x @ (p["w"] + 1)), ARRAYS, {}),
+    "above zero": (lambda p, x: jnp.sum(x @ jnp.maximum(p["w"], 0)), ARRAYS, {}),
+    "to a power": (lambda p, x: jnp.sum(x @ (2 - p["w"] ** 1.5)), ARRAYS, {}),
+    "one more, under scan": (
+        lambda p, x: jnp.sum(lax.scan(shifted, x, p["w"])[0]),
+        STACK,
+        {"rules": [rl.Rule("w", batch=0)]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LITERALS)
+def test_a_literal_beside_a_leaf(name):
+    """A literal is no input of an operation, in tracing nor in either gradient."""
+    loss, params, fields = LITERALS[name]
+    x, spec = jnp.ones((6, 8)), rl.Spec(2, **fields)
+    assert traced(loss, params, x) == {"w": ((0,), ())} | (
+        {"w": ((1,), (0,))} if fields else {}
+    )
+    dense = jax.grad(loss)(params, x)
+    want = rl.project(dense, rl.sample_sketch(params, spec, key=0), spec)
+    state = rl.raclora(0.1, spec, key=0).init(params)
+    got, _ = fallbacks(rl.grad(loss, spec), params, state, x)
+    np.testing.assert_allclose(got["w"].value, want["w"].value, rtol=1e-5)
+    factors, chain = rl.init_adapter(params, spec, key=0)
+    got, _ = fallbacks(jax.grad(rl.adapted(loss, spec)), factors, params, chain, x)
+    np.testing.assert_allclose(got["w"], want["w"].value, rtol=1e-5)
 
 
 # --- What cannot be read ----------------------------------------------------------------

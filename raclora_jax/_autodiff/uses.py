@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import warnings
 from typing import NamedTuple
 
@@ -36,9 +37,12 @@ class Uses:
         if self.fallbacks:
             listed = [f"{paths.show(path)} by {name}" for path, name in self.fallbacks]
             more = f" and {len(listed) - 8} more" if len(listed) > 8 else ""
+            named = "|".join(dict.fromkeys(re.escape(path) for path, _ in self.fallbacks))
             warnings.warn(
                 "these uses of adapted leaves have no rule in factor coordinates, so "
                 "their gradients are formed in full and projected: "
-                f"{', '.join(listed[:8])}{more}",
+                f"{', '.join(listed[:8])}{more}; the numbers are the same, but where "
+                "that much memory is spent a leaf may as well be trained in full, with "
+                f"Rule({named!r}, mode='dense')",
                 stacklevel=4,
             )

@@ -169,7 +169,7 @@ def plan_leaves(
     spec: Spec, leaves: Mapping[str, Any], *, whole: bool = False
 ) -> dict[str, LeafPlan]:
     """``plan_tree`` for leaves already flattened; ``whole`` if they are all there are."""
-    shapes = tuple((path, *_shape_and_dtype(path, leaf)) for path, leaf in leaves.items())
+    shapes = tuple((path, *shape_and_dtype(path, leaf)) for path, leaf in leaves.items())
     return dict(_plan(spec, shapes, whole))
 
 
@@ -216,7 +216,8 @@ def check_rules_win(spec: Spec, names: Sequence[str]) -> None:
             )
 
 
-def _shape_and_dtype(path: str, leaf: Leaf) -> tuple[tuple[int, ...], str]:
+def shape_and_dtype(path: str, leaf: Leaf) -> tuple[tuple[int, ...], str]:
+    """Of a leaf, refused by name where it is no array."""
     if not (hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):
         raise TypeError(
             f"leaf {paths.show(path)} must be an array, got {kind(leaf)}; hand over the "

@@ -17,7 +17,13 @@ from raclora_jax._autodiff.uses import Use, Uses
 from raclora_jax._autodiff.watch import Seen, watch
 from raclora_jax._autodiff.weight import leaf_weight
 from raclora_jax._core import paths
-from raclora_jax._core.plan import LeafPlan, check_rules_win, plan_tree, winner
+from raclora_jax._core.plan import (
+    LeafPlan,
+    check_rules_win,
+    plan_tree,
+    shape_and_dtype,
+    winner,
+)
 from raclora_jax._core.spec import Rule, Spec
 from raclora_jax._core.types import PyTree
 
@@ -45,6 +51,7 @@ def trace_spec(
       A spec with a rule for every leaf that has two or more axes.
 
     Raises:
+      TypeError: If a leaf is no array; the message names it.
       ValueError: If ``fn`` never uses a leaf with two or more axes, a rule does not fit,
         no leaf is left to adapt, or ``rest="frozen"`` would freeze one whose use cannot
         be read.
@@ -111,8 +118,8 @@ def _watched(
     """What ``fn`` does with its leaves, found without running it."""
     leaves, treedef = paths.flatten(params)
     shapes = [
-        jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf))
-        for leaf in leaves.values()
+        jax.ShapeDtypeStruct(*shape_and_dtype(path, leaf))
+        for path, leaf in leaves.items()
     ]
     inputs, filled = abstracted(args)
     staged = stage(
