@@ -11,17 +11,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from raclora_jax._autodiff.contraction import Label, contract
-from raclora_jax._autodiff.weight import RANK, Axis, Map, Part, Weight, einsum_parts
-from raclora_jax._core.types import widened
+from raclora_jax._autodiff.output import Names, Output, atoms_of, own
+from raclora_jax._autodiff.stage import Eqn
+from raclora_jax._autodiff.weight import (
+    RANK,
+    Atom,
+    Axis,
+    Operand,
+    Weight,
+    einsum_parts,
+    told_apart,
+)
 
 
-def dot_general(eqn: Any, left: Any, right: Any) -> Array | None:
+def dot_general(eqn: Eqn, left: Operand, right: Operand) -> Array | None:
     """A product with leaves on either side or both, any axes summed, free or stacked."""
     if isinstance(left, Weight) and isinstance(right, Weight):
         left, right = left.folded(), right.folded()
@@ -30,8 +39,8 @@ def dot_general(eqn: Any, left: Any, right: Any) -> Array | None:
         y = dotted(eqn, right, values[0], y, first=False, whole=True)
         return dotted(eqn, left, values[1], y, first=True, whole=True)
     first = isinstance(left, Weight)
-    weight, x = (left, right) if first else (right, left)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
+    weight, x = told_apart(left, right)
+    if isinstance(x, Weight) or not jnp.issubdtype(x.dtype, jnp.floating):
         return None
     operands = (weight.array, x) if first else (x, weight.array)
     y = eqn.primitive.bind(*operands, **eqn.params)
@@ -39,7 +48,7 @@ def dot_general(eqn: Any, left: Any, right: Any) -> Array | None:
 
 
 def dotted(
-    eqn: Any, weight: Weight, x: Array, y: Array, *, first: bool, whole: bool = False
+    eqn: Eqn, weight: Weight, x: Array, y: Array, *, first: bool, whole: bool = False
 ) -> Array:
     """A product's output, with its dependence on the leaf.
 
@@ -57,7 +66,7 @@ def dotted(
         zip((*summed[its], *stacked[its]), (*summed[mine], *stacked[mine]), strict=True)
     )
     x_axes: list[Axis] = [
-        weight.axes[shared[axis]] if axis in shared else _own(axis, size)
+        weight.axes[shared[axis]] if axis in shared else own(axis, size)
         for axis, size in enumerate(x.shape)
     ]
     x_free = [a for axis, a in enumerate(x_axes) if axis not in shared]
@@ -65,8 +74,8 @@ def dotted(
     free = (*w_free, *x_free) if first else (*x_free, *w_free)
     y_axes = [*(x_axes[axis] for axis in stacked[its]), *free]
     weight.saw(
-        _atoms(weight.axes[axis] for axis in summed[mine]),
-        _atoms(weight.axes[axis] for axis in stacked[mine]),
+        atoms_of(weight.axes[axis] for axis in summed[mine]),
+        atoms_of(weight.axes[axis] for axis in stacked[mine]),
     )
     return _product(weight, y, y_axes, x, x_axes, eqn.params["precision"], whole)
 
@@ -77,53 +86,58 @@ def _product(
     y_axes: Sequence[Axis],
     x: Array,
     x_axes: Sequence[Axis],
-    precision: Any,
+    precision: lax.PrecisionLike,
     whole: bool,
 ) -> Array:
     """``y`` attached to the three-operand contraction of x, sketch and factor."""
-    if weight.factor is None:
+    if weight.sketch is None or weight.factor is None:
         return weight.watched(y)
-    out = _Output.of(y, y_axes, precision)
+    out = Output.of(y, y_axes, precision)
     x, x_names = einsum_parts(x, x_axes)
-    early, inner = _order(weight, x, x_names, out)
     s_names, f_names = weight.sketch_axes, weight.factor_axes
+    sizes: dict[Label, int] = dict(zip(out.names, out.sizes, strict=True))
+    for array, names in (
+        (x, x_names),
+        (weight.sketch, s_names),
+        (weight.factor, f_names),
+    ):
+        sizes |= dict(zip(names, array.shape, strict=True))
+    sketch_first, between = _order(weight, x_names, out.names, sizes)
     inputs = x, weight.sketch.astype(x.dtype)
 
     def sketched(inputs: tuple[Array, Array]) -> Array:
         x, sketch = inputs
-        return contract(x, x_names, sketch, s_names, inner, **out.options)
+        return contract(x, x_names, sketch, s_names, between, precision=out.precision)
 
-    if early:
-        maps = out.early(inner, f_names)
+    if sketch_first:
+        maps = out.by_factor(between, f_names)
         return weight.attached(y, inputs, *maps, keep=sketched, whole=whole)
 
     def push(known: tuple[Array, Array], factor: Array) -> Array:
         x, sketch = known
         factor = factor.astype(x.dtype)
-        middle = contract(x, x_names, factor, f_names, inner, **out.options)
-        return out.made(middle, inner, sketch, s_names)
+        middle = contract(x, x_names, factor, f_names, between, precision=out.precision)
+        return out.made(middle, between, sketch, s_names)
 
     def pull(known: tuple[Array, Array], cotangent: Array) -> Array:
         x, sketch = known
-        middle = out.met(cotangent, sketch, s_names, inner, wide=False)
-        return contract(x, x_names, middle, inner, f_names, dtype=out.wide, **out.options)
+        middle = out.met(cotangent, sketch, s_names, between, wide=False)
+        return contract(
+            x, x_names, middle, between, f_names, dtype=out.wide, precision=out.precision
+        )
 
     return weight.attached(y, inputs, push, pull, whole=whole)
 
 
 def _order(
-    weight: Weight, x: Array, x_names: Sequence[Label], out: _Output
-) -> tuple[bool, list[Any]]:
+    weight: Weight, x_names: Names, y_names: Names, sizes: dict[Label, int]
+) -> tuple[bool, list[Label]]:
     """Whether the sketch meets x first, and the axes of what comes out of it.
 
-    By the multiplications of both orders; half as many again are a fair price for not
-    keeping x until the backward pass.
+    By the multiplications of both orders, unless the dearer one spares memory: with the
+    sketch first only ``x . S`` is kept for the backward pass, else all of ``x``.
     """
     s_names, f_names = weight.sketch_axes, weight.factor_axes
-    sizes: dict[Label, int] = dict(zip(out.names, out.split, strict=True))
-    sizes |= dict(zip(x_names, x.shape, strict=True))
-    sizes |= dict(zip(s_names, jnp.shape(weight.sketch), strict=True))
-    sizes |= dict(zip(f_names, jnp.shape(weight.factor), strict=True))
 
     def size(*names: Iterable[Label]) -> int:
         return math.prod(sizes[name] for name in {n for group in names for n in group})
@@ -134,52 +148,57 @@ def _order(
         names = dict.fromkeys((*start, *rank_last))
         return [name for name in names if name in f_names or name in end]
 
-    with_x, with_y = middle(x_names, out.names), middle(out.names, x_names)
-    x_cost = size(x_names, s_names) + size(with_x, out.names, f_names)
-    y_cost = size(out.names, s_names) + size(with_y, x_names, f_names)
-    frees_x = size(with_x) < size(x_names) and x_cost <= 1.5 * y_cost
-    early = x_cost <= y_cost or frees_x
-    return early, with_x if early else with_y
+    with_x, with_y = middle(x_names, y_names), middle(y_names, x_names)
+    x_cost = size(x_names, s_names) + size(with_x, y_names, f_names)
+    y_cost = size(y_names, s_names) + size(with_y, x_names, f_names)
+    # Where the view is that of the product, the wrong order costs a whole side more. They
+    # come near each other only where a view cuts across the product; there half as many
+    # multiplications again, of thin matrices, are a fair price for memory held from the
+    # forward pass to the backward pass: x . S has a rank where x has a side.
+    spares_x = size(with_x) < size(x_names) and x_cost <= 1.5 * y_cost
+    sketch_first = x_cost <= y_cost or spares_x
+    return sketch_first, with_x if sketch_first else with_y
 
 
-def conv_general_dilated(eqn: Any, x: Any, weight: Any) -> Array | None:
+def conv_general_dilated(eqn: Eqn, x: Operand, weight: Operand) -> Array | None:
     """A convolution whose kernel is the leaf; sketch and factor make thin kernels."""
     params = eqn.params
-    if isinstance(x, Weight):
+    if isinstance(x, Weight) or not isinstance(weight, Weight):
         return None
     numbers = params["dimension_numbers"]
     features, place = numbers.rhs_spec[0], numbers.out_spec[1]
     others = [axis for i, axis in enumerate(weight.axes) if i != features]
     if params["feature_group_count"] * params["batch_group_count"] > 1:
         return None
-    weight.saw(_atoms(others))
-    y = eqn.primitive.bind(x, weight.array, **params)
-    if weight.factor is None:
+    weight.saw(atoms_of(others))
+    y: Array = eqn.primitive.bind(x, weight.array, **params)
+    if weight.sketch is None or weight.factor is None:
         return weight.watched(y)
-    y_axes = [_own(axis, size) for axis, size in enumerate(y.shape)]
+    y_axes = [own(axis, size) for axis, size in enumerate(y.shape)]
     thin_names = [RANK if i == place else a.atom for i, (a,) in enumerate(y_axes)]
     y_axes[place] = weight.axes[features]
-    out = _Output.of(y, y_axes, params["precision"])
-    kernel = [_atoms([axis]) for axis in weight.axes]
+    out = Output.of(y, y_axes, params["precision"])
+    kernel = [atoms_of([axis]) for axis in weight.axes]
     kernel[features] = [RANK]
     kernel_names = [name for names in kernel for name in names]
     s_names, f_names = weight.sketch_axes, weight.factor_axes
     if {*s_names} & {*f_names} != {RANK}:  # a stack, which no convolution has
         return None
 
-    def thin(x: Array, part: Array, names: Sequence[Label]) -> Array:
+    def thin(x: Array, part: Array, names: Names) -> Array:
         """The convolution with a kernel that has a rank for features."""
         part = part.astype(x.dtype)
         part = lax.transpose(part, [names.index(name) for name in kernel_names])
         shape = list(weight.shape)
         shape[features] = part.shape[kernel_names.index(RANK)]
-        return eqn.primitive.bind(x, part.reshape(shape), **params)
+        thinned: Array = eqn.primitive.bind(x, part.reshape(shape), **params)
+        return thinned
 
     if {*s_names} == {*kernel_names}:
         return weight.attached(
             y,
             (x, weight.sketch),
-            *out.early(thin_names, f_names),
+            *out.by_factor(thin_names, f_names),
             keep=lambda inputs: thin(inputs[0], inputs[1], s_names),
         )
     if {*f_names} != {*kernel_names}:
@@ -192,24 +211,26 @@ def conv_general_dilated(eqn: Any, x: Any, weight: Any) -> Array | None:
     return weight.attached(y, (x, weight.sketch), push)
 
 
-def gather(eqn: Any, weight: Any, indices: Any) -> Array | None:
+def gather(eqn: Eqn, weight: Operand, indices: Operand) -> Array | None:
     """A lookup along one axis of the leaf, which counts as contracted."""
     params = eqn.params
-    axis = None if isinstance(indices, Weight) else _looked_up(weight, params)
+    if isinstance(indices, Weight) or not isinstance(weight, Weight):
+        return None
+    axis = _looked_up(weight, params)
     if axis is None:
         return None
     numbers = params["dimension_numbers"]
     (part,) = weight.axes[axis]
     weight.saw([part.atom])
-    y = eqn.primitive.bind(weight.array, indices, **params)
-    if weight.factor is None:
+    y: Array = eqn.primitive.bind(weight.array, indices, **params)
+    if weight.sketch is None or weight.factor is None:
         return weight.watched(y)
     in_sketch, in_factor = (
         part.atom in names for names in (weight.sketch_axes, weight.factor_axes)
     )
     if in_sketch == in_factor:
         return None
-    lead = [_own(place, size) for place, size in enumerate(indices.shape[:-1])]
+    lead = [own(place, size) for place, size in enumerate(indices.shape[:-1])]
     kept = [
         () if i == axis else parts
         for i, parts in enumerate(weight.axes)
@@ -218,11 +239,11 @@ def gather(eqn: Any, weight: Any, indices: Any) -> Array | None:
     places = [*numbers.offset_dims]
     places += [place for place in range(y.ndim) if place not in places]
     y_axes = [a for _, a in sorted(zip(places, (*kept, *lead), strict=True))]
-    out = _Output.of(y, y_axes, None)
+    out = Output.of(y, y_axes, None)
     column = tuple(numbers.start_index_map).index(axis)
     picks = lax.index_in_dim(indices, column, indices.ndim - 1)
 
-    def pick(array: Array, names: Sequence[Label]) -> tuple[Array, list[Label]]:
+    def pick(array: Array, names: Names) -> tuple[Array, list[Label]]:
         """What the model's own lookup does, along the same axis of a factor."""
         place = names.index(part.atom)
         offset = range(len(lead), len(lead) + array.ndim - 1)
@@ -230,45 +251,51 @@ def gather(eqn: Any, weight: Any, indices: Any) -> Array | None:
         sizes = tuple(1 if i == place else n for i, n in enumerate(array.shape))
         picked = lax.gather(array, picks, dimensions, sizes, mode=params["mode"],
                             fill_value=0)  # fmt: skip
-        return picked, [*_atoms(lead), *(name for name in names if name != part.atom)]
+        return picked, [*atoms_of(lead), *(name for name in names if name != part.atom)]
 
     sketch, s_names = weight.sketch.astype(y.dtype), weight.sketch_axes
     if in_sketch:
         known, names = pick(sketch, s_names)
-        return weight.attached(y, known, *out.early(names, weight.factor_axes))
+        return weight.attached(y, known, *out.by_factor(names, weight.factor_axes))
     factor, names = pick(weight.factor, weight.factor_axes)
-    push, pull = out.early(s_names, names)
+    push, pull = out.by_factor(s_names, names)
     return weight.attached(y, sketch, push, pull, factor=factor)
 
 
-def ragged_dot_general(eqn: Any, x: Any, weight: Any, groups: Any) -> Array | None:
+def ragged_dot_general(
+    eqn: Eqn, x: Operand, weight: Operand, groups: Operand
+) -> Array | None:
     """A product of groups of rows, each with its own matrix of the stack."""
     numbers = eqn.params["ragged_dot_dimension_numbers"]
     standard = (((1,), (1,)), ((), ()))
     if isinstance(x, Weight) or isinstance(groups, Weight):
         return None
+    if not isinstance(weight, Weight):
+        return None
     if numbers.dot_dimension_numbers != standard or len(weight.axes) != 3:
         return None
-    stack, summed, free = (_atoms([axis]) for axis in weight.axes)
+    stack, summed, free = (atoms_of([axis]) for axis in weight.axes)
     weight.saw(summed, stack)
 
     def ragged(x: Array, matrices: Array, groups: Array) -> Array:
-        return eqn.primitive.bind(x, matrices.astype(x.dtype), groups, **eqn.params)
+        matrices = matrices.astype(x.dtype)
+        product: Array = eqn.primitive.bind(x, matrices, groups, **eqn.params)
+        return product
 
     y = ragged(x, weight.array, groups)
-    if weight.factor is None:
+    if weight.sketch is None or weight.factor is None:
         return weight.watched(y)
     s_names, f_names = weight.sketch_axes, weight.factor_axes
     thin, wide = (stack, summed, [RANK]), (stack, [RANK], free)
 
-    def stacked(array: Array, names: Sequence[Label], axes: Sequence[list[Any]]) -> Array:
+    def stacked(array: Array, names: Names, axes: Sequence[list[Atom]]) -> Array:
         """A factor as a stack of matrices, its parts merged as those of the base are."""
         order = [names.index(name) for axis in axes for name in axis]
         array = lax.transpose(array, order)
         sizes = iter(array.shape)
         return array.reshape([math.prod(next(sizes) for _ in axis) for axis in axes])
 
-    def fit(names: Sequence[Label], axes: Sequence[list[Any]]) -> bool:
+    def fit(names: Names, axes: Sequence[list[Atom]]) -> bool:
         return {*names} == {name for axis in axes for name in axis}
 
     inputs = x, weight.sketch, groups
@@ -294,55 +321,6 @@ def ragged_dot_general(eqn: Any, x: Any, weight: Any, groups: Any) -> Array | No
     return weight.attached(y, inputs, push_late)
 
 
-class _Output(NamedTuple):
-    """An operation's output: its shape, merged and in parts, and how it is summed."""
-
-    shape: tuple[int, ...]
-    names: Sequence[Label]
-    split: list[int]
-    options: dict[str, Any]
-    wide: Any
-
-    @classmethod
-    def of(cls, y: Array, axes: Sequence[Axis], precision: Any) -> _Output:
-        parts = [part for axis in axes for part in axis]
-        if precision is None and y.dtype.itemsize >= 4:
-            precision = lax.Precision.HIGHEST
-        names, sizes = [part.atom for part in parts], [part.size for part in parts]
-        wide = widened(y.dtype)
-        return cls(y.shape, names, sizes, {"precision": precision}, wide)
-
-    def made(self, left: Array, left_names: Any, right: Array, right_names: Any) -> Array:
-        """The output as a product of two arrays, in the dtype of the first."""
-        right = right.astype(left.dtype)
-        product = contract(
-            left, left_names, right, right_names, self.names, **self.options
-        )
-        return product.reshape(self.shape)
-
-    def met(
-        self, cotangent: Array, other: Array, other_names: Any, names: Any, wide: bool
-    ) -> Array:
-        """The cotangent times another array."""
-        cotangent = cotangent.reshape(self.split)
-        other = other.astype(cotangent.dtype)
-        dtype = self.wide if wide else None
-        return contract(
-            other, other_names, cotangent, self.names, names, dtype=dtype, **self.options
-        )
-
-    def early(self, names: Any, factor_names: Any) -> tuple[Map, Map]:
-        """``push`` and ``pull`` where the output is ``known`` times the factor."""
-
-        def push(known: Array, factor: Array) -> Array:
-            return self.made(known, names, factor, factor_names)
-
-        def pull(known: Array, cotangent: Array) -> Array:
-            return self.met(cotangent, known, names, factor_names, wide=True)
-
-        return push, pull
-
-
 def _looked_up(weight: Weight, params: dict[str, Any]) -> int | None:
     """The one axis along which a gather picks, if it is as simple as that."""
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
@@ -358,15 +336,6 @@ def _looked_up(weight: Weight, params: dict[str, Any]) -> int | None:
     # A full slice starts at 0 whatever its index, but where an index may be out of range.
     fills = params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     return None if fills and len(numbers.start_index_map) > 1 else axis
-
-
-def _own(axis: int, size: int) -> Axis:
-    """An axis that the leaf has not."""
-    return (Part(("own", axis), size),)
-
-
-def _atoms(axes: Iterable[Axis]) -> list[Any]:
-    return [part.atom for axis in axes for part in axis]
 
 
 RULES: dict[str, Callable[..., Array | None]] = {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import TypeAlias
 
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.typing import DTypeLike
 
-Label = Hashable
+Label: TypeAlias = Hashable
 
 
 def contract(
@@ -18,8 +19,8 @@ def contract(
     right_axes: Sequence[Label],
     out_axes: Sequence[Label],
     *,
-    precision: Any = None,
-    dtype: Any = None,
+    precision: lax.PrecisionLike = None,
+    dtype: DTypeLike | None = None,
 ) -> Array:
     """Sums the product of two arrays over every label that ``out_axes`` leaves out.
 
@@ -71,7 +72,13 @@ def contract(
     return lax.transpose(product, _places(out_axes, got))
 
 
-def dot(left: Array, right: Array, dimensions: Any, precision: Any, dtype: Any) -> Array:
+def dot(
+    left: Array,
+    right: Array,
+    dimensions: lax.DotDimensionNumbers,
+    precision: lax.PrecisionLike,
+    dtype: DTypeLike | None,
+) -> Array:
     """``lax.dot_general`` that sums in a wider dtype on every backend."""
 
     def product(left: Array, right: Array) -> Array:
@@ -82,12 +89,9 @@ def dot(left: Array, right: Array, dimensions: Any, precision: Any, dtype: Any) 
     if dtype is None or left.dtype.itemsize >= 4:
         return product(left, right)
     # XLA's CPU backend lacks some 16-bit products into 32 bits.
-    return lax.platform_dependent(
-        left,
-        right,
-        cpu=lambda left, right: product(left.astype(dtype), right.astype(dtype)),
-        default=product,
-    )
+    on_cpu = lambda left, right: product(left.astype(dtype), right.astype(dtype))  # noqa: E731
+    out: Array = lax.platform_dependent(left, right, cpu=on_cpu, default=product)
+    return out
 
 
 def _joint(one: jnp.dtype, other: jnp.dtype) -> jnp.dtype:
@@ -100,7 +104,7 @@ def _joint(one: jnp.dtype, other: jnp.dtype) -> jnp.dtype:
     return other if other.itemsize > one.itemsize else jnp.dtype(jnp.float32)
 
 
-def split(array: Array, axes: Sequence[Sequence[tuple[Label, int]]]) -> Array:
+def parted(array: Array, axes: Sequence[Sequence[tuple[Label, int]]]) -> Array:
     """Gives each label of a merged axis an axis of its own.
 
     Args:

@@ -8,51 +8,51 @@ none, the leaf is formed and the operation runs as it stands: same numbers, said
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.extend.core as jex
-from jax import lax
+from jax import Array, lax
 
 from raclora_jax._autodiff import consume, join, rearrange
-from raclora_jax._autodiff.join import Joined
-from raclora_jax._autodiff.weight import Weight
+from raclora_jax._autodiff.join import Standing, Value
+from raclora_jax._autodiff.stage import Eqn, Program, body_of
+from raclora_jax._autodiff.weight import Operand, Weight
+from raclora_jax._core.types import PyTree
 
-# What stands for leaves among the values of a program.
-LEAVES = (Weight, Joined)
+T = TypeVar("T")
 
 
-def read_inputs(jaxpr: Any) -> set[int]:
+def read_inputs(program: Program) -> set[int]:
     """The places of the inputs that a program does anything with."""
-    inner = getattr(jaxpr, "jaxpr", jaxpr)
-    read = {var for var in inner.outvars if not isinstance(var, jex.Literal)}
-    for eqn in inner.eqns:
+    jaxpr = body_of(program)
+    read = {var for var in jaxpr.outvars if not isinstance(var, jex.Literal)}
+    for eqn in jaxpr.eqns:
         operands = [*eqn.invars]
         if _CALLS.get(eqn.primitive.name) is _call:
             places = read_inputs(eqn.params["jaxpr"])
             operands = [var for i, var in enumerate(operands) if i in places]
         read |= {var for var in operands if not isinstance(var, jex.Literal)}
-    return {place for place, var in enumerate(inner.invars) if var in read}
+    return {place for place, var in enumerate(jaxpr.invars) if var in read}
 
 
-def evaluate(jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
+def evaluate(program: Program, arguments: Sequence[Value]) -> list[Value]:
     """Runs a program on arrays and weights.
 
     Args:
-      jaxpr: A jaxpr, open or closed.
+      program: A jaxpr, open or closed.
       arguments: One array or ``Weight`` for each of its inputs.
 
     Returns:
       Its outputs, arrays or weights.
     """
-    inner = getattr(jaxpr, "jaxpr", jaxpr)
-    constants = getattr(jaxpr, "consts", ())
-    inputs = [*inner.constvars, *inner.invars]
-    env = dict(zip(inputs, [*constants, *arguments], strict=True))
-    waiting: list[Any] = []
-    last_read = _last_reads(inner)
+    jaxpr, closed_over = body_of(program), getattr(program, "consts", ())
+    inputs = [*jaxpr.constvars, *jaxpr.invars]
+    env: dict[jex.Var, Value] = dict(zip(inputs, [*closed_over, *arguments], strict=True))
+    waiting: list[Eqn] = []
+    last_read = _last_reads(jaxpr)
 
-    def read(var: Any) -> Any:
+    def read(var: jex.Var | jex.Literal) -> Value:
         return var.val if isinstance(var, jex.Literal) else env[var]
 
     def run_waiting(now: int) -> None:
@@ -60,39 +60,39 @@ def evaluate(jaxpr: Any, arguments: Sequence[Any]) -> list[Any]:
         if waiting:
             made = [var for eqn in waiting for var in eqn.outvars]
             made = [var for var in made if last_read.get(var, -1) >= now]
-            needed, program = _program(inner, waiting, made)
-            out = program(*(env[var] for var in needed))
+            needed, stretch = _program(jaxpr, waiting, made)
+            out = stretch(*(env[var] for var in needed))
             env.update(zip(made, out, strict=True))
             waiting.clear()
 
-    for index, eqn in enumerate(inner.eqns):
+    for index, eqn in enumerate(jaxpr.eqns):
         reached = any(
-            not isinstance(var, jex.Literal) and isinstance(env.get(var), LEAVES)
+            not isinstance(var, jex.Literal) and isinstance(env.get(var), Standing)
             for var in eqn.invars
         )
         if not reached:
             waiting.append(eqn)
             continue
         run_waiting(index)
-        out = _apply(inner, eqn, [read(var) for var in eqn.invars])
+        out = _apply(jaxpr, eqn, [read(var) for var in eqn.invars])
         env.update(zip(eqn.outvars, out, strict=True))
-    run_waiting(len(inner.eqns))
-    return [read(var) for var in inner.outvars]
+    run_waiting(len(jaxpr.eqns))
+    return [read(var) for var in jaxpr.outvars]
 
 
-def arrays(values: Sequence[Any], operation: str) -> list[Any]:
+def arrays(values: Sequence[Value], operation: str) -> list[Array]:
     """The values with every weight formed, where an operation takes arrays only."""
-    return [v.materialise(operation) if isinstance(v, LEAVES) else v for v in values]
+    return [v.materialise(operation) if isinstance(v, Standing) else v for v in values]
 
 
-def constants(values: Sequence[Any]) -> list[Any]:
+def constants(values: Sequence[Value]) -> list[Array]:
     """The values with every weight as an array that no gradient goes back through."""
-    return [v.constant() if isinstance(v, LEAVES) else v for v in values]
+    return [v.constant() if isinstance(v, Standing) else v for v in values]
 
 
-def _last_reads(jaxpr: Any) -> dict[Any, int]:
+def _last_reads(jaxpr: jex.Jaxpr) -> dict[jex.Var, int]:
     """Where each variable is read last; the outputs are read after every equation."""
-    reads: dict[Any, int] = {}
+    reads: dict[jex.Var, int] = {}
     for index, eqn in enumerate(jaxpr.eqns):
         reads |= {v: index for v in eqn.invars if not isinstance(v, jex.Literal)}
     end = len(jaxpr.eqns)
@@ -100,8 +100,8 @@ def _last_reads(jaxpr: Any) -> dict[Any, int]:
 
 
 def _program(
-    jaxpr: Any, eqns: Sequence[Any], outputs: Sequence[Any]
-) -> tuple[list[Any], Callable[..., list[Any]]]:
+    jaxpr: jex.Jaxpr, eqns: Sequence[Eqn], outputs: Sequence[jex.Var]
+) -> tuple[list[jex.Var], Callable[..., list[Array]]]:
     """Some equations of a jaxpr as a function, and the variables it takes."""
     made = {var for eqn in eqns for var in eqn.outvars}
     read = dict.fromkeys(
@@ -112,161 +112,179 @@ def _program(
     return needed, jex.jaxpr_as_fun(jex.ClosedJaxpr(part, ()))
 
 
-def _apply(jaxpr: Any, eqn: Any, operands: list[Any]) -> list[Any]:
+def _apply(jaxpr: jex.Jaxpr, eqn: Eqn, operands: list[Value]) -> list[Value]:
     """One equation that a leaf reaches."""
-    name = eqn.primitive.name
-    out: Any
-    if name in _CALLS:
-        out = _CALLS[name](eqn, operands)
-    else:
-        if name == "concatenate" or any(isinstance(v, Joined) for v in operands):
-            rule = join.RULES.get(name)
-        else:
-            rule = consume.RULES.get(name) or rearrange.RULES.get(name)
-        out = None if rule is None else rule(eqn, *operands)
+    out = _by_rule(eqn, operands)
     if out is not None:
-        return list(out) if eqn.primitive.multiple_results else [out]
+        return out
     # A literal is part of the equation: it is no input of its program, nor hashable.
-    pairs = zip(eqn.invars, arrays(operands, name), strict=True)
+    pairs = zip(eqn.invars, arrays(operands, eqn.primitive.name), strict=True)
     formed = {var: value for var, value in pairs if not isinstance(var, jex.Literal)}
     needed, program = _program(jaxpr, [eqn], eqn.outvars)
-    return program(*(formed[var] for var in needed))
+    return [*program(*(formed[var] for var in needed))]
 
 
-def _call(eqn: Any, operands: list[Any]) -> list[Any] | None:
+def _by_rule(eqn: Eqn, operands: list[Value]) -> list[Value] | None:
+    """The outputs, or ``None`` where there is no rule for these operands."""
+    name = eqn.primitive.name
+    if name in _CALLS:
+        return _CALLS[name](eqn, operands)
+    if name == "concatenate" or any(isinstance(v, join.Joined) for v in operands):
+        rule = join.RULES.get(name)
+    else:
+        rule = consume.RULES.get(name) or rearrange.RULES.get(name)
+    out = None if rule is None else rule(eqn, *operands)
+    if out is None:
+        return None
+    return [*out] if eqn.primitive.multiple_results else [out]
+
+
+def _call(eqn: Eqn, operands: list[Value]) -> list[Value] | None:
     """A jitted function: its program is run in place, where no sharding is asked for."""
     asked = (*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ()))
+    # By name, since JAX does not hand the class out.
     if any(type(sharding).__name__ != "UnspecifiedValue" for sharding in asked):
         return None
     return evaluate(eqn.params["jaxpr"], operands)
 
 
-def _remat(eqn: Any, operands: list[Any]) -> list[Any]:
-    def body(*operands: Any) -> list[Any]:
+def _remat(eqn: Eqn, operands: list[Value]) -> list[Value]:
+    def body(*operands: Value) -> list[Array]:
         return arrays(evaluate(eqn.params["jaxpr"], operands), "remat")
 
     policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
     return jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)(*operands)
 
 
-def _scan(eqn: Any, operands: list[Any]) -> list[Any]:
+def _scan(eqn: Eqn, operands: list[Value]) -> list[Value]:
     """Leaves are read as constants, or sliced along an axis that stacks matrices."""
     params, program = eqn.params, eqn.params["jaxpr"]
-    constants, carry, xs = scan_operands(params, operands)
-    kept = _unchanged(program, len(constants), carry)
-    start = [None if i in kept else v for i, v in enumerate(carry)]
-    start = arrays(start, "scan")
-    xs = [x.materialise("scan") if isinstance(x, Joined) else x for x in xs]
-    stacked = [x.stacked() if isinstance(x, Weight) else x for x in xs]
-    xs = [
-        x.materialise("scan") if isinstance(x, Weight) and s is None else s
-        for x, s in zip(xs, stacked, strict=True)
-    ]
+    closed_over, carry, xs = scan_operands(params, operands)
+    kept = _unchanged(program, len(closed_over), carry)
 
-    def body(state: list[Any], slices: list[Any]) -> tuple[list[Any], list[Any]]:
-        now = [kept.get(i, v) for i, v in enumerate(state)]
+    def sliced(x: Value) -> Operand:
+        stacked = x.stacked() if isinstance(x, Weight) else None
+        return arrays([x], "scan")[0] if stacked is None else stacked
+
+    def step(
+        state: list[Array], slices: list[Operand]
+    ) -> tuple[list[Array], list[Array]]:
         each = [x.unstacked() if isinstance(x, Weight) else x for x in slices]
-        out = evaluate(program, [*constants, *now, *each])
-        after = [None if i in kept else v for i, v in enumerate(out[: len(state)])]
-        return arrays(after, "scan"), arrays(out[len(state) :], "scan")
+        out = evaluate(program, [*closed_over, *_filled(state, kept), *each])
+        after = _changing(out[: len(carry)], kept)
+        return arrays(after, "scan"), arrays(out[len(carry) :], "scan")
 
     end, ys = lax.scan(
-        body,
-        start,
-        xs,
+        step,
+        arrays(_changing(carry, kept), "scan"),
+        [sliced(x) for x in xs],
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    return [*(kept.get(i, v) for i, v in enumerate(end)), *ys]
+    return [*_filled(end, kept), *ys]
 
 
 def scan_operands(
-    params: dict[str, Any], operands: list[Any]
-) -> tuple[list[Any], list[Any], list[Any]]:
-    """Constants, carry and scanned inputs; JAX has told them apart in two ways."""
-    if "num_consts" in params:
+    params: dict[str, Any], operands: list[T]
+) -> tuple[list[T], list[T], list[T]]:
+    """What a scan closes over, its carry, and what it runs over."""
+    if "num_consts" in params:  # JAX 0.10
         first, second = params["num_consts"], params["num_carry"]
-    else:
+    else:  # from JAX 0.11 on
         first, second, _ = (len(group) for group in params["ft_in"].unpack())
-    split = first + second
-    return operands[:first], operands[first:split], operands[split:]
+    end = first + second
+    return operands[:first], operands[first:end], operands[end:]
 
 
-def _while(eqn: Any, operands: list[Any]) -> list[Any]:
-    params = eqn.params
+def while_operands(
+    params: dict[str, Any], operands: list[T]
+) -> tuple[list[T], list[T], list[T]]:
+    """What the test of a loop closes over, what its body does, and its carry."""
     first = params["cond_nconsts"]
-    split = first + params["body_nconsts"]
-    of_test, of_body, carry = operands[:first], operands[first:split], operands[split:]
+    end = first + params["body_nconsts"]
+    return operands[:first], operands[first:end], operands[end:]
+
+
+def _while(eqn: Eqn, operands: list[Value]) -> list[Value]:
+    params = eqn.params
+    of_test, of_body, carry = while_operands(params, operands)
     kept = _unchanged(params["body_jaxpr"], len(of_body), carry)
-    start = arrays([None if i in kept else v for i, v in enumerate(carry)], "while")
 
-    def now(state: list[Any]) -> list[Any]:
-        return [kept.get(i, v) for i, v in enumerate(state)]
+    def test(state: Sequence[Array]) -> Array:
+        (go,) = evaluate(params["cond_jaxpr"], [*of_test, *_filled(state, kept)])
+        return arrays([go], "while")[0]
 
-    def test(state: list[Any]) -> Any:
-        (go,) = evaluate(params["cond_jaxpr"], [*of_test, *now(state)])
-        return go
+    def step(state: Sequence[Array]) -> list[Array]:
+        out = evaluate(params["body_jaxpr"], [*of_body, *_filled(state, kept)])
+        return arrays(_changing(out, kept), "while")
 
-    def body(state: list[Any]) -> list[Any]:
-        out = evaluate(params["body_jaxpr"], [*of_body, *now(state)])
-        return arrays([None if i in kept else v for i, v in enumerate(out)], "while")
-
-    return now(lax.while_loop(test, body, start))
+    start = arrays(_changing(carry, kept), "while")
+    return _filled(lax.while_loop(test, step, start), kept)
 
 
-def _unchanged(program: Any, constants: int, carry: list[Any]) -> dict[int, Weight]:
-    """The weights that a loop hands on as they are."""
-    inner = getattr(program, "jaxpr", program)
+def _unchanged(program: Program, constants: int, carry: list[Value]) -> dict[int, Value]:
+    """The weights that a loop hands on as they are, by their place in its carry."""
+    jaxpr = body_of(program)
     return {
         i: value
         for i, value in enumerate(carry)
-        if isinstance(value, Weight) and inner.outvars[i] is inner.invars[constants + i]
+        if isinstance(value, Standing) and jaxpr.outvars[i] is jaxpr.invars[constants + i]
     }
 
 
-def _cond(eqn: Any, operands: list[Any]) -> list[Any]:
-    index, *rest = operands
+def _changing(carry: Sequence[Value], kept: dict[int, Value]) -> list[Value]:
+    """The rest of a loop's carry."""
+    return [value for i, value in enumerate(carry) if i not in kept]
 
-    def branch(program: Any) -> Callable[[], list[Any]]:
+
+def _filled(state: Sequence[Array], kept: dict[int, Value]) -> list[Value]:
+    """A loop's carry with what it hands on put back."""
+    rest = iter(state)
+    size = len(state) + len(kept)
+    return [kept[i] if i in kept else next(rest) for i in range(size)]
+
+
+def _cond(eqn: Eqn, operands: list[Value]) -> list[Value]:
+    which, *rest = operands
+
+    def branch(program: Program) -> Callable[[], list[Array]]:
         return lambda: arrays(evaluate(program, rest), "cond")
 
-    return lax.switch(index, [branch(program) for program in eqn.params["branches"]])
+    branches = [branch(program) for program in eqn.params["branches"]]
+    return [*lax.switch(which, branches)]
 
 
-def _shard_map(eqn: Any, operands: list[Any]) -> list[Any]:
+def _shard_map(eqn: Eqn, operands: list[Value]) -> list[Value]:
     """The body with the shards of base, sketch and factor, axis by axis."""
     params = eqn.params
-    specs, values = [], []
+    specs: list[PyTree] = []
+    values: list[Value] = []
     for operand, spec in zip(operands, params["in_specs"], strict=True):
-        if isinstance(operand, Joined):
-            operand = operand.materialise("shard_map")
-        elif isinstance(operand, Weight):
-            inside = operand.sharded(tuple(spec))
-            if inside is None:
-                operand = operand.materialise("shard_map")
-            else:
-                spec = inside
+        inside = operand.sharded(tuple(spec)) if isinstance(operand, Weight) else None
+        if inside is None:
+            (operand,) = arrays([operand], "shard_map")
         values.append(operand)
-        specs.append(spec)
+        specs.append(spec if inside is None else inside)
 
-    def body(*shards: Any) -> tuple[Any, ...]:
+    def body(*shards: Value) -> tuple[Array, ...]:
         local = [s.localised() if isinstance(s, Weight) else s for s in shards]
         return tuple(arrays(evaluate(params["jaxpr"], local), "shard_map"))
 
-    manual = params.get("newly_manual_axes", params.get("manual_axes"))
+    # JAX 0.10.0 has the second name, later ones the first.
+    name = "newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"
     mapped = jax.shard_map(
         body,
         mesh=params["mesh"],
         in_specs=tuple(specs),
         out_specs=tuple(params["out_specs"]),
         check_vma=params["check_vma"],
-        axis_names=frozenset(manual),
+        axis_names=frozenset(params[name]),
     )
     return list(mapped(*values))
 
 
-_CALLS: dict[str, Callable[[Any, list[Any]], list[Any] | None]] = {
+_CALLS: dict[str, Callable[[Eqn, list[Value]], list[Value] | None]] = {
     "checkpoint": _remat,
     "closed_call": _call,
     "cond": _cond,

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from raclora_jax._autodiff import consume, rearrange
-from raclora_jax._autodiff.weight import Weight
+from raclora_jax._autodiff.stage import Eqn
+from raclora_jax._autodiff.weight import Operand, Weight
 
 
 @jax.tree_util.register_dataclass
@@ -27,7 +28,7 @@ class Joined:
       axis: The axis along which they follow one another.
     """
 
-    members: tuple[Any, ...]
+    members: tuple[Operand, ...]
     axis: int = dataclasses.field(metadata={"static": True})
 
     @property
@@ -58,9 +59,14 @@ class Joined:
         return lax.concatenate(arrays, self.axis)
 
 
-def concatenate(eqn: Any, *operands: Any) -> Joined | None:
+# What stands for leaves among the values of a program, and all of its values.
+Standing: TypeAlias = Weight | Joined
+Value: TypeAlias = Array | Standing
+
+
+def concatenate(eqn: Eqn, *operands: Value) -> Joined | None:
     axis = eqn.params["dimension"]
-    members: list[Any] = []
+    members: list[Operand] = []
     for operand in operands:
         if not isinstance(operand, Joined):
             members.append(operand)
@@ -73,18 +79,20 @@ def concatenate(eqn: Any, *operands: Any) -> Joined | None:
     )
 
 
-def dot_general(eqn: Any, left: Any, right: Any) -> Array | None:
+def dot_general(eqn: Eqn, left: Value, right: Value) -> Array | None:
     """A product with leaves side by side along an axis that is summed or free."""
     first = isinstance(left, Joined)
     joined, x = (left, right) if first else (right, left)
-    if isinstance(x, (Weight, Joined)) or not jnp.issubdtype(x.dtype, jnp.floating):
+    if not isinstance(joined, Joined) or isinstance(x, Standing):
+        return None
+    if not jnp.issubdtype(x.dtype, jnp.floating):
         return None
     summed, stacked = eqn.params["dimension_numbers"]
     mine, its = (0, 1) if first else (1, 0)
     if joined.axis in stacked[mine]:
         return None
     operands = (joined.array, x) if first else (x, joined.array)
-    y = eqn.primitive.bind(*operands, **eqn.params)
+    y: Array = eqn.primitive.bind(*operands, **eqn.params)
     if joined.axis in summed[mine]:
         place = summed[its][tuple(summed[mine]).index(joined.axis)]
         for member, piece in zip(joined.members, joined.slices(x, place), strict=True):
@@ -104,24 +112,24 @@ def dot_general(eqn: Any, left: Any, right: Any) -> Array | None:
     return lax.concatenate(pieces, place)
 
 
-def transpose(eqn: Any, joined: Joined) -> Joined:
+def transpose(eqn: Eqn, joined: Joined) -> Joined:
     return _each(eqn, joined, eqn.params["permutation"].index(joined.axis))
 
 
-def convert_element_type(eqn: Any, joined: Joined) -> Joined | None:
+def convert_element_type(eqn: Eqn, joined: Joined) -> Joined | None:
     floating = jnp.issubdtype(eqn.params["new_dtype"], jnp.floating)
     return _each(eqn, joined, joined.axis) if floating else None
 
 
-def same(eqn: Any, joined: Joined) -> Joined:
+def same(eqn: Eqn, joined: Joined) -> Joined:
     return _each(eqn, joined, joined.axis)
 
 
-def stop_gradient(eqn: Any, joined: Joined) -> Array:
+def stop_gradient(eqn: Eqn, joined: Joined) -> Array:
     return joined.constant()
 
 
-def _each(eqn: Any, joined: Joined, axis: int) -> Joined:
+def _each(eqn: Eqn, joined: Joined, axis: int) -> Joined:
     """What an operation makes of every member by itself."""
     rule = rearrange.RULES[eqn.primitive.name]
     members = [

@@ -6,24 +6,34 @@ or ``None`` where the leaf must be formed in full.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
 
-from raclora_jax._autodiff.weight import Atom, Axis, Part, Weight, resized, varying_axes
+from raclora_jax._autodiff.attach import varying_axes
+from raclora_jax._autodiff.stage import Eqn, aval
+from raclora_jax._autodiff.weight import (
+    Atom,
+    Axis,
+    MeshAxes,
+    Operand,
+    Part,
+    Weight,
+    resized,
+    told_apart,
+)
 
 
-def transpose(eqn: Any, weight: Weight) -> Weight:
+def transpose(eqn: Eqn, weight: Weight) -> Weight:
     """Only the base moves: the factors are found by the names of their axes."""
     order = eqn.params["permutation"]
     axes = tuple(weight.axes[axis] for axis in order)
     return weight.replace(base=lax.transpose(weight.array, order), axes=axes)
 
 
-def reshape(eqn: Any, weight: Weight) -> Weight | None:
+def reshape(eqn: Eqn, weight: Weight) -> Weight | None:
     """Splits and merges parts; a part that is split is split in the factors too."""
     shape = eqn.params["new_sizes"]
     if eqn.params["dimensions"] is not None:
@@ -49,7 +59,7 @@ def reshape(eqn: Any, weight: Weight) -> Weight | None:
     return weight
 
 
-def squeeze(eqn: Any, weight: Weight) -> Weight:
+def squeeze(eqn: Eqn, weight: Weight) -> Weight:
     return _squeezed(weight, eqn.params["dimensions"])
 
 
@@ -62,7 +72,7 @@ def _squeezed(weight: Weight, dimensions: Sequence[int]) -> Weight:
     return weight.replace(base=base, axes=kept)
 
 
-def broadcast_in_dim(eqn: Any, weight: Weight, *shape: Any) -> Weight | None:
+def broadcast_in_dim(eqn: Eqn, weight: Weight, *shape: Array) -> Weight | None:
     sizes, places = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     if shape:
         return None
@@ -84,7 +94,7 @@ def broadcast_in_dim(eqn: Any, weight: Weight, *shape: Any) -> Weight | None:
     return weight.replace(base=base, axes=tuple(axes))
 
 
-def slice_(eqn: Any, weight: Weight) -> Weight | None:
+def slice_(eqn: Eqn, weight: Weight) -> Weight | None:
     starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
     strides = eqn.params["strides"] or (1,) * len(starts)
 
@@ -94,7 +104,7 @@ def slice_(eqn: Any, weight: Weight) -> Weight | None:
     return _cut(weight, lax.slice(weight.array, starts, limits, strides), cut)
 
 
-def dynamic_slice(eqn: Any, weight: Weight, *starts: Array) -> Weight | None:
+def dynamic_slice(eqn: Eqn, weight: Weight, *starts: Array) -> Weight | None:
     sizes = eqn.params["slice_sizes"]
 
     def cut(array: Array, axis: int, of: int) -> Array:
@@ -103,7 +113,7 @@ def dynamic_slice(eqn: Any, weight: Weight, *starts: Array) -> Weight | None:
     return _cut(weight, lax.dynamic_slice(weight.array, starts, sizes), cut)
 
 
-def split(eqn: Any, weight: Weight) -> list[Weight] | None:
+def split(eqn: Eqn, weight: Weight) -> list[Weight] | None:
     axis, sizes = eqn.params["axis"], eqn.params["sizes"]
     pieces: list[Weight] = []
     start = 0
@@ -120,7 +130,7 @@ def split(eqn: Any, weight: Weight) -> list[Weight] | None:
     return pieces
 
 
-def unstack(eqn: Any, weight: Weight) -> list[Weight] | None:
+def unstack(eqn: Eqn, weight: Weight) -> list[Weight] | None:
     axis, pieces = eqn.params["axis"], []
     for index in range(weight.shape[axis]):
 
@@ -134,7 +144,7 @@ def unstack(eqn: Any, weight: Weight) -> list[Weight] | None:
     return pieces
 
 
-def convert_element_type(eqn: Any, weight: Weight) -> Weight | None:
+def convert_element_type(eqn: Eqn, weight: Weight) -> Weight | None:
     """The factors keep their own dtype."""
     dtype = eqn.params["new_dtype"]
     if not jnp.issubdtype(dtype, jnp.floating):
@@ -142,30 +152,30 @@ def convert_element_type(eqn: Any, weight: Weight) -> Weight | None:
     return weight.replace(base=lax.convert_element_type(weight.array, dtype))
 
 
-def same(eqn: Any, weight: Weight) -> Weight:
+def same(eqn: Eqn, weight: Weight) -> Weight:
     """An operation that leaves the values alone."""
     return weight.replace(base=eqn.primitive.bind(weight.array, **eqn.params))
 
 
-def optimization_barrier(eqn: Any, *operands: Any) -> list[Any]:
+def optimization_barrier(eqn: Eqn, *operands: Operand) -> list[Operand]:
     arrays = [array_of(operand) for operand in operands]
-    out = eqn.primitive.bind(*arrays, **eqn.params)
+    out: list[Array] = eqn.primitive.bind(*arrays, **eqn.params)
     return [
         old.replace(base=new) if isinstance(old, Weight) else new
         for old, new in zip(operands, out, strict=True)
     ]
 
 
-def neg(eqn: Any, weight: Weight) -> Weight:
+def neg(eqn: Eqn, weight: Weight) -> Weight:
     return _scaled(weight, jnp.asarray(-1, weight.array.dtype))
 
 
-def mul(eqn: Any, left: Any, right: Any) -> Weight | None:
+def mul(eqn: Eqn, left: Operand, right: Operand) -> Weight | None:
     """By a scalar, which goes to the output of whatever reads the leaf.
 
     It may depend on what is trained, and its own gradient is then right too.
     """
-    weight, other = (left, right) if isinstance(left, Weight) else (right, left)
+    weight, other = told_apart(left, right)
     if isinstance(other, Weight) or jnp.size(other) != 1:
         return None
     if jnp.ndim(other) not in (0, len(weight.axes)):
@@ -173,20 +183,20 @@ def mul(eqn: Any, left: Any, right: Any) -> Weight | None:
     return _scaled(weight, jnp.asarray(other).reshape(()))
 
 
-def div(eqn: Any, left: Any, right: Any) -> Weight | None:
-    if isinstance(right, Weight) or jnp.size(right) != 1:
+def div(eqn: Eqn, left: Operand, right: Operand) -> Weight | None:
+    if not isinstance(left, Weight) or isinstance(right, Weight) or jnp.size(right) != 1:
         return None
     return _scaled(left, 1 / jnp.asarray(right).reshape(()))
 
 
-def add(eqn: Any, left: Any, right: Any) -> Weight | None:
+def add(eqn: Eqn, left: Operand, right: Operand) -> Weight | None:
     """A sum or difference with an array: the base takes it up, the factor stays.
 
     The array may depend on what is trained, and its own gradient is then right too.
     """
     first = isinstance(left, Weight)
-    weight, other = (left, right) if first else (right, left)
-    if isinstance(other, Weight) or eqn.outvars[0].aval.shape != weight.shape:
+    weight, other = told_apart(left, right)
+    if isinstance(other, Weight) or aval(eqn.outvars[0]).shape != weight.shape:
         return None
     # A leaf broadcast over tokens and added to them is an activation from here on.
     if jnp.ndim(other) and any(part.atom[0] < 0 for a in weight.axes for part in a):
@@ -200,24 +210,25 @@ def add(eqn: Any, left: Any, right: Any) -> Weight | None:
     return weight.replace(base=base, factor=-weight.factor)
 
 
-def stop_gradient(eqn: Any, weight: Weight) -> Array:
+def stop_gradient(eqn: Eqn, weight: Weight) -> Array:
     return weight.constant()
 
 
-def flat(eqn: Any, *operands: Any) -> Array:
+def flat(eqn: Eqn, *operands: Operand) -> Array:
     """A function whose derivative is zero, as a rounding or a comparison."""
     values = [v.constant() if isinstance(v, Weight) else v for v in operands]
-    return eqn.primitive.bind(*values, **eqn.params)
+    out: Array = eqn.primitive.bind(*values, **eqn.params)
+    return out
 
 
-def pvary(eqn: Any, *operands: Any) -> list[Any]:
+def pvary(eqn: Eqn, *operands: Operand) -> Operand | list[Operand]:
     """Inside ``shard_map``: every array of the value varies over the axes named."""
 
     def one(array: Array) -> Array:
         missing = tuple(set(_names(eqn.params["axes"])) - varying_axes(array))
         return lax.pcast(array, missing, to="varying") if missing else array
 
-    def each(operand: Any) -> Any:
+    def each(operand: Operand) -> Operand:
         if not isinstance(operand, Weight):
             return one(operand)
         parts = {
@@ -230,7 +241,7 @@ def pvary(eqn: Any, *operands: Any) -> list[Any]:
     return out if eqn.primitive.multiple_results else out[0]
 
 
-def all_gather(eqn: Any, weight: Weight) -> Weight | list[Weight] | None:
+def all_gather(eqn: Eqn, weight: Weight) -> Weight | list[Weight] | None:
     """Inside ``shard_map``: the axis is gathered in whichever array has it."""
     params, axis = eqn.params, eqn.params["all_gather_dimension"]
     if not params["tiled"] or len(weight.axes[axis]) != 1:
@@ -238,9 +249,10 @@ def all_gather(eqn: Any, weight: Weight) -> Weight | list[Weight] | None:
 
     def gathered(array: Array, place: int) -> Array:
         names, groups = params["axis_name"], params["axis_index_groups"]
-        return lax.all_gather(
+        out: Array = lax.all_gather(
             array, names, axis=place, tiled=True, axis_index_groups=groups
         )
+        return out
 
     base = gathered(weight.array, axis)
     (part,) = weight.axes[axis]
@@ -261,8 +273,7 @@ def _split_part(weight: Weight, part: Part, last: int) -> tuple[Weight, list[Par
         two = ((first, rest) if atom == part.atom else (atom,) for atom in axes)
         return tuple(atom for pair in two for atom in pair)
 
-    weight = dataclasses.replace(
-        weight,
+    weight = weight.replace(
         **weight.on_atom(part.atom, parted),
         sketch_axes=renamed(weight.sketch_axes),
         factor_axes=renamed(weight.factor_axes),
@@ -273,11 +284,11 @@ def _split_part(weight: Weight, part: Part, last: int) -> tuple[Weight, list[Par
 def _dropped(weight: Weight, atom: Atom) -> Weight:
     """A part of size 1 that no axis holds any more leaves the factors too."""
     done = weight.on_atom(atom, lambda array, axis: lax.squeeze(array, [axis]))
-    names: dict[str, Any] = {
-        f"{name}_axes": tuple(a for a in getattr(weight, f"{name}_axes") if a != atom)
-        for name in ("sketch", "factor")
-    }
-    return dataclasses.replace(weight, **done, **names)
+    return weight.replace(
+        **done,
+        sketch_axes=tuple(a for a in weight.sketch_axes if a != atom),
+        factor_axes=tuple(a for a in weight.factor_axes if a != atom),
+    )
 
 
 def _cut(
@@ -298,7 +309,7 @@ def _cut(
         def one(array: Array, place: int, of: int = of) -> Array:
             return cut(array, place, of)
 
-        changed = dataclasses.replace(changed, **changed.on_atom(part.atom, one))
+        changed = changed.replace(**changed.on_atom(part.atom, one))
     if stack:
         weight.saw((), stack)
     return changed.replace(base=base, axes=resized(weight.axes, base.shape))
@@ -306,15 +317,15 @@ def _cut(
 
 def _scaled(weight: Weight, scale: Array) -> Weight:
     product = scale if weight.scale is None else weight.scale * scale
-    return dataclasses.replace(weight, scale=product)
+    return weight.replace(scale=product)
 
 
-def array_of(operand: Any) -> Any:
+def array_of(operand: Operand) -> Array:
     """What an operation on the base alone takes for an operand."""
     return operand.array if isinstance(operand, Weight) else operand
 
 
-def _names(axes: Any) -> tuple[Any, ...]:
+def _names(axes: MeshAxes | list[str]) -> tuple[MeshAxes, ...]:
     return tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
 
 

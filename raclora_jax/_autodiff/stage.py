@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
 import jax
+import jax.extend.core as jex
+from jax import Array
+
+from raclora_jax._core.types import Leaf, PyTree, TreeDef
+
+Eqn: TypeAlias = jex.JaxprEqn
+Program: TypeAlias = jex.Jaxpr | jex.ClosedJaxpr
 
 
 class Staged(NamedTuple):
@@ -17,12 +24,22 @@ class Staged(NamedTuple):
       rebuilt: Puts arrays back in the places of those shapes.
     """
 
-    jaxpr: Any
-    out_shape: Any
-    rebuilt: Callable[[Sequence[Any]], Any]
+    jaxpr: jex.ClosedJaxpr
+    out_shape: PyTree
+    rebuilt: Callable[[Sequence[Leaf]], PyTree]
 
 
-def stage(function: Callable[..., Any], *arguments: Any) -> Staged:
+def aval(var: jex.Var | jex.Literal) -> jax.core.ShapedArray:
+    """Shape and dtype of what an equation reads or makes."""
+    return cast(jax.core.ShapedArray, var.aval)
+
+
+def body_of(program: Program) -> jex.Jaxpr:
+    """A program without the arrays it closes over."""
+    return program.jaxpr if isinstance(program, jex.ClosedJaxpr) else program
+
+
+def stage(function: Callable[..., PyTree], *arguments: PyTree) -> Staged:
     """Stages a function out, without running it.
 
     Args:
@@ -32,9 +49,9 @@ def stage(function: Callable[..., Any], *arguments: Any) -> Staged:
     Returns:
       The program.
     """
-    returned: list[Any] = []
+    returned: list[PyTree] = []
 
-    def traced(*arguments: Any) -> list[Any]:
+    def traced(*arguments: PyTree) -> list[Array]:
         leaves, treedef = jax.tree.flatten(function(*arguments))
         places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
         # The arrays are tracers, and no tracer may outlive its trace.
@@ -45,24 +62,26 @@ def stage(function: Callable[..., Any], *arguments: Any) -> Staged:
     jaxpr, shapes = jax.make_jaxpr(traced, return_shape=True)(*arguments)
     others, treedef, places = returned
 
-    def rebuilt(outputs: Sequence[Any]) -> Any:
+    def rebuilt(outputs: Sequence[Leaf]) -> PyTree:
         filled = dict(zip(places, outputs, strict=True))
         return treedef.unflatten([filled.get(i, other) for i, other in enumerate(others)])
 
     return Staged(jaxpr, rebuilt(shapes), rebuilt)
 
 
-def abstracted(arguments: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+def abstracted(
+    arguments: PyTree,
+) -> tuple[list[jax.ShapeDtypeStruct], Callable[[Sequence[Array]], PyTree]]:
     """The arrays of a tree as shapes, and how to put arrays in their places.
 
     What is no array (flags, sizes, functions) stays as it is.
     """
-    treedef: Any
+    treedef: TreeDef
     leaves, treedef = jax.tree.flatten(arguments)
     places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
     shapes = [jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for i in places]
 
-    def filled(arrays: Sequence[Any]) -> Any:
+    def filled(arrays: Sequence[Array]) -> PyTree:
         given = dict(zip(places, arrays, strict=True))
         return treedef.unflatten([given.get(i, v) for i, v in enumerate(leaves)])
 

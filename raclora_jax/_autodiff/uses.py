@@ -22,13 +22,13 @@ class Uses:
     """What a model was seen to do with its leaves.
 
     Attributes:
-      views: ``{path: views}`` in the order of the program.
+      found: ``{path: uses}`` in the order of the program.
       fallbacks: ``{(path, operation): times}`` for uses that formed a dense gradient.
       lost: ``{path: operation}`` for leaves that an operation read in a way that shows
         no view.
     """
 
-    views: dict[str, list[Use]] = dataclasses.field(default_factory=dict)
+    found: dict[str, list[Use]] = dataclasses.field(default_factory=dict)
     fallbacks: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
     lost: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -44,5 +44,7 @@ class Uses:
                 f"{', '.join(listed[:8])}{more}; the numbers are the same, but where "
                 "that much memory is spent a leaf may as well be trained in full, with "
                 f"Rule({named!r}, mode='dense')",
+                # From here over the library's function to the line that calls it, where
+                # that is no compiled one.
                 stacklevel=4,
             )

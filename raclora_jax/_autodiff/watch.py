@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
+import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+from jax import Array
 
 from raclora_jax._autodiff import consume, rearrange
-from raclora_jax._autodiff.interpret import scan_operands
-from raclora_jax._autodiff.weight import Axis, Leaf, Part, Weight
+from raclora_jax._autodiff.interpret import scan_operands, while_operands
+from raclora_jax._autodiff.stage import Eqn, Program, aval, body_of
+from raclora_jax._autodiff.weight import Axis, Leaf, Operand, Part, Weight
+
+T = TypeVar("T")
 
 
 class Seen(NamedTuple):
@@ -35,31 +40,33 @@ class Seen(NamedTuple):
 Value = Seen | None
 
 
-def watch(jaxpr: Any, values: Sequence[Value], constants: Value = None) -> list[Value]:
+def watch(
+    program: Program, values: Sequence[Value], closed_over: Value = None
+) -> list[Value]:
     """Writes down the uses of the leaves in a program.
 
     Args:
-      jaxpr: A jaxpr, open or closed.
+      program: A jaxpr, open or closed.
       values: What each of its inputs is.
-      constants: What the arrays it closes over are.
+      closed_over: What the arrays it closes over are.
 
     Returns:
       What each of its outputs is.
     """
-    program = getattr(jaxpr, "jaxpr", jaxpr)
-    env: dict[Any, Value] = dict.fromkeys(program.constvars, constants)
-    env.update(zip(program.invars, values, strict=True))
+    jaxpr = body_of(program)
+    env: dict[jex.Var, Value] = dict.fromkeys(jaxpr.constvars, closed_over)
+    env.update(zip(jaxpr.invars, values, strict=True))
 
-    def read(var: Any) -> Value:
+    def read(var: jex.Var | jex.Literal) -> Value:
         return Seen() if isinstance(var, jex.Literal) else env[var]
 
-    for eqn in program.eqns:
+    for eqn in jaxpr.eqns:
         out = _apply(eqn, [read(var) for var in eqn.invars])
         env.update(zip(eqn.outvars, out, strict=True))
-    return [read(var) for var in program.outvars]
+    return [read(var) for var in jaxpr.outvars]
 
 
-def _apply(eqn: Any, operands: list[Value]) -> list[Value]:
+def _apply(eqn: Eqn, operands: list[Value]) -> list[Value]:
     """One equation."""
     name = eqn.primitive.name
     data = any(value is None for value in operands)
@@ -90,13 +97,13 @@ def _apply(eqn: Any, operands: list[Value]) -> list[Value]:
     ]
 
 
-def _by_rule(eqn: Any, place: int, member: Weight) -> list[Weight] | None:
+def _by_rule(eqn: Eqn, place: int, member: Weight) -> list[Weight] | None:
     """What the gradient's own rule makes of a leaf: nothing, where it uses it up."""
     name = eqn.primitive.name
     rule = consume.RULES.get(name) or rearrange.RULES.get(name)
     if rule is None or name in _COLLECTIVES or name in _SUMS:
         return None
-    operands: list[Any] = [_blank(var.aval) for var in eqn.invars]
+    operands: list[Operand] = [_blank(aval(var)) for var in eqn.invars]
     operands[place] = member
     out = rule(eqn, *operands)
     if out is None:
@@ -105,7 +112,7 @@ def _by_rule(eqn: Any, place: int, member: Weight) -> list[Weight] | None:
     return [value for value in made if isinstance(value, Weight)]
 
 
-def _by_shape(eqn: Any, member: Weight) -> list[Weight] | None:
+def _by_shape(eqn: Eqn, member: Weight) -> list[Weight] | None:
     """A leaf after an operation that keeps its axes where they are, adds or sums some."""
     name, gone = eqn.primitive.name, eqn.params.get("axes", ())
     if name == "reshape" or name in consume.RULES:
@@ -114,17 +121,17 @@ def _by_shape(eqn: Any, member: Weight) -> list[Weight] | None:
     if name == "stack":
         place = eqn.params["axis"]
         axes = (*axes[:place], (), *axes[place:])
-    elif len(eqn.outvars[0].aval.shape) != len(axes):
+    elif len(aval(eqn.outvars[0]).shape) != len(axes):
         axes = tuple(axis for i, axis in enumerate(axes) if i not in gone)
-    if any(len(var.aval.shape) != len(axes) for var in eqn.outvars):
+    if any(len(aval(var).shape) != len(axes) for var in eqn.outvars):
         return None
-    return [_reshaped(member, axes, var.aval) for var in eqn.outvars]
+    return [_reshaped(member, axes, aval(var)) for var in eqn.outvars]
 
 
-def _is_map(eqn: Any) -> bool:
+def _is_map(eqn: Eqn) -> bool:
     """Whether the operation acts entry by entry, by the look of its shapes."""
-    out = eqn.outvars[0].aval.shape
-    shapes = {var.aval.shape for var in eqn.invars} - {()}
+    out = aval(eqn.outvars[0]).shape
+    shapes = {aval(var).shape for var in eqn.invars} - {()}
     alike = all(
         len(shape) == len(out)
         and all(size in (1, made) for size, made in zip(shape, out, strict=True))
@@ -133,9 +140,9 @@ def _is_map(eqn: Any) -> bool:
     return alike and eqn.primitive.name not in _SOLVES
 
 
-def _reshaped(member: Weight, axes: Sequence[Axis], aval: Any) -> Weight:
-    fitted = tuple(map(_fitted, axes, aval.shape))
-    return member.replace(base=_blank(aval), axes=fitted)
+def _reshaped(member: Weight, axes: Sequence[Axis], like: jax.core.ShapedArray) -> Weight:
+    fitted = tuple(map(_fitted, axes, like.shape))
+    return member.replace(base=_blank(like), axes=fitted)
 
 
 def _fitted(axis: Axis, size: int) -> Axis:
@@ -148,25 +155,25 @@ def _fitted(axis: Axis, size: int) -> Axis:
     return (Part(first.atom, size), *(Part(part.atom, 1) for part in rest))
 
 
-def _blank(aval: Any) -> Any:
-    return jnp.zeros(aval.shape, aval.dtype)
+def _blank(like: jax.core.ShapedArray) -> Array:
+    return jnp.zeros(like.shape, like.dtype)
 
 
 def _distinct(members: Iterable[Weight]) -> tuple[Weight, ...]:
     return tuple({(member.leaf.path, member.axes): member for member in members}.values())
 
 
-def _union(groups: Iterable[Sequence[Any]]) -> tuple[Any, ...]:
+def _union(groups: Iterable[Sequence[T]]) -> tuple[T, ...]:
     return tuple(dict.fromkeys(entry for group in groups for entry in group))
 
 
-def _call(eqn: Any, operands: list[Value]) -> list[Value]:
+def _call(eqn: Eqn, operands: list[Value]) -> list[Value]:
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
     program = next(eqn.params[name] for name in names if name in eqn.params)
     return watch(program, operands, Seen())
 
 
-def _cond(eqn: Any, operands: list[Value]) -> list[Value]:
+def _cond(eqn: Eqn, operands: list[Value]) -> list[Value]:
     _, *rest = operands
     branches = [watch(program, rest, Seen()) for program in eqn.params["branches"]]
     return [_either(values) for values in zip(*branches, strict=True)]
@@ -180,43 +187,41 @@ def _either(values: Sequence[Value]) -> Value:
     return Seen(members, _union(value.lost for value in known))
 
 
-def _scan(eqn: Any, operands: list[Value]) -> list[Value]:
+def _scan(eqn: Eqn, operands: list[Value]) -> list[Value]:
     program = eqn.params["jaxpr"]
     constants, carry, xs = scan_operands(eqn.params, operands)
     now = _handed_on(program, len(constants), carry)
-    inner = program.jaxpr.invars[len(constants) + len(carry) :]
-    slices = [_slice(x, var.aval) for x, var in zip(xs, inner, strict=True)]
+    inputs = program.jaxpr.invars[len(constants) + len(carry) :]
+    slices = [_slice(x, aval(var)) for x, var in zip(xs, inputs, strict=True)]
     out = watch(program, [*constants, *now, *slices], Seen())
     return [*now, *(_forgotten(y, "scan") for y in out[len(carry) :])]
 
 
-def _while(eqn: Any, operands: list[Value]) -> list[Value]:
+def _while(eqn: Eqn, operands: list[Value]) -> list[Value]:
     params = eqn.params
-    first = params["cond_nconsts"]
-    split = first + params["body_nconsts"]
-    of_test, of_body, carry = operands[:first], operands[first:split], operands[split:]
+    of_test, of_body, carry = while_operands(params, operands)
     now = _handed_on(params["body_jaxpr"], len(of_body), carry)
     watch(params["cond_jaxpr"], [*of_test, *now], Seen())
     watch(params["body_jaxpr"], [*of_body, *now], Seen())
     return now
 
 
-def _handed_on(program: Any, constants: int, carry: list[Value]) -> list[Value]:
+def _handed_on(program: Program, constants: int, carry: list[Value]) -> list[Value]:
     """A loop's state inside it: data, but for what it hands on as it is."""
-    inner = program.jaxpr
+    jaxpr = body_of(program)
     return [
-        value if inner.outvars[i] is inner.invars[constants + i] else None
+        value if jaxpr.outvars[i] is jaxpr.invars[constants + i] else None
         for i, value in enumerate(carry)
     ]
 
 
-def _slice(value: Value, aval: Any) -> Value:
+def _slice(value: Value, like: jax.core.ShapedArray) -> Value:
     """One step's slice of what a scan runs over: its first axis stacks matrices."""
     if value is None:
         return None
     for member in value.members:
         member.saw((), [part.atom for part in member.axes[0]])
-    members = tuple(_reshaped(m, m.axes[1:], aval) for m in value.members)
+    members = tuple(_reshaped(m, m.axes[1:], like) for m in value.members)
     return Seen(members, value.lost)
 
 
@@ -227,11 +232,17 @@ def _forgotten(value: Value, operation: str) -> Value:
     return Seen((), _union([value.lost, lost]))
 
 
-def _shard_map(eqn: Any, operands: list[Value]) -> list[Value]:
-    program = eqn.params["jaxpr"]
-    program = getattr(program, "jaxpr", program)
+def _shard_map(eqn: Eqn, operands: list[Value]) -> list[Value]:
+    program = body_of(eqn.params["jaxpr"])
+
+    def shard(value: Value, like: jax.core.ShapedArray) -> Value:
+        if value is None:
+            return None
+        members = (_reshaped(member, member.axes, like) for member in value.members)
+        return Seen(tuple(members), value.lost)
+
     values = [
-        value and Seen(tuple(_reshaped(m, m.axes, var.aval) for m in value[0]), value[1])
+        shard(value, aval(var))
         for value, var in zip(operands, program.invars, strict=True)
     ]
     out = watch(program, values, Seen())
@@ -260,7 +271,7 @@ _QUIET = {
 # Alike in the shapes of operands and output, but no map.
 _SOLVES = {"dot_general", "triangular_solve"}
 
-_CALLS: dict[str, Callable[[Any, list[Value]], list[Value]]] = {
+_CALLS: dict[str, Callable[[Eqn, list[Value]], list[Value]]] = {
     "checkpoint": _call,
     "closed_call": _call,
     "cond": _cond,

@@ -1,24 +1,44 @@
-"""The value that stands for ``W + lift(F)`` inside a model, and how it is reshaped."""
+"""The value that stands for ``W + lift(F)`` inside a model, and how it is reshaped.
+
+A model may transpose, split and merge the axes of a leaf before it reads it. Only the
+base goes through that; sketch and factor stay as they are, and are found by the names of
+their axes. Take a leaf of shape (8, 12) with rows (0,), so that ``S F`` has an ``S`` of
+shape (8, r) and an ``F`` of shape (r, 12), kept with the rank first::
+
+    base (8, 12)         axes ((0,):8), ((1,):12)       sketch_axes ((), (0,))
+                                                        factor_axes ((), (1,))
+    transpose            axes ((1,):12), ((0,):8)       both as they were
+    reshape (3, 4, 8)    axes ((1, 0):3), ((1, 1):4), ((0,):8)
+                         the factor is (r, 3, 4) now:   factor_axes ((), (1, 0), (1, 1))
+    reshape (12, 8)      axes ((1, 0):3, (1, 1):4), ((0,):8)
+                         one axis that merges two parts; the factor stays (r, 3, 4)
+    broadcast (5, 12, 8) axes ((-1,):5), and so on; neither sketch nor factor has it
+
+A product that sums the last axis then sums the label (0,): ``x`` has it there, the sketch
+has it second, and ``contract`` puts the two together without a word about transposes.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from raclora_jax._autodiff.contraction import contract, split
+from raclora_jax._autodiff.attach import Map, attach
+from raclora_jax._autodiff.contraction import contract, parted
 from raclora_jax._autodiff.uses import Use, Uses
 from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.types import PyTree
 
 # The name of a piece of one axis of the leaf: the axis, then which part of it each
 # reshape that split it left. Axes that a broadcast added have negative names.
-Atom = tuple[Any, ...]
+Atom: TypeAlias = tuple[int, ...]
 RANK: Atom = ()
 
 
@@ -29,11 +49,11 @@ class Part(NamedTuple):
     size: int
 
 
-# A map from what is known and a factor or a cotangent, linear in the latter.
-Map = Callable[[Any, Array], Array]
-
 # One axis of a weight: the parts it merges, none for an axis of size 1.
-Axis = tuple[Part, ...]
+Axis: TypeAlias = tuple[Part, ...]
+
+# The mesh axes that one axis of an array is sharded along.
+MeshAxes: TypeAlias = str | tuple[str, ...] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,14 +65,14 @@ class Leaf:
       scaling: ``alpha / rank``.
       zero: Whether the factor is zero, so that only its gradient matters.
       uses: Where uses are written down.
-      dense: Reads the base as an array, where it is kept in another form.
+      read: Reads the base as an array, where it is kept in another form.
     """
 
     path: str
     scaling: float
     zero: bool
     uses: Uses
-    dense: Callable[[Any], Array] | None = None
+    read: Callable[[PyTree], Array] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -65,7 +85,7 @@ class Weight:
     added by a broadcast. A weight without a factor only watches what is done with it.
 
     Args:
-      base: The frozen part, an array or what ``leaf.dense`` reads as one.
+      base: The frozen part, an array or what ``leaf.read`` reads as one.
       sketch: Array with one axis per atom of ``sketch_axes``, or ``None``.
       factor: Array with one axis per atom of ``factor_axes``, or ``None``.
       scale: Scalar the leaf was multiplied by, or ``None``.
@@ -75,10 +95,10 @@ class Weight:
       leaf: The leaf it comes from.
     """
 
-    base: Any
-    sketch: Any
-    factor: Any
-    scale: Any
+    base: PyTree
+    sketch: Array | None
+    factor: Array | None
+    scale: Array | None
     axes: tuple[Axis, ...] = dataclasses.field(metadata={"static": True})
     sketch_axes: tuple[Atom, ...] = dataclasses.field(metadata={"static": True})
     factor_axes: tuple[Atom, ...] = dataclasses.field(metadata={"static": True})
@@ -91,7 +111,8 @@ class Weight:
         Nothing differentiates it, and no stop_gradient says so: inside ``scan`` one would
         make JAX keep a copy of every layer's weights for the backward pass.
         """
-        return self.base if self.leaf.dense is None else self.leaf.dense(self.base)
+        array: Array = self.base if self.leaf.read is None else self.leaf.read(self.base)
+        return array
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -100,11 +121,11 @@ class Weight:
 
     def replace(self, **changes: Any) -> Weight:
         """A copy with other fields; a new base is an array."""
-        if "base" in changes and self.leaf.dense is not None:
-            changes["leaf"] = dataclasses.replace(self.leaf, dense=None)
+        if "base" in changes and self.leaf.read is not None:
+            changes["leaf"] = dataclasses.replace(self.leaf, read=None)
         return dataclasses.replace(self, **changes)
 
-    def on_atom(self, atom: Atom, act: Callable[[Array, int], Array]) -> dict[str, Any]:
+    def on_atom(self, atom: Atom, act: Callable[[Array, int], Array]) -> dict[str, Array]:
         """``act(array, axis)`` for the sketch and the factor, where they have an atom."""
         done = {}
         for name in ("sketch", "factor"):
@@ -119,7 +140,7 @@ class Weight:
             frozenset(atom[0] for atom in contracted if atom[0] >= 0),
             frozenset(atom[0] for atom in batch if atom[0] >= 0),
         )
-        self.leaf.uses.views.setdefault(self.leaf.path, []).append(use)
+        self.leaf.uses.found.setdefault(self.leaf.path, []).append(use)
 
     def watched(self, output: Array) -> Array:
         """An operation's output where there is no factor to depend on."""
@@ -128,11 +149,11 @@ class Weight:
     def attached(
         self,
         output: Array,
-        inputs: Any,
+        inputs: PyTree,
         push: Map,
         pull: Map | None = None,
         *,
-        keep: Callable[[Any], Any] = lambda inputs: inputs,
+        keep: Callable[[PyTree], PyTree] = lambda inputs: inputs,
         factor: Array | None = None,
         whole: bool = False,
     ) -> Array:
@@ -151,10 +172,11 @@ class Weight:
           An array like ``output``.
         """
         factor = self.factor if factor is None else factor
+        assert factor is not None  # a weight that only watches is never attached
         if not (self.leaf.zero or whole):
             change = push(keep(inputs), lax.stop_gradient(factor))
             output += (self.leaf.scaling * change).astype(output.dtype)
-        output = _attach(output, factor, inputs, keep, push, pull, self.leaf.scaling)
+        output = attach(output, factor, inputs, keep, push, pull, self.leaf.scaling)
         return self.watched(output)
 
     def folded(self) -> Weight:
@@ -170,7 +192,7 @@ class Weight:
     def value(self) -> Array:
         """The leaf as an array that no gradient goes back through to the factor."""
         whole = self.folded()
-        if whole.factor is None or whole.leaf.zero:
+        if whole.sketch is None or whole.factor is None or whole.leaf.zero:
             return whole.array
         change = whole._lifted(whole.sketch, lax.stop_gradient(whole.factor))
         return whole.array + (whole.leaf.scaling * change).astype(whole.array.dtype)
@@ -195,15 +217,12 @@ class Weight:
             return self
         if atom not in self.sketch_axes or atom not in self.factor_axes:
             return None
-        done = self.on_atom(atom, lambda array, axis: jnp.moveaxis(array, axis, 0))
-        names = {
-            f"{name}_axes": (
-                atom,
-                *(a for a in getattr(self, f"{name}_axes") if a != atom),
-            )
-            for name in ("sketch", "factor")
-        }
-        return dataclasses.replace(self, **{**done, **names})
+        turned = self.on_atom(atom, lambda array, axis: jnp.moveaxis(array, axis, 0))
+        return self.replace(
+            **turned,
+            sketch_axes=(atom, *(a for a in self.sketch_axes if a != atom)),
+            factor_axes=(atom, *(a for a in self.factor_axes if a != atom)),
+        )
 
     def unstacked(self) -> Weight:
         """One slice of a stacked weight, as the body of ``scan`` gets it."""
@@ -215,7 +234,7 @@ class Weight:
             factor_axes=self.factor_axes[1:],
         )
 
-    def sharded(self, spec: Sequence[Any]) -> Weight | None:
+    def sharded(self, spec: Sequence[MeshAxes]) -> PyTree | None:
         """The weight with a ``PartitionSpec`` in place of every array.
 
         Args:
@@ -234,13 +253,13 @@ class Weight:
         def of(axes: Sequence[Atom]) -> PartitionSpec:
             return PartitionSpec(*(by_atom.get(atom) for atom in axes))
 
-        return dataclasses.replace(
-            self,
-            base=PartitionSpec(*spec),
-            sketch=None if self.sketch is None else of(self.sketch_axes),
-            factor=None if self.factor is None else of(self.factor_axes),
-            scale=None if self.scale is None else PartitionSpec(),
-        )
+        specs: dict[str, Any] = {
+            "base": PartitionSpec(*spec),
+            "sketch": None if self.sketch is None else of(self.sketch_axes),
+            "factor": None if self.factor is None else of(self.factor_axes),
+            "scale": None if self.scale is None else PartitionSpec(),
+        }
+        return dataclasses.replace(self, **specs)
 
     def localised(self) -> Weight:
         """A shard with the sizes it has."""
@@ -280,15 +299,27 @@ class Weight:
         return jnp.broadcast_to(change, [part.size for part in parts]).reshape(self.shape)
 
 
+# What an operation of a model may be handed, where no leaf is put beside another.
+Operand: TypeAlias = Array | Weight
+
+
+def told_apart(left: Operand, right: Operand) -> tuple[Weight, Operand]:
+    """The leaf of two operands, the left one of two leaves; and the other operand."""
+    if isinstance(left, Weight):
+        return left, right
+    assert isinstance(right, Weight)
+    return right, left
+
+
 def leaf_weight(
-    base: Any,
+    base: PyTree,
     plan: LeafPlan,
     uses: Uses,
     sketch: Array | None = None,
     factor: Array | None = None,
     *,
     zero: bool = True,
-    dense: Callable[[Any], Array] | None = None,
+    read: Callable[[PyTree], Array] | None = None,
 ) -> Weight:
     """The weight that stands for a leaf, as a model is handed it.
 
@@ -299,7 +330,7 @@ def leaf_weight(
       sketch: Array of ``plan.sketch_shape``; ``None`` for a weight that only watches.
       factor: Array of ``plan.factor_shape``, likewise.
       zero: Whether the factor is zero.
-      dense: Reads ``base`` as an array, where it is kept in another form.
+      read: Reads ``base`` as an array, where it is kept in another form.
 
     Returns:
       The weight.
@@ -316,7 +347,7 @@ def leaf_weight(
         axes=tuple((Part((i,), size),) for i, size in enumerate(plan.shape)),
         sketch_axes=() if watches else (*batch, RANK, *sketched),
         factor_axes=() if watches else (*batch, RANK, *trained),
-        leaf=Leaf(plan.path, plan.scaling, zero, uses, dense),
+        leaf=Leaf(plan.path, plan.scaling, zero, uses, read),
     )
 
 
@@ -328,50 +359,6 @@ def resized(axes: Sequence[Axis], shape: Sequence[int]) -> tuple[Axis, ...]:
     )
 
 
-def _attach(
-    output: Array,
-    factor: Array,
-    inputs: Any,
-    keep: Callable[[Any], Any],
-    push: Map,
-    pull: Map | None,
-    scaling: float,
-) -> Array:
-    """The identity on ``output``, with ``push`` as its derivative by ``factor``."""
-    factor = varying_as(factor, output)
-    like = jax.typeof(factor)
-
-    @jax.custom_vjp
-    def attach(output: Array, factor: Array, inputs: Any) -> Array:
-        return output
-
-    def forward(output: Array, factor: Array, inputs: Any) -> tuple[Array, Any]:
-        return output, keep(inputs)
-
-    def backward(known: Any, cotangent: Array) -> tuple[Array, Array, None]:
-        if pull is not None:
-            gradient = pull(known, cotangent)
-        else:
-            transpose = jax.linear_transpose(lambda f: push(known, f), like)
-            (gradient,) = transpose(cotangent)
-        return cotangent, (scaling * gradient).astype(like.dtype), None
-
-    attach.defvjp(forward, backward)
-    return attach(output, factor, inputs)
-
-
-def varying_as(array: Array, other: Array) -> Array:
-    """Inside ``shard_map``, an array that varies over what another varies over."""
-    axes = tuple(varying_axes(other) - varying_axes(array))
-    return lax.pcast(array, axes, to="varying") if axes else array
-
-
-def varying_axes(array: Any) -> frozenset[Any]:
-    """The manual mesh axes that an array's shards differ along."""
-    manual = getattr(jax.typeof(array), "manual_axis_type", None)
-    return frozenset(getattr(manual, "varying", ()))
-
-
 def einsum_parts(array: Array, axes: Sequence[Axis]) -> tuple[Array, list[Atom]]:
     """An array with one axis per part, and the atoms of its axes."""
-    return split(array, axes), [part.atom for axis in axes for part in axis]
+    return parted(array, axes), [part.atom for axis in axes for part in axis]

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from raclora_jax._autodiff.attach import varying_as
 from raclora_jax._autodiff.interpret import arrays, constants, evaluate, read_inputs
 from raclora_jax._autodiff.stage import stage
 from raclora_jax._autodiff.uses import Uses
-from raclora_jax._autodiff.weight import leaf_weight, varying_as
+from raclora_jax._autodiff.weight import leaf_weight
 from raclora_jax._chain.state import (
     check_leaves,
     check_takes_factors,

@@ -73,7 +73,7 @@ def trace_spec(
     for path, leaf in leaves.items():
         said, ndim = winner(wanted, path), len(jnp.shape(leaf))
         if ndim > 1 and _needs_view(path, wanted):
-            rules[path] = _rule(path, ndim, uses.views.get(path, []), said, wanted)
+            rules[path] = _rule(path, ndim, uses.found.get(path, []), said, wanted)
         elif said is not None:
             rules[path] = said
     traced = dataclasses.replace(wanted, rules=_grouped(rules))

@@ -83,7 +83,7 @@ def adapted(
             if plan.mode == "lowrank":
                 factor, sketch = values[path], sketches[path]
                 return leaf_weight(
-                    leaf, plan, uses, sketch, factor, zero=False, dense=dense
+                    leaf, plan, uses, sketch, factor, zero=False, read=dense
                 )
             array = leaf if dense is None else dense(leaf)
             if plan.mode == "frozen":

@@ -1,0 +1,59 @@
+"""A derivative by the factor, put on a value that does not have it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+from jax import Array, lax
+
+from raclora_jax._core.types import PyTree
+
+# A map from what is known and a factor or a cotangent, linear in the latter.
+Map: TypeAlias = Callable[[PyTree, Array], Array]
+
+
+def attach(
+    output: Array,
+    factor: Array,
+    inputs: PyTree,
+    keep: Callable[[PyTree], PyTree],
+    push: Map,
+    pull: Map | None,
+    scaling: float,
+) -> Array:
+    """The identity on ``output``, with ``push`` as its derivative by ``factor``."""
+    factor = varying_as(factor, output)
+    like = jax.typeof(factor)
+
+    @jax.custom_vjp
+    def identity(output: Array, factor: Array, inputs: PyTree) -> Array:
+        return output
+
+    def forward(output: Array, factor: Array, inputs: PyTree) -> tuple[Array, PyTree]:
+        return output, keep(inputs)
+
+    def backward(known: PyTree, cotangent: Array) -> tuple[Array, Array, None]:
+        if pull is not None:
+            gradient = pull(known, cotangent)
+        else:
+            transpose = jax.linear_transpose(lambda f: push(known, f), like)
+            (gradient,) = transpose(cotangent)
+        return cotangent, (scaling * gradient).astype(like.dtype), None
+
+    identity.defvjp(forward, backward)
+    attached: Array = identity(output, factor, inputs)
+    return attached
+
+
+def varying_as(array: Array, other: Array) -> Array:
+    """Inside ``shard_map``, an array that varies over what another varies over."""
+    axes = tuple(varying_axes(other) - varying_axes(array))
+    return lax.pcast(array, axes, to="varying") if axes else array
+
+
+def varying_axes(array: Array) -> frozenset[str]:
+    """The manual mesh axes that an array's shards differ along."""
+    manual = getattr(jax.typeof(array), "manual_axis_type", None)
+    return frozenset(getattr(manual, "varying", ()))
