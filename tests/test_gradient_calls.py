@@ -71,6 +71,28 @@ def test_without_jit(name):
     assert_reported(case, messages)
 
 
+@pytest.mark.parametrize("wrap", [lambda f: f, jit])
+def test_a_warning_points_at_the_line_that_asks(wrap):
+    """Under ``jit`` too, where frames of JAX are in between."""
+    params, x = {"w": jnp.ones((8, 6))}, jnp.ones((3, 8))
+    spec = rl.Spec(2)
+
+    def loss(params, x):
+        return jnp.sum(x @ jnp.sin(params["w"]))
+
+    state = rl.raclora(0.1, spec, key=KEY).init(params)
+    factors, chain = rl.init_adapter(params, spec, key=KEY)
+    calls = {
+        rl.value_and_grad(loss, spec): (params, state, x),
+        rl.grad(loss, spec): (params, state, x),
+        jax.grad(rl.adapted(loss, spec)): (factors, params, chain, x),
+    }
+    for function, args in calls.items():
+        with pytest.warns(UserWarning, match="'w' by sin") as caught:
+            wrap(function)(*args)
+        assert [warning.filename for warning in caught] == [__file__]
+
+
 @pytest.mark.usefixtures("float64")
 def test_grad_is_the_second_half():
     case = CASES["aux"]

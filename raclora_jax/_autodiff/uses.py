@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import re
 import warnings
 from typing import NamedTuple
@@ -44,7 +45,19 @@ class Uses:
                 f"{', '.join(listed[:8])}{more}; the numbers are the same, but where "
                 "that much memory is spent a leaf may as well be trained in full, with "
                 f"Rule({named!r}, mode='dense')",
-                # From here over the library's function to the line that calls it, where
-                # that is no compiled one.
-                stacklevel=4,
+                stacklevel=user_level(),
             )
+
+
+def user_level() -> int:
+    """The ``stacklevel`` of a warning that points at the line of the user's.
+
+    It is not the same for every caller: ``jit`` and ``grad`` put frames of JAX between.
+    """
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_back is not None:
+        package, _, _ = frame.f_globals.get("__name__", "").partition(".")
+        if package not in ("jax", "raclora_jax"):
+            break
+        frame, level = frame.f_back, level + 1
+    return level

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from raclora_jax._autodiff.interpret import read_inputs
 from raclora_jax._autodiff.stage import abstracted, stage
-from raclora_jax._autodiff.uses import Use, Uses
+from raclora_jax._autodiff.uses import Use, Uses, user_level
 from raclora_jax._autodiff.watch import Seen, watch
 from raclora_jax._autodiff.weight import leaf_weight
 from raclora_jax._core import paths
@@ -109,7 +109,7 @@ def _tell_unread(unread: dict[str, tuple[str, int]], rest: str) -> None:
     )
     if rest == "frozen":
         raise ValueError(f"{text}; or say so with mode='frozen' in its rule")
-    warnings.warn(text, stacklevel=3)
+    warnings.warn(text, stacklevel=user_level())
 
 
 def _watched(
