@@ -1,5 +1,6 @@
 """Fine-tuning at LoRA's cost with full fine-tuning's guarantee."""
 
+from raclora_jax._chain.orthogonal import orthogonal
 from raclora_jax._chain.state import RacLoraState
 from raclora_jax._core.lowrank import Factor
 from raclora_jax._core.spec import Rule, Spec
@@ -10,6 +11,7 @@ from raclora_jax._forms.adapter import (
     init_adapter,
     merge,
     next_link,
+    planned,
     restart,
 )
 from raclora_jax._forms.gradient import grad, value_and_grad
@@ -36,6 +38,8 @@ __all__ = [
     "lift",
     "merge",
     "next_link",
+    "orthogonal",
+    "planned",
     "project",
     "raclora",
     "restart",

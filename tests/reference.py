@@ -83,6 +83,28 @@ class Lion:
         return direction
 
 
+class Orthogonal:
+    """Odd polynomials of the singular values, then a root mean square of 1.
+
+    Vectors are no factors, and get Adam.
+    """
+
+    def __init__(self, polynomials, momentum=0.0):
+        self.polynomials, self.momentum, self.m = polynomials, momentum, 0.0
+        self.adam = Adam(0.9, 0.999, 1e-8)
+
+    def __call__(self, gradient):
+        if np.ndim(gradient) < 2:
+            return self.adam(gradient)
+        self.m = self.momentum * self.m + gradient
+        ahead = self.momentum * self.m + gradient
+        left, values, right = np.linalg.svd(ahead, full_matrices=False)
+        values = values / np.linalg.norm(values)
+        for a, b, c in self.polynomials:
+            values = a * values + b * values**3 + c * values**5
+        return np.sqrt(max(gradient.shape)) * (left * values) @ right
+
+
 def matrices(array, leaf):
     """The leaf as a list of (rows x cols) matrices, one for each place in the stack."""
     array = np.asarray(array, np.float64)

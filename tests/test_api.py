@@ -19,7 +19,7 @@ ROOMS = {
     "_core": "types paths spec plan keys cholesky sketch lowrank rounding",
     "_autodiff": "stage uses contraction attach weight rearrange output consume join "
     "interpret watch",
-    "_chain": "inner state step",
+    "_chain": "inner orthogonal state step",
     "_forms": "pure optimizer gradient adapter unmerged trace summary",
 }
 # What each folder stands on; strangers do not know each other.

@@ -18,6 +18,7 @@ import pytest
 import reference
 
 import raclora_jax as rl
+from raclora_jax._chain.orthogonal import POLYNOMIALS
 
 # Most of the time here would go into compiling well what runs for microseconds.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -66,6 +67,11 @@ MAKERS = {
     "lion": (
         lambda: optax.scale_by_lion(0.8, 0.95),
         lambda: reference.Lion(0.8, 0.95),
+    ),
+    "orthogonal": (rl.orthogonal, lambda: reference.Orthogonal(POLYNOMIALS)),
+    "orthogonal, momentum": (
+        lambda: rl.orthogonal(momentum=0.8),
+        lambda: reference.Orthogonal(POLYNOMIALS, 0.8),
     ),
 }
 
@@ -183,6 +189,7 @@ def adapter_run(rule, spec, loss, params, seed, targets):
     factors, chain = jit(lambda base: rl.init_adapter(base, spec, key=seed))(base)
     one = optax.chain(rule, optax.scale(-RATE))
     tx = optax.partition({"lowrank": one, "dense": one}, rl.factor_labels(base, spec))
+    tx = rl.planned(tx, base, spec)
     opt_state = tx.init(factors)
     adapted_loss = rl.adapted(loss, spec)
 
@@ -245,6 +252,9 @@ def assert_same(actual, expected):
         ("trace", "left", 1, OTHERS),
         ("identity", "right", 2, FEW),
         ("lion", "auto", 3, FEW),
+        ("orthogonal", "auto", 4, OTHERS),
+        ("orthogonal", "left", 5, ("query", "dense/kernel")),
+        ("orthogonal, momentum", "right", 6, OTHERS),
     ],
 )
 def test_all_forms_are_one_trajectory(name, side, seed, only):

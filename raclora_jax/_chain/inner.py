@@ -2,16 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import inspect
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.types import Leaf, OptState, PyTree
 
 # One object: what is compiled for a rule is found again by the rule's identity, also when
 # optax.inject_hyperparams builds the transformation anew in every step.
 ADAM = optax.scale_by_adam()
+
+# What a rule is tried on before it is used.
+_PROBE = LeafPlan(
+    path="probe",
+    shape=(4, 2),
+    dtype="float32",
+    mode="lowrank",
+    rows=(0,),
+    cols=(1,),
+    side="left",
+    rank=2,
+    sketch="orthonormal",
+)
+
+# ``update`` hands plans over as an extra argument, which ``init`` of optax has not, and
+# which a user's wrapper may drop.
+_PLANS: contextvars.ContextVar[dict[str, LeafPlan] | None] = contextvars.ContextVar(
+    "plans", default=None
+)
+
+
+@contextlib.contextmanager
+def knowing(plans: dict[str, LeafPlan]) -> Iterator[None]:
+    """Lets an inner rule know the plans of its leaves while it is called."""
+    token = _PLANS.set(plans)
+    try:
+        yield
+    finally:
+        _PLANS.reset(token)
+
+
+def known_plans() -> dict[str, LeafPlan] | None:
+    """The plans of the leaves a rule is called for; ``None`` outside ``raclora``."""
+    return _PLANS.get()
+
+
+def as_rule(inner: Any) -> optax.GradientTransformationExtraArgs:
+    """An inner rule as what takes extra arguments, and drops those it does not know."""
+    kinds = [p.kind for p in inspect.signature(inner.update).parameters.values()]
+    if inspect.Parameter.VAR_KEYWORD in kinds:
+        # MultiSteps takes them without saying so by its type.
+        return optax.GradientTransformationExtraArgs(inner.init, inner.update)
+    return optax.with_extra_args_support(inner)
 
 
 def check_inner(inner: object) -> None:
@@ -30,20 +80,23 @@ def check_inner(inner: object) -> None:
             f"inner must be an optax transformation, got {type(inner).__name__}; pass "
             "for example optax.scale_by_adam()"
         )
-    rule = optax.with_extra_args_support(inner)
-    gradient = {"probe": jnp.ones((2, 2), jnp.float32)}
+    rule = as_rule(inner)
+    gradient = {_PROBE.path: jnp.ones(_PROBE.factor_shape, jnp.float32)}
+    plans = {_PROBE.path: _PROBE}
 
     def probe() -> Array:
         def advance(carry: PyTree) -> PyTree:
             count, state, _ = carry
-            update, new = rule.update(gradient, state, None)
-            return count + 1, jax.tree.map(same_type, new, state), update["probe"]
+            with knowing(plans):
+                update, new = rule.update(gradient, state, None, plans=plans)
+            return count + 1, jax.tree.map(same_type, new, state), update[_PROBE.path]
 
         def waits(carry: PyTree) -> Array:
             count, _, update = carry
             return (count < 4096) & jnp.all(update == 0)
 
-        start = jax.tree.map(jnp.asarray, rule.init(gradient))
+        with knowing(plans):
+            start = jax.tree.map(jnp.asarray, rule.init(gradient))
         first = advance((jnp.zeros((), jnp.int32), start, None))
         # MultiSteps holds updates back, and a warm-up may begin at zero.
         return lax.while_loop(waits, advance, first)[2]
@@ -115,15 +168,42 @@ def nothing_accumulated(inner: OptState) -> Array:
     return jnp.all(jnp.asarray(flags)) if flags else jnp.asarray(True)
 
 
-def keep_gradient_steps(old: OptState, fresh: OptState) -> OptState:
-    """A restart must not turn back the schedule of how much is accumulated."""
+def restarted(old: OptState, fresh: OptState) -> OptState:
+    """A fresh state for a new link, with what no link ends.
+
+    That is the schedule of how much ``MultiSteps`` accumulates, and moments of the side
+    that no sketch touches.
+    """
+
+    def outlives(node: Leaf) -> bool:
+        return _is_multi_steps(node) or isinstance(node, OrthogonalState)
 
     def one(old: OptState, fresh: OptState) -> OptState:
         if _is_multi_steps(old):
-            return fresh._replace(gradient_step=old.gradient_step)
+            inner = restarted(old.inner_opt_state, fresh.inner_opt_state)
+            return fresh._replace(gradient_step=old.gradient_step, inner_opt_state=inner)
+        if isinstance(old, OrthogonalState):
+            return fresh._replace(count=old.count, second_moment=old.second_moment)
         return fresh
 
-    return jax.tree.map(one, old, fresh, is_leaf=_is_multi_steps)
+    return jax.tree.map(one, old, fresh, is_leaf=outlives)
+
+
+class OrthogonalState(NamedTuple):
+    """State of ``orthogonal``: without options it holds nothing for a factor.
+
+    Attributes:
+      adam: Adam's state for the leaves that are trained in full.
+      momentum: ``{path: array of the factor's shape}``, or empty.
+      count: int32 scalar if there is a second moment, else empty.
+      second_moment: ``{path: array (batch..., *axes of the other side)}``, or empty. Its
+        axes are those no sketch touches, so a new link keeps it.
+    """
+
+    adam: OptState
+    momentum: dict[str, Array]
+    count: OptState
+    second_moment: dict[str, Array]
 
 
 def same_type(new: Leaf, old: Leaf) -> Array:

@@ -15,9 +15,11 @@ from jax.tree_util import DictKey, GetAttrKey
 
 from raclora_jax._chain.inner import (
     ADAM,
+    as_rule,
     check_inner,
     emitted,
-    keep_gradient_steps,
+    knowing,
+    restarted,
     same_type,
     together,
 )
@@ -169,7 +171,7 @@ class Run:
                 groups["lowrank"][path] = project_leaf(grad, now.sketches[path], plan)
             elif plan.mode == "dense":
                 groups["dense"][path] = grad.astype(plan.wide_dtype)
-        directions, inner_state, went = self._inner_step(groups, state, extra)
+        directions, inner_state, went = self._inner_step(groups, state, plans, extra)
         state = state._replace(
             count=jnp.where(went, optax.safe_increment(state.count), state.count),
             step_in_link=state.step_in_link + went.astype(jnp.int32),
@@ -178,15 +180,23 @@ class Run:
         return Step(state, plans, grads, treedef, now.sketches, directions, went)
 
     def _inner_step(
-        self, groups: dict[str, Any], state: RacLoraState, extra: Leaves
+        self,
+        groups: dict[str, Any],
+        state: RacLoraState,
+        plans: dict[str, LeafPlan],
+        extra: Leaves,
     ) -> tuple[dict[str, Array], InnerStates, Array]:
         """One step of the inner rule on each group that has leaves."""
-        rule = optax.with_extra_args_support(self.inner).update
+        rule = as_rule(self.inner).update
         names = [name for name, group in groups.items() if group]
         old = {name: getattr(state.inner_state, name) for name in names}
         moved, new = {}, {}
         for name in names:
-            moved[name], after = rule(groups[name], old[name], None, **extra)
+            own = {path: plans[path] for path in groups[name]}
+            with knowing(own):
+                moved[name], after = rule(
+                    groups[name], old[name], None, **{**extra, "plans": own}
+                )
             new[name] = jax.tree.map(same_type, after, old[name])
         moved, new = together(moved, old, new)
         went = jnp.asarray(True)
@@ -202,7 +212,7 @@ class Run:
         old = state.inner_state.lowrank
         inner, cache = old, state.sketches
         if self.moments == "reset":
-            fresh = keep_gradient_steps(old, self._inner_init(plans, "lowrank"))
+            fresh = restarted(old, self._inner_init(plans, "lowrank"))
             inner = _select(now.begins, fresh, old)
         elif self.moments == "transport":
             moved = lax.cond(
@@ -210,7 +220,7 @@ class Run:
                 lambda: self._transported(state, now, plans),
                 lambda: old,
             )
-            fresh = keep_gradient_steps(old, self._inner_init(plans, "lowrank"))
+            fresh = restarted(old, self._inner_init(plans, "lowrank"))
             inner = _select(now.begins & now.lost, fresh, moved)
         if self.spec.cache:
             cache = SketchCache(now.link, now.sketches)
@@ -248,12 +258,13 @@ class Run:
         return jax.tree_util.tree_map_with_path(transport, state.inner_state.lowrank)
 
     def _inner_init(self, plans: Plans, mode: str) -> OptState:
+        own = {plan.path: plan for plan in plans if plan.mode == mode}
         zeros = {
-            plan.path: jnp.zeros(plan.trained_shape, plan.wide_dtype)
-            for plan in plans
-            if plan.mode == mode
+            path: jnp.zeros(plan.trained_shape, plan.wide_dtype)
+            for path, plan in own.items()
         }
-        return jax.tree.map(jnp.asarray, self.inner.init(zeros))
+        with knowing(own):
+            return jax.tree.map(jnp.asarray, self.inner.init(zeros))
 
     def _check(self, state: RacLoraState, plans: Plans) -> None:
         """Refuses a state that was made for other leaves or another spec."""

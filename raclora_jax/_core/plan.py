@@ -16,7 +16,7 @@ import optax
 
 from raclora_jax._core import paths
 from raclora_jax._core.spec import Rule, Spec, as_spec, kind
-from raclora_jax._core.types import Cause, Leaf, Mode, PyTree, widened
+from raclora_jax._core.types import Alpha, Cause, Leaf, Mode, PyTree, widened
 
 
 class Stamp(NamedTuple):
@@ -50,7 +50,7 @@ class LeafPlan:
       batch: Axes that stack matrices.
       side: ``"left"`` or ``"right"``, decided; empty if not adapted.
       rank: Rank of the sketch; 0 if not adapted.
-      scaling: ``alpha / rank``.
+      scaling: What the lift and the gradient are multiplied by: ``alpha / rank``.
       sketch: Distribution of the sketch; empty if not adapted.
       resample_every: Steps a sketch lives; 0 if not adapted.
       rounding: How weights below float32 take a small step; empty if not adapted.
@@ -322,11 +322,12 @@ def _sized(spec: Spec, rule: Rule | None, plan: LeafPlan) -> LeafPlan:
     if side == "auto":
         side = "left" if plan.size_of(plan.rows) <= plan.size_of(plan.cols) else "right"
     rank, alpha = choose("rank"), choose("alpha")
+    sketched = plan.rows if side == "left" else plan.cols
     plan = dataclasses.replace(
         plan,
         side=side,
         rank=rank,
-        scaling=1.0 if alpha is None else alpha / rank,
+        scaling=_scaling(alpha, rank, plan.size_of(sketched)),
         sketch=choose("sketch"),
         resample_every=spec.resample_every,
         rounding=spec.rounding,
@@ -348,6 +349,12 @@ def _sized(spec: Spec, rule: Rule | None, plan: LeafPlan) -> LeafPlan:
         cause="rank",
         reason=f"rank {rank} >= sketched side {plan.dim}",
     )
+
+
+def _scaling(alpha: Alpha, rank: int, dim: int) -> float:
+    if alpha is None:
+        return 1.0
+    return math.sqrt(dim / rank) if alpha == "dim" else alpha / rank
 
 
 def _check_any_adapted(spec: Spec, plans: dict[str, LeafPlan]) -> None:

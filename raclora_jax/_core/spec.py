@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 import jax
 
-from raclora_jax._core.types import Mode, Rest, Rounding, Side, Sketch
+from raclora_jax._core.types import Alpha, Mode, Rest, Rounding, Side, Sketch
 
 MODES: tuple[str, ...] = get_args(Mode)
 SIDES: tuple[str, ...] = get_args(Side)
@@ -34,7 +34,7 @@ class Rule:
       path: Regular expression; it must match the whole canonical path.
       mode: ``"lowrank"``, ``"dense"`` (trained in full) or ``"frozen"``.
       rank: Rank of the sketch.
-      alpha: Numerator of the scaling ``alpha / rank``.
+      alpha: Numerator of the scaling ``alpha / rank``, or ``"dim"``.
       side: ``"left"`` sketches the rows, ``"right"`` the columns, ``"auto"`` the
         smaller of both.
       sketch: Distribution of the sketch.
@@ -54,7 +54,7 @@ class Rule:
     _: dataclasses.KW_ONLY
     mode: Mode = "lowrank"
     rank: int | None = None
-    alpha: float | None = None
+    alpha: Alpha = None
     side: Side | None = None
     sketch: Sketch | None = None
     rows: int | tuple[int, ...] | None = None
@@ -99,7 +99,12 @@ class Spec:
 
     Args:
       rank: Rank of every sketch, unless a rule says otherwise.
-      alpha: Numerator of the scaling ``alpha / rank``; ``None`` means scaling 1.
+      alpha: Numerator of the scaling ``alpha / rank``; ``None`` means scaling 1, and
+        ``"dim"`` a scaling of ``sqrt(dim / rank)`` for each leaf, with ``dim`` the size
+        of its sketched side. Then a rule that forgets the size of its gradient
+        (``orthogonal``, Adam, sign) takes full fine-tuning's learning rate at every
+        rank. One that does not, such as ``optax.identity()``, steps by
+        ``gamma = learning_rate * dim / rank``, which must stay below ``1 / L``.
       side: ``"left"`` sketches the rows, ``"right"`` the columns, ``"auto"`` the
         smaller of both (largest lambda), ties to the rows.
       sketch: ``"orthonormal"``, ``"gaussian"`` or ``"rademacher"`` (whitened),
@@ -126,7 +131,7 @@ class Spec:
 
     rank: int
     _: dataclasses.KW_ONLY
-    alpha: float | None = None
+    alpha: Alpha = None
     side: Side = "auto"
     sketch: Sketch = "orthonormal"
     resample_every: int = 25
@@ -276,12 +281,13 @@ def _as_int(value: Any) -> int | None:
         return None
 
 
-def _check_alpha(where: str, alpha: object) -> float | None:
-    if alpha is None:
-        return None
+def _check_alpha(where: str, alpha: object) -> Alpha:
+    if alpha is None or alpha == "dim":
+        return alpha
     if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
         raise TypeError(
-            f"{where}: alpha must be a number or None for scaling 1, got {kind(alpha)}"
+            f"{where}: alpha must be a number, 'dim' for a scaling of sqrt(dim / rank), "
+            f"or None for scaling 1, got {kind(alpha)}"
         )
     number = float(alpha)
     if not (math.isfinite(number) and number > 0):

@@ -24,6 +24,7 @@ OptState: TypeAlias = Any
 LossFn: TypeAlias = Callable[..., Any]
 Scalar: TypeAlias = Array | float
 
+Alpha: TypeAlias = float | Literal["dim"] | None
 Mode = Literal["lowrank", "dense", "frozen"]
 Side = Literal["left", "right", "auto"]
 Sketch = Literal["orthonormal", "gaussian", "rademacher", "coordinate", "gaussian_raw"]

@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from raclora_jax._chain.inner import as_rule, knowing, restarted
 from raclora_jax._core import paths, rounding
 from raclora_jax._core.keys import key_data, leaf_key
 from raclora_jax._core.lowrank import check_factor, lift_leaf
 from raclora_jax._core.plan import LeafPlan, Stamp, check_stamp, plan_leaves
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
-from raclora_jax._core.types import KeyLike, Leaf, Leaves, PyTree
+from raclora_jax._core.types import KeyLike, Leaf, Leaves, OptState, PyTree
 
 
 @jax.tree_util.register_static
@@ -238,6 +239,49 @@ def factor_labels(base_params: PyTree, spec: Spec | int) -> PyTree:
     return paths.unflatten(treedef, {p: label(plan) for p, plan in plans.items()})
 
 
+def planned(
+    tx: optax.GradientTransformation, base_params: PyTree, spec: Spec | int
+) -> optax.GradientTransformationExtraArgs:
+    """A transformation of ``factors`` that is told how each of them is laid out.
+
+    ``raclora`` hands the plans of the leaves to its inner rule; in the adapter form the
+    rule is yours, and this hands them over: ``orthogonal`` needs them to tell a rank
+    axis from a stack, and leaves trained in full from factors.
+
+    Args:
+      tx: Any transformation of ``factors`` with such a rule in it.
+      base_params: The weights; shapes are enough.
+      spec: The spec of the run.
+
+    Returns:
+      The transformation, its ``update`` called with ``plans={path: plan}``. A plan has
+      the fields ``rank``, ``batch`` (its length says where the rank axis stands),
+      ``trained`` and ``adapted``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, raclora_jax as rl
+      >>> W = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
+      >>> factors, chain = init_adapter(W, 2, key=0)
+      >>> rule = optax.chain(rl.orthogonal(), optax.scale_by_learning_rate(1e-2))
+      >>> opt_state = planned(rule, W, 2).init(factors)
+    """
+    leaves, _ = paths.flatten(base_params, is_leaf=is_quantised)
+    plans = plan_leaves(as_spec(spec), leaves, whole=True)
+    rule = as_rule(tx)
+
+    def init(factors: PyTree) -> OptState:
+        with knowing(plans):
+            return tx.init(factors)
+
+    def update(
+        updates: PyTree, state: OptState, params: PyTree = None, **extra: Any
+    ) -> tuple[PyTree, OptState]:
+        with knowing(plans):
+            return rule.update(updates, state, params, **{**extra, "plans": plans})
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 def restart(
     opt_state: PyTree, tx: optax.GradientTransformation, factors: PyTree
 ) -> PyTree:
@@ -263,7 +307,8 @@ def restart(
     fresh = tx.init(factors)
     if not isinstance(opt_state, optax.PartitionState):
         return fresh
-    states = {**opt_state.inner_states, "lowrank": fresh.inner_states["lowrank"]}
+    states = dict(opt_state.inner_states)
+    states["lowrank"] = restarted(states["lowrank"], fresh.inner_states["lowrank"])
     return opt_state._replace(inner_states=states)
 
 

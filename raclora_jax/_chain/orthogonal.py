@@ -1,0 +1,220 @@
+"""The stateless inner rule: every direction a factor has, at one length."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from raclora_jax._chain.inner import ADAM, OrthogonalState, known_plans
+from raclora_jax._core import paths
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.spec import kind
+from raclora_jax._core.types import Leaves, PyTree
+
+# Odd polynomials a x + b x^3 + c x^5 that together take [1e-3, 1] to [0.9988, 1.0012],
+# the best of their degree for that interval.
+# Amsel et al., The Polar Express, https://arxiv.org/abs/2505.16932, 2025.
+POLYNOMIALS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+)
+_SECOND_MOMENT_DECAY = 0.95
+
+
+def orthogonal(
+    *, momentum: float = 0.0, second_moment: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces each factor's gradient by its polar factor; an ``inner`` without state.
+
+    ``F = U diag(s) V^T`` becomes ``sqrt(max(rank, n)) U V^T``, of root mean square 1,
+    with ``n`` numbers on the side that is not sketched. Singular values down to 1e-3 of
+    ``|F|`` end within 0.2 % of each other, smaller ones shrink towards zero. At rank 1
+    this is the normalised gradient. Leaves trained in full (biases, norms, a head) get
+    Adam.
+
+    Its step falls by ``f(W+) <= f(W) - lr sqrt(n) ||S G||_* + lr^2 n rank L / 2``, and
+    ``E ||S G||_* >= lambda ||G||_*`` by Jensen's inequality, so the chain keeps its
+    guarantee for exact gradients. Under minibatch noise ``sigma`` a floor of about
+    ``2 sqrt(dim) sigma`` in the nuclear norm stays, as with every normalised step
+    without momentum: larger batches or ``momentum`` lower it.
+
+    Args:
+      momentum: Decay of a momentum of the factor's size, with Nesterov's look ahead, in
+        [0, 1); 0 keeps none. A new link resets it as ``moments`` says.
+      second_moment: Whether to keep a mean square for each of the ``n`` columns, as
+        NorMuon does, and divide by its root.
+
+    Returns:
+      An optax transformation, to be passed as ``inner``. It takes the leaves' plans as
+      the extra argument ``plans``, which ``raclora`` hands over; without it, leaves of
+      two axes are read as factors of ``(rank, n)``.
+
+    Raises:
+      ValueError: If ``momentum`` is outside [0, 1).
+      TypeError: If an argument has the wrong type.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, raclora_jax as rl
+      >>> params = {"kernel": jnp.ones((6, 4)), "bias": jnp.zeros(4)}
+      >>> tx = rl.raclora(1e-2, 2, inner=rl.orthogonal(), key=0)
+      >>> jax.tree.leaves(tx.init(params).inner_state.lowrank)
+      []
+
+    References:
+      Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024. Amsel et
+      al., `The Polar Express <https://arxiv.org/abs/2505.16932>`_, 2025. Li et al.,
+      `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025.
+    """
+    if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
+        raise TypeError(f"momentum must be a number, got {kind(momentum)}")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
+    if not isinstance(second_moment, bool):
+        raise TypeError(f"second_moment must be a bool, got {kind(second_moment)}")
+
+    def init(params: PyTree) -> OrthogonalState:
+        leaves, _ = paths.flatten(params)
+        factors, others = _split(leaves, known_plans())
+        means = {p: jnp.mean(leaves[p], axis=axis) for p, axis in factors.items()}
+        return OrthogonalState(
+            adam=ADAM.init(others) if others else (),
+            momentum={p: jnp.zeros_like(leaves[p]) for p in factors} if momentum else {},
+            count=jnp.zeros((), jnp.int32) if second_moment else (),
+            second_moment={p: jnp.zeros_like(m) for p, m in means.items()}
+            if second_moment
+            else {},
+        )
+
+    def update(
+        updates: PyTree,
+        state: OrthogonalState,
+        params: PyTree = None,
+        *,
+        plans: dict[str, LeafPlan] | None = None,
+        **extra: Any,
+    ) -> tuple[PyTree, OrthogonalState]:
+        del params, extra
+        leaves, treedef = paths.flatten(updates)
+        factors, others = _split(leaves, known_plans() if plans is None else plans)
+        adam = state.adam
+        answer: Leaves = {}
+        if others:
+            answer, adam = ADAM.update(others, adam)
+        momenta, moments, count = {}, {}, state.count
+        if second_moment:
+            count = optax.safe_increment(count)
+        for path, axis in factors.items():
+            gradient = leaves[path]
+            if momentum:
+                momenta[path] = momentum * state.momentum[path] + gradient
+                gradient = momentum * momenta[path] + gradient
+            direction = polar_factor(gradient, axis)
+            if second_moment:
+                moments[path], direction = _even(
+                    direction, state.second_moment[path], count, axis
+                )
+            rows, columns = _sizes(direction, axis)
+            answer[path] = math.sqrt(max(rows, columns)) * direction
+        new = OrthogonalState(adam, momenta, count, moments)
+        return paths.unflatten(treedef, {p: answer[p] for p in leaves}), new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def polar_factor(matrix: Array, axis: int) -> Array:
+    """``U V^T`` of ``matrix = U diag(s) V^T``, without a singular value decomposition.
+
+    Polynomials of the Gram matrix on the short side; the matrix itself is read twice.
+    It is squared in its own dtype, so entries below 1e-19 in float32 count as zero, as
+    they do for Adam.
+
+    Args:
+      matrix: Array ``(batch..., rank, *axes)``.
+      axis: Where the rank stands: axes before it stack matrices, those behind it are the
+        other side.
+
+    Returns:
+      Array of the same shape; zero where the matrix is.
+    """
+    rows, columns = _sizes(matrix, axis)
+    if columns < rows:
+        flat = matrix.reshape(*matrix.shape[: axis + 1], columns)
+        return polar_factor(flat.mT, axis).mT.reshape(matrix.shape)
+    stack, behind = tuple(range(axis)), tuple(range(axis + 1, matrix.ndim))
+    gram = _product(matrix, matrix, ((behind, behind), (stack, stack)))
+    square = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    square = jnp.where(square > 0, square, 1)
+    gram = gram / square
+    eye = jnp.eye(rows, dtype=matrix.dtype)
+    root = eye / jnp.sqrt(square)
+    for a, b, c in POLYNOMIALS:
+        # Everything here is a polynomial of one symmetric matrix, so all of it commutes.
+        step = a * eye + b * gram + c * _matmul(gram, gram)
+        root = _matmul(step, root)
+        gram = _matmul(_matmul(step, gram), step)
+    return _product(root, matrix, (((axis + 1,), (axis,)), (stack, stack)))
+
+
+def _split(
+    leaves: Leaves, plans: dict[str, LeafPlan] | None
+) -> tuple[dict[str, int], Leaves]:
+    """The rank axes of the factors, and the leaves that are none."""
+    factors, others = {}, {}
+    for path, leaf in leaves.items():
+        if plans is None:
+            axis = 0 if jnp.ndim(leaf) == 2 else None
+        elif path in plans:
+            axis = len(plans[path].batch) if plans[path].adapted else None
+        else:
+            raise ValueError(
+                f"orthogonal was handed leaf {paths.show(path)}, which raclora has no "
+                "plan of; nothing between raclora and orthogonal may rename or join "
+                "leaves"
+            )
+        if axis is None:
+            others[path] = leaf
+        else:
+            factors[path] = axis
+    return factors, others
+
+
+def _sizes(matrix: Array, axis: int) -> tuple[int, int]:
+    return matrix.shape[axis], math.prod(matrix.shape[axis + 1 :])
+
+
+def _even(
+    direction: Array, before: Array, count: Array, axis: int
+) -> tuple[Array, Array]:
+    """The columns' new mean squares, and the direction evened by their roots."""
+    decay = _SECOND_MOMENT_DECAY
+    now = jnp.mean(direction**2, axis=axis)
+    mean = decay * before + (1 - decay) * now
+    unbiased = mean / (1 - decay ** count.astype(mean.dtype))
+    tiny = float(jnp.finfo(mean.dtype).tiny)
+    even = (
+        direction
+        * lax.rsqrt(jnp.maximum(unbiased, tiny))[(slice(None),) * axis + (None,)]
+    )
+    # As long as it was, so that the learning rate keeps its meaning.
+    own = tuple(range(axis, direction.ndim))
+    length, was = (
+        jnp.sqrt(jnp.sum(x**2, axis=own, keepdims=True)) for x in (even, direction)
+    )
+    return mean, even * (was / jnp.where(length > 0, length, 1))
+
+
+def _product(left: Array, right: Array, dims: Any) -> Array:
+    return lax.dot_general(left, right, dims, precision=lax.Precision.HIGHEST)
+
+
+def _matmul(left: Array, right: Array) -> Array:
+    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)

@@ -1,0 +1,257 @@
+"""The orthogonalised step: its directions, its state, and what it is told."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import raclora_jax as rl
+from raclora_jax._chain.orthogonal import polar_factor
+from raclora_jax._core.plan import plan_tree
+
+# Of the largest and of the whole matrix, where the docstring says that values end.
+WITHIN = 2e-3
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def stacked(matrix, axis):
+    return np.asarray(matrix, np.float64).reshape(
+        *matrix.shape[:axis], matrix.shape[axis], -1
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((3, 50), 0), ((40, 7), 0), ((2, 4, 5, 6), 1), ((2, 3, 4, 5), 2), ((1, 9), 0)],
+)
+def test_the_polar_factor(shape, axis):
+    """Against the singular value decomposition, stacks and axis groups apart."""
+    for seed in range(3):
+        matrix = normal(seed, *shape).astype(np.float32)
+        got = stacked(jax.jit(polar_factor, static_argnums=1)(matrix, axis), axis)
+        left, _, right = np.linalg.svd(stacked(matrix, axis), full_matrices=False)
+        np.testing.assert_allclose(got, left @ right, rtol=0, atol=WITHIN)
+
+
+def test_where_singular_values_end():
+    """Down to 1e-3 of the norm they end together; below they go to zero."""
+    left, right = (np.linalg.qr(normal(seed, 60, 5))[0] for seed in (1, 2))
+    values = np.array([1.0, 0.3, 3e-2, 3e-3, 1e-6])
+    matrix = (left * values) @ right.T
+    with jax.enable_x64(True):
+        got = np.linalg.svd(np.asarray(polar_factor(jnp.asarray(matrix), 0)))[1]
+    assert np.abs(got[:4] - 1).max() < WITHIN
+    assert got[4] < 0.02
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_gradient_gives_no_step_and_no_nan(dtype):
+    params = {"kernel": jnp.ones((9, 7), dtype), "stack": jnp.ones((2, 6, 8), dtype)}
+    spec = rl.Spec(3, rules=[rl.Rule("stack", batch=0)])
+    for options in ({}, {"momentum": 0.9, "second_moment": True}):
+        tx = rl.raclora(0.1, spec, inner=rl.orthogonal(**options), key=0)
+        state = tx.init(params)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        # Rank one: two of the three directions are empty.
+        thin = jax.tree.map(jnp.ones_like, params)
+        for grads in (zeros, thin, zeros, thin):
+            updates, state = jax.jit(tx.update)(grads, state, params)
+            for leaf in jax.tree.leaves((updates, state.inner_state)):
+                assert np.isfinite(np.asarray(leaf, np.float32)).all()
+        updates, _ = tx.update(zeros, tx.init(params), params)
+        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(updates))
+
+
+def test_it_keeps_nothing():
+    """No byte for any adapted leaf; biases have Adam's."""
+    params = {"kernel": jnp.ones((9, 7)), "bias": jnp.ones(7)}
+    inner = rl.raclora(0.1, 3, inner=rl.orthogonal(), key=0).init(params).inner_state
+    assert jax.tree.leaves(inner.lowrank) == []
+    adam = optax.scale_by_adam().init({"bias": params["bias"]})
+    assert jax.tree.map(jnp.shape, inner.dense.adam) == jax.tree.map(jnp.shape, adam)
+
+
+def test_leaves_trained_in_full_get_adam():
+    """A matrix that a rule trains in full too, whatever its axes."""
+    rules = [rl.Rule("head|scales", mode="dense")]
+    params = {
+        "kernel": normal(0, 9, 7),
+        "head": normal(1, 7, 5),
+        "scales": normal(2, 3, 4),
+    }
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    spec = rl.Spec(3, rules=rules)
+    runs = {}
+    for name, inner in {"adam": optax.scale_by_adam(), "ours": rl.orthogonal()}.items():
+        tx = rl.raclora(0.1, spec, inner=inner, key=0)
+        state = tx.init(params)
+        for seed in range(3):
+            grads = {p: normal(seed, *w.shape).astype("f") for p, w in params.items()}
+            runs[name], state = jax.jit(tx.update)(grads, state, params)
+    for path in ("head", "scales"):
+        np.testing.assert_allclose(runs["ours"][path], runs["adam"][path], rtol=1e-6)
+    assert np.abs(runs["ours"]["kernel"] - runs["adam"]["kernel"]).max() > 1e-3
+
+
+def test_rank_one_is_the_normalised_gradient():
+    params = {"kernel": jnp.zeros((6, 20))}
+    spec = rl.Spec(1, side="left")
+    grads = {"kernel": jnp.asarray(normal(0, 6, 20), jnp.float32)}
+    factor = rl.project(grads, rl.sample_sketch(params, spec, key=0), spec)["kernel"]
+    tx = rl.raclora(0.1, spec, inner=rl.orthogonal(), key=0)
+    (updates, _) = tx.update({"kernel": factor}, tx.init(params), params)
+    length = jnp.linalg.norm(factor.value) / np.sqrt(20)
+    np.testing.assert_allclose(
+        updates["kernel"].value, -0.1 * factor.value / length, rtol=WITHIN
+    )
+
+
+def test_the_mean_captured_nuclear_norm():
+    """E |S G|_* >= lambda |G|_*, for every law, by 400 draws."""
+    gradient = normal(3, 16, 24)
+    nuclear = np.linalg.svd(gradient, compute_uv=False).sum()
+    for law in ("orthonormal", "rademacher", "coordinate"):
+        for rank in (1, 2, 4):
+            spec = rl.Spec(rank, side="left", sketch=law)
+            draw = jax.jit(
+                jax.vmap(
+                    lambda link, spec=spec: rl.sample_sketch(
+                        jnp.zeros((16, 24)), spec, key=0, link=link
+                    )
+                )
+            )
+            sketches = np.asarray(draw(jnp.arange(400)), np.float64)
+            kept = np.linalg.svd(sketches @ gradient, compute_uv=False).sum(axis=1)
+            error = kept.std() / np.sqrt(len(kept))
+            assert kept.mean() > rank / 16 * nuclear - 4 * error, (law, rank)
+
+
+def test_the_second_moment_outlives_a_link_and_momentum_does_not():
+    params = {"kernel": jnp.zeros((9, 30)), "bias": jnp.zeros(30)}
+    inner = rl.orthogonal(momentum=0.9, second_moment=True)
+    tx = rl.raclora(0.1, rl.Spec(3, resample_every=2), inner=inner, key=0)
+    state, step = tx.init(params), jax.jit(tx.update)
+    for seed in range(3):
+        grads = {p: normal(seed, *w.shape).astype("f") for p, w in params.items()}
+        before, (updates, state) = state, step(grads, state, params)
+    old, new = before.inner_state.lowrank, state.inner_state.lowrank
+    assert int(state.link) == 1
+    assert int(new.count) == 3
+    np.testing.assert_allclose(new.momentum["kernel"], project(grads, state), rtol=1e-5)
+    now = (new.second_moment["kernel"] - 0.95 * old.second_moment["kernel"]) / 0.05
+    assert now.shape == (30,)
+    # Three orthonormal rows of 30 columns.
+    np.testing.assert_allclose(now.sum(), 1.0, rtol=0.01)
+    # The length of a step stays what it was.
+    rms = np.sqrt(np.mean(np.square(updates["kernel"])))
+    np.testing.assert_allclose(rms, 0.1 * np.sqrt(3 / 9), rtol=0.01)
+
+
+def project(grads, state):
+    return state.sketches.values["kernel"] @ grads["kernel"]
+
+
+def test_columns_are_evened():
+    """A column that is always long takes as long a step as the others."""
+    params = {"kernel": jnp.zeros((8, 40))}
+    scale = np.where(np.arange(40) == 7, 30.0, 1.0).astype("f")
+    spread = {}
+    for second_moment in (False, True):
+        inner = rl.orthogonal(second_moment=second_moment)
+        tx = rl.raclora(1.0, rl.Spec(4, side="left"), inner=inner, key=0)
+        state = tx.init(params)
+        for seed in range(40):
+            grads = {"kernel": scale * normal(seed, 8, 40).astype("f")}
+            updates, state = jax.jit(tx.update)(grads, state, params)
+        lengths = np.linalg.norm(updates["kernel"], axis=0)
+        spread[second_moment] = lengths[7] / np.median(lengths)
+    assert spread[True] < 1.6 < 3 < spread[False]
+
+
+def test_one_rate_for_all_ranks():
+    """With alpha="dim" a step has the same root mean square at every rank and side."""
+    grads = {"kernel": jnp.asarray(normal(0, 24, 60), jnp.float32)}
+    params = jax.tree.map(jnp.zeros_like, grads)
+    for side in ("left", "right"):
+        for rank in (1, 3, 12):
+            spec = rl.Spec(rank, side=side, alpha="dim")
+            plan = plan_tree(spec, params)["kernel"]
+            assert plan.scaling == np.sqrt(plan.dim / rank)
+            tx = rl.raclora(0.01, spec, inner=rl.orthogonal(), key=0)
+            updates, _ = tx.update(grads, tx.init(params), params)
+            rms = np.sqrt(np.mean(np.square(updates["kernel"])))
+            np.testing.assert_allclose(rms, 0.01, rtol=WITHIN)
+
+
+def test_a_rules_own_alpha_wins():
+    spec = rl.Spec(
+        2, alpha="dim", rules=[rl.Rule("a", alpha=6.0), rl.Rule("b", alpha="dim")]
+    )
+    shapes = {name: jax.ShapeDtypeStruct((8, 32), "float32") for name in "abc"}
+    plans = plan_tree(spec, shapes)
+    assert [plans[name].scaling for name in "abc"] == [3.0, 2.0, 2.0]
+    assert rl.Spec.from_json(spec.to_json()) == spec
+    for wrong in ("dims", "", True):
+        with pytest.raises(TypeError, match="'dim'"):
+            rl.Spec(2, alpha=wrong)
+
+
+def test_rules_that_ask_know_the_plans():
+    """Through chains and MultiSteps; a stock rule is never handed them."""
+    seen = []
+
+    def init(params):
+        return ()
+
+    def update(updates, state, params=None, *, plans, **extra):
+        assert not extra
+        seen.append({path: plan.mode for path, plan in plans.items()})
+        return updates, state
+
+    asks = optax.GradientTransformationExtraArgs(init, update)
+    params = {"kernel": jnp.ones((6, 8)), "bias": jnp.ones(8)}
+    for inner in (asks, optax.chain(optax.clip(1.0), asks), optax.MultiSteps(asks, 2)):
+        seen.clear()
+        tx = rl.raclora(0.1, 2, inner=inner, key=0)
+        tx.update(params, tx.init(params), params)
+        assert {"kernel": "lowrank"} in seen
+        assert {"bias": "dense"} in seen
+
+
+def test_under_a_mask_the_rest_of_the_leaves_is_orthogonalised():
+    """What optax.masked hides passes as it is, and the others are found by their path."""
+    params = {"a": jnp.zeros((6, 20)), "b": jnp.zeros((6, 20))}
+    grads = jax.tree.map(lambda w: jnp.asarray(normal(1, *w.shape), jnp.float32), params)
+    masked = optax.masked(rl.orthogonal(), lambda tree: {p: p == "a" for p in tree})
+    tx = rl.raclora(1.0, rl.Spec(2, side="left"), inner=masked, key=0)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(params), params)
+    values = {p: np.linalg.svd(u, compute_uv=False)[:2] for p, u in updates.items()}
+    np.testing.assert_allclose(values["a"], np.sqrt(20), rtol=WITHIN)
+    assert np.ptp(values["b"]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "pieces"),
+    [
+        ({"momentum": 1.0}, ValueError, ["momentum", "below 1", "1.0"]),
+        ({"momentum": -0.1}, ValueError, ["momentum", "-0.1"]),
+        ({"momentum": float("nan")}, ValueError, ["momentum", "nan"]),
+        ({"momentum": "0.9"}, TypeError, ["momentum", "'0.9'", "str"]),
+        ({"momentum": True}, TypeError, ["momentum", "bool"]),
+        ({"second_moment": 1}, TypeError, ["second_moment", "int"]),
+    ],
+)
+def test_bad_options(options, error, pieces):
+    with pytest.raises(error) as refused:
+        rl.orthogonal(**options)
+    assert all(piece in str(refused.value) for piece in pieces), refused.value
+
+
+def test_leaves_joined_between_are_refused():
+    params = {"a": jnp.zeros((6, 20)), "b": jnp.zeros((6, 20))}
+    with pytest.raises(ValueError, match="rename or join"):
+        rl.raclora(0.1, 2, inner=optax.flatten(rl.orthogonal()), key=0).init(params)
