@@ -1688,6 +1688,23 @@ add(
     views={"v": {"rows": (0, 1)}},
     falls={"v": "add"},
 )
+
+
+def stream(p, x):
+    """What a leaf was added to goes on, past every operation without a rule."""
+    h = x + p["v"]
+    for _ in range(2):
+        h += jnp.tanh(h * lax.rsqrt(jnp.mean(h**2, -1, keepdims=True) + 1e-6) @ p["w"])
+    return total(h @ p["w"])
+
+
+add(
+    "positions added to tokens, one sequence",
+    {"w": SQUARE, "v": (5, 8)},
+    stream,
+    normal(13, 5, 8),
+    falls={"v": "integer_pow|square|mul"},
+)
 add(
     "two leaves concatenated",
     {"w": W, "v": (8, 5)},
@@ -1769,7 +1786,7 @@ before = {*CASES}
 def add_recurrent(name, cell):
     """Puts a recurrent network of Flax on the table, every leaf by its path."""
     model, x = nn.RNN(cell), normal(16, 2, 4, 8)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.asarray(x))["params"]
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.float32(x))["params"]
     start = cell.initialize_carry(jax.random.key(0), x[:, 0].shape)
 
     def loss(p, x):

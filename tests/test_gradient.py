@@ -11,6 +11,7 @@ import warnings
 
 import cases
 import jax
+import jax.extend.core as jex
 import pytest
 from agreement import (
     KEY,
@@ -99,6 +100,42 @@ def test_case_away_from_zero(name):
         # The factors of this form are float32.
         assert_same(ours, expected, 1e-7, name)
         assert_reported(case, messages)
+
+
+def products(program):
+    """Shapes that products give and that concatenations take, inside calls too."""
+    made, joined = [], set()
+    for eqn in program.eqns:
+        shapes = [var.aval.shape for var in eqn.outvars]
+        made += shapes if eqn.primitive.name == "dot_general" else []
+        joined |= {*shapes} if eqn.primitive.name == "concatenate" else set()
+        for inside in jex.jaxprs_in_params(eqn.params):
+            more, wider = products(inside)
+            made, joined = made + more, joined | wider
+    return made, joined
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize(
+    "name", ["LSTM of linen", "GRU of linen", "two leaves concatenated"]
+)
+def test_no_gradient_of_leaves_side_by_side_is_formed(name, side):
+    case = CASES[name]
+    params, args = case.inputs()
+    spec = case.spec(2, side)
+
+    def ours(params, *args):
+        return gradient(case.loss, params, spec, *args)
+
+    def made(function):
+        products_of, _ = products(jax.make_jaxpr(function)(params, *args).jaxpr)
+        return {tuple(sorted(shape)) for shape in products_of}
+
+    _, joined = products(jax.make_jaxpr(case.loss)(params, *args).jaxpr)
+    matrices = {leaf.shape for leaf in params.values() if leaf.ndim > 1}
+    shapes = {tuple(sorted(shape)) for shape in matrices | joined}
+    assert made(jax.grad(case.loss)) & shapes
+    assert not made(ours) & shapes
 
 
 @pytest.mark.parametrize("name", cases.MODELS)
