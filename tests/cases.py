@@ -1690,6 +1690,18 @@ add(
 )
 
 
+add(
+    "a token before every sequence",
+    {"w": SQUARE, "v": (1, 4, 8)},
+    lambda p, x: total(
+        jnp.concatenate([jnp.broadcast_to(p["v"], (2, 4, 8)), x], 1) @ p["w"]
+    ),
+    normal(13, 2, 5, 8),
+    views={"v": {"rows": (0, 1)}},
+    falls={"v": "concatenate"},
+)
+
+
 def stream(p, x):
     """What a leaf was added to goes on, past every operation without a rule."""
     h = x + p["v"]

@@ -68,15 +68,18 @@ def concatenate(eqn: Eqn, *operands: Value) -> Joined | None:
     axis = eqn.params["dimension"]
     members: list[Operand] = []
     for operand in operands:
-        if not isinstance(operand, Joined):
-            members.append(operand)
-        elif operand.axis == axis:
+        if isinstance(operand, Joined):
+            if operand.axis != axis:
+                return None
             members.extend(operand.members)
+        elif isinstance(operand, Weight):
+            # A token put before every sequence is an activation from here on.
+            if operand.is_broadcast:
+                return None
+            members.append(operand.folded())
         else:
-            return None
-    return Joined(
-        tuple(m.folded() if isinstance(m, Weight) else m for m in members), axis
-    )
+            members.append(operand)
+    return Joined(tuple(members), axis)
 
 
 def dot_general(eqn: Eqn, left: Value, right: Value) -> Array | None:

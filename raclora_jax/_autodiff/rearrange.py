@@ -199,7 +199,7 @@ def add(eqn: Eqn, left: Operand, right: Operand) -> Weight | None:
     if isinstance(other, Weight) or aval(eqn.outvars[0]).shape != weight.shape:
         return None
     # A leaf broadcast over tokens and added to them is an activation from here on.
-    if jnp.ndim(other) and any(part.atom[0] < 0 for a in weight.axes for part in a):
+    if jnp.ndim(other) and weight.is_broadcast:
         return None
     weight = weight.folded()
     other = jnp.asarray(other, weight.array.dtype)

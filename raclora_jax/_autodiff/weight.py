@@ -2,20 +2,21 @@
 
 A model may transpose, split and merge the axes of a leaf before it reads it. Only the
 base goes through that; sketch and factor stay as they are, and are found by the names of
-their axes. Take a leaf of shape (8, 12) with rows (0,), so that ``S F`` has an ``S`` of
-shape (8, r) and an ``F`` of shape (r, 12), kept with the rank first::
+their axes. Take a leaf of shape (8, 12), its rows sketched at rank 2. Sketch and factor
+have the shapes (2, 8) and (2, 12), and the axes ``((), (0,))`` and ``((), (1,))``, where
+``()`` is the rank. With ``name:size`` for a part, the axes of the base are ::
 
-    base (8, 12)         axes ((0,):8), ((1,):12)       sketch_axes ((), (0,))
-                                                        factor_axes ((), (1,))
-    transpose            axes ((1,):12), ((0,):8)       both as they were
-    reshape (3, 4, 8)    axes ((1, 0):3), ((1, 1):4), ((0,):8)
-                         the factor is (r, 3, 4) now:   factor_axes ((), (1, 0), (1, 1))
-    reshape (12, 8)      axes ((1, 0):3, (1, 1):4), ((0,):8)
-                         one axis that merges two parts; the factor stays (r, 3, 4)
-    broadcast (5, 12, 8) axes ((-1,):5), and so on; neither sketch nor factor has it
+    W                       (0,):8 | (1,):12
+    W.T                     (1,):12 | (0,):8
+    .reshape(3, 4, 8)       (1, 0):3 | (1, 1):4 | (0,):8
+    .reshape(12, 8)         (1, 0):3 (1, 1):4 | (0,):8
+    broadcast (5, 12, 8)    (-1,):5 | (1, 0):3 (1, 1):4 | (0,):8
 
-A product that sums the last axis then sums the label (0,): ``x`` has it there, the sketch
-has it second, and ``contract`` puts the two together without a word about transposes.
+The first reshape splits an axis that the factor has: from there on the factor is of shape
+(2, 3, 4), its axes ``((), (1, 0), (1, 1))``. The second merges two parts into one axis,
+which is no matter of the factor's; and neither it nor the sketch has the axis that the
+broadcast adds. A product ``x . W`` over the last axis sums the name ``(0,)``, which ``x``
+has last and the sketch second: ``contract`` finds it in both.
 """
 
 from __future__ import annotations
@@ -118,6 +119,11 @@ class Weight:
     def shape(self) -> tuple[int, ...]:
         """Shape of the base, as the model sees it."""
         return tuple(math.prod(part.size for part in axis) for axis in self.axes)
+
+    @property
+    def is_broadcast(self) -> bool:
+        """Whether it has an axis that the leaf has not."""
+        return any(part.atom[0] < 0 for axis in self.axes for part in axis)
 
     def replace(self, **changes: Any) -> Weight:
         """A copy with other fields; a new base is an array."""
