@@ -17,8 +17,8 @@ PACKAGE = pathlib.Path(rl.__file__).parent
 # Inside a folder each room imports only from rooms before it.
 ROOMS = {
     "_core": "types paths spec plan keys cholesky sketch lowrank rounding",
-    "_autodiff": "stage uses contraction attach weight rearrange output consume join "
-    "interpret watch",
+    "_autodiff": "stage uses contraction attach weight rearrange arithmetic output "
+    "consume join interpret watch",
     "_chain": "inner orthogonal state step",
     "_forms": "pure optimizer gradient adapter unmerged trace summary",
 }

@@ -14,13 +14,15 @@ import jax
 import jax.extend.core as jex
 from jax import Array, lax
 
-from raclora_jax._autodiff import consume, join, rearrange
+from raclora_jax._autodiff import arithmetic, consume, join, rearrange
 from raclora_jax._autodiff.join import Standing, Value
 from raclora_jax._autodiff.stage import Eqn, Program, body_of
 from raclora_jax._autodiff.weight import Operand, Weight
 from raclora_jax._core.types import PyTree
 
 T = TypeVar("T")
+
+RULES = {**arithmetic.RULES, **rearrange.RULES, **consume.RULES}
 
 
 def read_inputs(program: Program) -> set[int]:
@@ -129,10 +131,9 @@ def _by_rule(eqn: Eqn, operands: list[Value]) -> list[Value] | None:
     name = eqn.primitive.name
     if name in _CALLS:
         return _CALLS[name](eqn, operands)
-    if name == "concatenate" or any(isinstance(v, join.Joined) for v in operands):
-        rule = join.RULES.get(name)
-    else:
-        rule = consume.RULES.get(name) or rearrange.RULES.get(name)
+    side_by_side = any(isinstance(v, join.Joined) for v in operands)
+    rules = join.RULES if side_by_side or name == "concatenate" else RULES
+    rule = rules.get(name)
     out = None if rule is None else rule(eqn, *operands)
     if out is None:
         return None

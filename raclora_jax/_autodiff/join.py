@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from raclora_jax._autodiff import consume, rearrange
 from raclora_jax._autodiff.stage import Eqn
-from raclora_jax._autodiff.weight import Operand, Weight
+from raclora_jax._autodiff.weight import Operand, Weight, array_of
 
 
 @jax.tree_util.register_dataclass
@@ -34,7 +34,7 @@ class Joined:
     @property
     def array(self) -> Array:
         """The bases as one array."""
-        return self._together([rearrange.array_of(member) for member in self.members])
+        return self._together([array_of(member) for member in self.members])
 
     def materialise(self, operation: str) -> Array:
         """The leaves as an array whose gradient is formed in full, then projected."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from raclora_jax._autodiff.attach import varying_axes
-from raclora_jax._autodiff.stage import Eqn, aval
+from raclora_jax._autodiff.stage import Eqn
 from raclora_jax._autodiff.weight import (
     Atom,
     Axis,
@@ -21,8 +21,8 @@ from raclora_jax._autodiff.weight import (
     Operand,
     Part,
     Weight,
+    array_of,
     resized,
-    told_apart,
 )
 
 
@@ -166,61 +166,6 @@ def optimization_barrier(eqn: Eqn, *operands: Operand) -> list[Operand]:
     ]
 
 
-def neg(eqn: Eqn, weight: Weight) -> Weight:
-    return _scaled(weight, jnp.asarray(-1, weight.array.dtype))
-
-
-def mul(eqn: Eqn, left: Operand, right: Operand) -> Weight | None:
-    """By a scalar, which goes to the output of whatever reads the leaf.
-
-    It may depend on what is trained, and its own gradient is then right too.
-    """
-    weight, other = told_apart(left, right)
-    if isinstance(other, Weight) or jnp.size(other) != 1:
-        return None
-    if jnp.ndim(other) not in (0, len(weight.axes)):
-        return None
-    return _scaled(weight, jnp.asarray(other).reshape(()))
-
-
-def div(eqn: Eqn, left: Operand, right: Operand) -> Weight | None:
-    if not isinstance(left, Weight) or isinstance(right, Weight) or jnp.size(right) != 1:
-        return None
-    return _scaled(left, 1 / jnp.asarray(right).reshape(()))
-
-
-def add(eqn: Eqn, left: Operand, right: Operand) -> Weight | None:
-    """A sum or difference with an array: the base takes it up, the factor stays.
-
-    The array may depend on what is trained, and its own gradient is then right too.
-    """
-    first = isinstance(left, Weight)
-    weight, other = told_apart(left, right)
-    if isinstance(other, Weight) or aval(eqn.outvars[0]).shape != weight.shape:
-        return None
-    # A leaf broadcast over tokens and added to them is an activation from here on.
-    if jnp.ndim(other) and weight.is_broadcast:
-        return None
-    weight = weight.folded()
-    other = jnp.asarray(other, weight.array.dtype)
-    operands = (weight.array, other) if first else (other, weight.array)
-    base = eqn.primitive.bind(*operands, **eqn.params)
-    if first or eqn.primitive.name != "sub" or weight.factor is None:
-        return weight.replace(base=base)
-    return weight.replace(base=base, factor=-weight.factor)
-
-
-def stop_gradient(eqn: Eqn, weight: Weight) -> Array:
-    return weight.constant()
-
-
-def flat(eqn: Eqn, *operands: Operand) -> Array:
-    """A function whose derivative is zero, as a rounding or a comparison."""
-    values = [v.constant() if isinstance(v, Weight) else v for v in operands]
-    out: Array = eqn.primitive.bind(*values, **eqn.params)
-    return out
-
-
 def pvary(eqn: Eqn, *operands: Operand) -> Operand | list[Operand]:
     """Inside ``shard_map``: every array of the value varies over the axes named."""
 
@@ -315,48 +260,18 @@ def _cut(
     return changed.replace(base=base, axes=resized(weight.axes, base.shape))
 
 
-def _scaled(weight: Weight, scale: Array) -> Weight:
-    product = scale if weight.scale is None else weight.scale * scale
-    return weight.replace(scale=product)
-
-
-def array_of(operand: Operand) -> Array:
-    """What an operation on the base alone takes for an operand."""
-    return operand.array if isinstance(operand, Weight) else operand
-
-
 def _names(axes: MeshAxes | list[str]) -> tuple[MeshAxes, ...]:
     return tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
 
 
-_FLAT = (
-    "ceil",
-    "eq",
-    "floor",
-    "ge",
-    "gt",
-    "is_finite",
-    "le",
-    "lt",
-    "ne",
-    "round",
-    "sign",
-)
-
 RULES: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(_FLAT, flat),
-    "add": add,
-    "add_any": add,
     "all_gather": all_gather,
     "broadcast_in_dim": broadcast_in_dim,
     "convert_element_type": convert_element_type,
     "copy": same,
     "copy_p": same,
-    "div": div,
     "dynamic_slice": dynamic_slice,
-    "mul": mul,
     "name": same,
-    "neg": neg,
     "optimization_barrier": optimization_barrier,
     "pvary": pvary,
     "reshape": reshape,
@@ -364,8 +279,6 @@ RULES: dict[str, Callable[..., Any]] = {
     "slice": slice_,
     "split": split,
     "squeeze": squeeze,
-    "stop_gradient": stop_gradient,
-    "sub": add,
     "transpose": transpose,
     "unstack": unstack,
 }

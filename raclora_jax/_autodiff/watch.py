@@ -17,8 +17,8 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import Array
 
-from raclora_jax._autodiff import consume, rearrange
-from raclora_jax._autodiff.interpret import scan_operands, while_operands
+from raclora_jax._autodiff import consume
+from raclora_jax._autodiff.interpret import RULES, scan_operands, while_operands
 from raclora_jax._autodiff.stage import Eqn, Program, aval, body_of
 from raclora_jax._autodiff.weight import Axis, Leaf, Operand, Part, Weight
 
@@ -100,7 +100,7 @@ def _apply(eqn: Eqn, operands: list[Value]) -> list[Value]:
 def _by_rule(eqn: Eqn, place: int, member: Weight) -> list[Weight] | None:
     """What the gradient's own rule makes of a leaf: nothing, where it uses it up."""
     name = eqn.primitive.name
-    rule = consume.RULES.get(name) or rearrange.RULES.get(name)
+    rule = RULES.get(name)
     if rule is None or name in _COLLECTIVES or name in _SUMS:
         return None
     operands: list[Operand] = [_blank(aval(var)) for var in eqn.invars]

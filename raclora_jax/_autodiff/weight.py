@@ -309,6 +309,11 @@ class Weight:
 Operand: TypeAlias = Array | Weight
 
 
+def array_of(operand: Operand) -> Array:
+    """What an operation on the base alone takes for an operand."""
+    return operand.array if isinstance(operand, Weight) else operand
+
+
 def told_apart(left: Operand, right: Operand) -> tuple[Weight, Operand]:
     """The leaf of two operands, the left one of two leaves; and the other operand."""
     if isinstance(left, Weight):
