@@ -48,11 +48,20 @@ TINY = {
     "length": 32,
 }
 Maker = Callable[[Model], Method]
+# The stateless step on blocks of rows: no optimizer state, whatever the rank.
+BLOCK: dict[str, Any] = {
+    "side": "left",
+    "sketch": "block",
+    "alpha": "dim",
+    "inner": rl.orthogonal(),
+}
 METHODS: list[Maker] = [
     rivals.floor,
     rivals.adamw,
     rivals.ours,
     functools.partial(rivals.ours, name="ours, left", side="left"),
+    functools.partial(rivals.ours, name="block, dim / 8", **BLOCK, rank=256),
+    functools.partial(rivals.ours, name="block, dim / 4", **BLOCK, rank=512),
     rivals.lora,
     functools.partial(rivals.lora, layout="rank last"),
     rivals.qwix_lora,

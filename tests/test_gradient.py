@@ -143,8 +143,9 @@ def test_no_gradient_of_leaves_side_by_side_is_formed(name, side):
 def test_case_where_rows_are_picked(name):
     """Blocks that are slices, that wrap around, and rows gathered one by one, in turn."""
     index = list(CASES).index(name)
-    side = SIDES[index % 2]
-    settings = (side, 2, "block"), (side, 3, ("block", "coordinate")[index // 2 % 2])
+    side = SIDES[(index + 1) % 2]
+    laws = (2, "block"), (3, "block"), (3, "coordinate")
+    settings = [(side, *laws[index // 2 % 3])]
     with jax.enable_x64(True):
         check(CASES[name], settings, 1e-13)
 
