@@ -180,10 +180,10 @@ def lookup(
         made: list[Label] = [*f_names[:rank], *atoms_of(lead), *f_names[rank + 1 :]]
 
         def of_rows(positions: Array, factor: Array) -> Array:
+            factor = factor.astype(y.dtype)
             rows = jnp.take(factor, positions, rank, mode="fill", fill_value=0)
-            return lax.transpose(rows, [made.index(n) for n in out.names]).reshape(
-                y.shape
-            )
+            rows = lax.transpose(rows, [made.index(name) for name in out.names])
+            return rows.reshape(y.shape)
 
         return weight.attached(y, positions, of_rows)
     if along not in f_names:
@@ -191,7 +191,8 @@ def lookup(
     looked_up, names = pick(factor, f_names)
 
     def placed(picks: Picks, factor: Array) -> Array:
-        array, got = picks.placed(factor, names, side, [], RANK, weight.side_sizes)
+        factor, sizes = factor.astype(y.dtype), weight.side_sizes
+        array, got = picks.placed(factor, names, side, [], RANK, sizes)
         return lax.transpose(array, [got.index(n) for n in out.names]).reshape(y.shape)
 
     def taken(picks: Picks, cotangent: Array) -> Array:
