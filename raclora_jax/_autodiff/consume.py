@@ -17,19 +17,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from raclora_jax._autodiff import picked
+from raclora_jax._autodiff.axes import RANK, Atom, Axis, einsum_parts
 from raclora_jax._autodiff.contraction import Label, contract
 from raclora_jax._autodiff.output import Names, Output, atoms_of, own
 from raclora_jax._autodiff.picks import Picks
 from raclora_jax._autodiff.stage import Eqn
-from raclora_jax._autodiff.weight import (
-    RANK,
-    Atom,
-    Axis,
-    Operand,
-    Weight,
-    einsum_parts,
-    told_apart,
-)
+from raclora_jax._autodiff.weight import Operand, Weight, told_apart
 
 
 def dot_general(eqn: Eqn, left: Operand, right: Operand) -> Array | None:

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
+from raclora_jax._autodiff.axes import RANK, Atom, Axis
 from raclora_jax._autodiff.contraction import Label, contract
 from raclora_jax._autodiff.output import Names, Output, atoms_of
 from raclora_jax._autodiff.picks import Picks, beside
 from raclora_jax._autodiff.stage import Eqn
-from raclora_jax._autodiff.weight import RANK, Atom, Axis, Weight
+from raclora_jax._autodiff.weight import Weight
 from raclora_jax._core import select
 
 
