@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -303,7 +303,8 @@ def ragged_dot_general(
     y = ragged(x, weight.array, groups)
     if weight.sketch is None or weight.factor is None:
         return weight.watched(y)
-    weight = weight.formed()
+    if len(stack) != 1 or weight.side not in (summed, free):
+        weight = weight.formed()
     s_names, f_names = weight.sketch_axes, weight.factor_axes
     thin, wide = (stack, summed, [RANK]), (stack, [RANK], free)
 
@@ -318,10 +319,13 @@ def ragged_dot_general(
         return {*names} == {name for axis in axes for name in axis}
 
     inputs = x, weight.sketch, groups
+    Inputs: TypeAlias = tuple[Array, Array | Picks, Array]
     if fit(s_names, thin) and fit(f_names, wide):
 
-        def sketched(inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        def sketched(inputs: Inputs) -> tuple[Array, Array]:
             x, sketch, groups = inputs
+            if isinstance(sketch, Picks):
+                return sketch.taken_by_group(x, groups), groups
             return ragged(x, stacked(sketch, s_names, thin), groups), groups
 
         def push(known: tuple[Array, Array], factor: Array) -> Array:
@@ -332,9 +336,11 @@ def ragged_dot_general(
     if not (fit(s_names, wide) and fit(f_names, thin)):
         return None
 
-    def push_late(known: tuple[Array, Array, Array], factor: Array) -> Array:
+    def push_late(known: Inputs, factor: Array) -> Array:
         x, sketch, groups = known
         middle = ragged(x, stacked(factor, f_names, thin), groups)
+        if isinstance(sketch, Picks):
+            return sketch.placed_by_group(middle, groups)
         return ragged(middle, stacked(sketch, s_names, wide), groups)
 
     return weight.attached(y, inputs, push_late)
