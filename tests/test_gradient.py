@@ -61,10 +61,16 @@ def check(case, settings, tolerance):
 
 @pytest.mark.parametrize("name", CASES)
 def test_case(name):
-    """Both sides; of ranks 1 and 3 each has one, in turn, since compiling takes long."""
-    settings = TURNS[list(CASES).index(name) % 2]
+    """Both sides; of ranks 1 and 3 each has one, in turn, since compiling takes long.
+
+    And one law that picks rows: blocks that are slices, that wrap around, or rows
+    gathered one by one, in turn.
+    """
+    index = list(CASES).index(name)
+    laws = (2, "block"), (3, "block"), (3, "coordinate")
+    picked = (SIDES[(index + 1) % 2], *laws[index // 2 % 3])
     with jax.enable_x64(True):
-        check(CASES[name], settings, 1e-13)
+        check(CASES[name], [*TURNS[index % 2], picked], 1e-13)
 
 
 NEW = [
@@ -137,17 +143,6 @@ def test_no_gradient_of_leaves_side_by_side_is_formed(name, side):
     shapes = {tuple(sorted(shape)) for shape in matrices | joined}
     assert made(jax.grad(case.loss)) & shapes
     assert not made(ours) & shapes
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_case_where_rows_are_picked(name):
-    """Blocks that are slices, that wrap around, and rows gathered one by one, in turn."""
-    index = list(CASES).index(name)
-    side = SIDES[(index + 1) % 2]
-    laws = (2, "block"), (3, "block"), (3, "coordinate")
-    settings = [(side, *laws[index // 2 % 3])]
-    with jax.enable_x64(True):
-        check(CASES[name], settings, 1e-13)
 
 
 @pytest.mark.parametrize("side", SIDES)

@@ -90,9 +90,13 @@ def _product(
     out = Output.of(y, y_axes, precision)
     x, x_names = einsum_parts(x, x_axes)
     if isinstance(weight.sketch, Picks):
-        for names in (x_names, out.names):
-            if {*weight.side, *weight.stack} <= {*names}:
-                by_x = names is x_names
+        needed = {*weight.side, *weight.stack}
+        for by_x, names, others in (
+            (True, x_names, out.names),
+            (False, out.names, x_names),
+        ):
+            # A side that both have is no sum: its rows meet one by one.
+            if needed <= {*names} and not {*weight.side} & {*others}:
                 return picked.product(
                     weight, weight.sketch, y, out, x, x_names, by_x, whole
                 )
