@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import contenders, language, stories
+from benchmarks import contenders, contest, language, stories
 
 DATA = pathlib.Path(
     os.environ.get("RACLORA_DATA_DIR", pathlib.Path(__file__).parents[2] / "shared/data")
@@ -22,13 +22,13 @@ pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no checkpoint h
 
 @pytest.fixture(scope="module")
 def task():
-    return language.Task(DATA)
+    return contest.Task(DATA)
 
 
 @pytest.fixture(scope="module")
 def shallow():
     """The study on the first layer alone, which compiles in a fifth of the time."""
-    small = language.Task(DATA)
+    small = contest.Task(DATA)
     model = small.model
     small.model = model._replace(
         config=model.config._replace(layers=1),
@@ -143,14 +143,14 @@ KINDS = {
 
 
 def test_names_of_contenders_are_unique():
-    names = [entry.name for entry in contenders.everything()]
+    names = [entry.name for entry in language.everything()]
     assert len(set(names)) == len(names)
     assert set(contenders.LONG) | KINDS <= set(names)
 
 
 @pytest.mark.parametrize(
     "entry",
-    [entry for entry in contenders.everything() if entry.name in KINDS],
+    [entry for entry in language.everything() if entry.name in KINDS],
     ids=lambda entry: entry.name,
 )
 def test_a_step_of_every_method_lowers_the_loss(shallow, entry):
@@ -164,24 +164,24 @@ def test_a_step_of_every_method_lowers_the_loss(shallow, entry):
 
 
 def test_rates_rise_fall_and_end_at_zero():
-    entry = contenders.everything()[0]
-    rate = language.rate_of(entry, 1.0, 300)
+    entry = language.everything()[0]
+    rate = contest.rate_of(entry, 1.0, 300)
     assert float(rate(0)) == pytest.approx(1 / 30)
     assert float(rate(29)) == pytest.approx(1)
     assert float(rate(165)) == pytest.approx(0.5)
     assert float(rate(300)) == pytest.approx(0, abs=1e-6)
-    again = language.rate_of(entry._replace(link=25, rewarm=5), 1.0, 300)
+    again = contest.rate_of(entry._replace(link=25, rewarm=5), 1.0, 300)
     assert float(again(50)) == pytest.approx(float(rate(50)) / 5, rel=1e-5)
     assert float(again(54)) == pytest.approx(float(rate(54)), rel=1e-5)
 
 
 def test_search_goes_on_until_the_best_is_inside():
-    tried = language.search(lambda rate: (np.log2(rate) + 7.3) ** 2, 1.0)
+    tried = contest.search(lambda rate: (np.log2(rate) + 7.3) ** 2, 1.0)
     assert list(tried) == [2.0**-k for k in range(8, -2, -1)]
-    assert language.fitted(tried) == pytest.approx(2**-7.3)
-    diverges = language.search(lambda r: np.nan if r > 1 else -r, 1.0)
+    assert contest.fitted(tried) == pytest.approx(2**-7.3)
+    diverges = contest.search(lambda r: np.nan if r > 1 else -r, 1.0)
     assert diverges == {0.5: -0.5, 1.0: -1.0, 2.0: np.inf}
-    assert language.fitted(diverges) == 1.0
+    assert contest.fitted(diverges) == 1.0
 
 
 def test_program_saves_its_rows_and_adds_what_is_missing(monkeypatch, tmp_path):
