@@ -33,6 +33,7 @@ bench: $(VENV)/.installed-benchmarks
 	$(BIN)/python -m benchmarks.counterexample
 	$(BIN)/python -m benchmarks.linear_regression
 	$(BIN)/python -m benchmarks.step_time
+	$(BIN)/python -m benchmarks.laws
 	$(BIN)/python -m benchmarks.sides
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.growth

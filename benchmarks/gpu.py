@@ -48,11 +48,20 @@ TINY = {
     "length": 32,
 }
 Maker = Callable[[Model], Method]
+# The stateless step on blocks of rows: no optimizer state, whatever the rank.
+BLOCK: dict[str, Any] = {
+    "side": "left",
+    "sketch": "block",
+    "alpha": "dim",
+    "inner": rl.orthogonal(),
+}
 METHODS: list[Maker] = [
     rivals.floor,
     rivals.adamw,
     rivals.ours,
     functools.partial(rivals.ours, name="ours, left", side="left"),
+    functools.partial(rivals.ours, name="block, dim / 8", **BLOCK, rank=256),
+    functools.partial(rivals.ours, name="block, dim / 4", **BLOCK, rank=512),
     rivals.lora,
     functools.partial(rivals.lora, layout="rank last"),
     rivals.qwix_lora,
@@ -120,7 +129,12 @@ def deepest(make: Maker, sizes: dict[str, int], limit: int) -> dict:
         entry = compiled(layers)
     shapes, _ = llama({**sizes, "layers": layers}, remat=True).shapes()
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    return entry.row() | {"layers": layers, "billion_weights": count / 1e9}
+    size = {
+        "layers": layers,
+        "billion_weights": count / 1e9,
+        "limit_mib": limit / timing.MIB,
+    }
+    return entry.row() | size
 
 
 def parts(model: Model, **options: Any) -> list[Method]:
@@ -162,7 +176,6 @@ def main() -> None:
     times = {"rounds": 2, "runs": 1} if quick else {"rounds": 5, "runs": 5}
     remats = (True,) if quick else (True, False)
     makers = METHODS[:3:2] if quick else METHODS
-    limit = int(FILLED * memory_limit())
 
     def peft() -> list[dict]:
         count = times["rounds"] * times["runs"]
@@ -177,11 +190,13 @@ def main() -> None:
         "steps": lambda: study_steps(llama(sizes, remat=False), makers, **times),
         "steps_remat": lambda: study_steps(llama(sizes, remat=True), makers, **times),
         "parts": parts_of_a_step,
-        "deepest": lambda: [deepest(make, sizes, limit) for make in makers],
+        "deepest": lambda: [
+            deepest(make, sizes, int(FILLED * memory_limit())) for make in makers
+        ],
     }
     for name in options.studies.split(","):
         results = studies[name]()
-        settings = {"sizes": sizes, "dtype": "bfloat16", "limit": limit, **times}
+        settings = {"sizes": sizes, "dtype": "bfloat16", **times}
         timing.finish(options, f"gpu_{name}", results, program="gpu", **settings)
 
 

@@ -96,10 +96,16 @@ def spec_of(model: Model, **options: Any) -> rl.Spec:
     return rl.trace_spec(model.loss, *model.shapes(), **{"rank": RANK, **options})
 
 
-def ours(model: Model, name: str = "ours", **options: Any) -> Method:
+def ours(
+    model: Model,
+    name: str = "ours",
+    *,
+    inner: optax.GradientTransformation | None = None,
+    **options: Any,
+) -> Method:
     """RAC-LoRA with gradients in factor form; ``options`` are fields of the spec."""
     spec = spec_of(model, **options)
-    tx = optax.chain(rl.raclora(RATE, spec, key=0))
+    tx = optax.chain(rl.raclora(RATE, spec, inner=inner, key=0))
     grad_fn = rl.value_and_grad(model.loss, spec)
 
     def init(key: Any) -> tuple[Any, Any]:

@@ -55,10 +55,10 @@ class Case:
     has_aux: bool = False
     tolerance: float = 0.0
 
-    def spec(self, rank: int, side: str) -> rl.Spec:
+    def spec(self, rank: int, side: str, sketch: str = "gaussian_raw") -> rl.Spec:
         """The spec of a run: alpha makes the scaling count, and S S^T is no projector."""
         rules = [rl.Rule(path, **view) for path, view in self.views.items()]
-        settings = {"sketch": "gaussian_raw", "resample_every": 7}
+        settings = {"sketch": sketch, "resample_every": 7}
         return rl.Spec(rank, alpha=2.0, side=side, rules=rules, **settings)
 
     def inputs(self) -> tuple[dict[str, jax.Array], tuple[Any, ...]]:

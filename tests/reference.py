@@ -105,6 +105,34 @@ class Orthogonal:
         return np.sqrt(max(gradient.shape)) * (left * values) @ right
 
 
+def explicit(sketch, plan):
+    """The sketch of a leaf as ``(batch..., rank, *sizes)``, also where rows are picked.
+
+    A block is as many runs as the axes before the last have places, if they fit; else 1,
+    2, 4 or 8 of at least 8 rows each. Where the rank does not divide the side it is one
+    run that may go on at the start.
+    """
+    sizes, rank = [plan.shape[axis] for axis in plan.sketched], plan.rank
+    if plan.sketch not in ("block", "coordinate"):
+        return np.asarray(sketch)
+    dim, leading = math.prod(sizes), math.prod(sizes[:-1])
+    picks = np.asarray(sketch)
+    if plan.sketch == "coordinate":
+        rows = picks
+    else:
+        runs = 1
+        if dim % rank == 0:
+            fits = [n for n in (1, 2, 4, 8) if rank % n == 0 and rank // n >= 8]
+            runs = max(fits, default=1)
+            if leading > 1 and rank % leading == 0:
+                runs = leading
+        each = np.arange(rank // runs)
+        within = (picks[..., None] + each) % (dim // runs)
+        rows = [part * (dim // runs) + within for part in range(runs)]
+        rows = np.concatenate(rows, axis=-1)
+    return np.eye(dim)[rows].reshape(*rows.shape, *sizes)
+
+
 def matrices(array, leaf):
     """The leaf as a list of (rows x cols) matrices, one for each place in the stack."""
     array = np.asarray(array, np.float64)

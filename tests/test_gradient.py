@@ -36,7 +36,7 @@ TURNS = ((("left", 1), ("right", 3)), (("left", 3), ("right", 1)))
 def check(case, settings, tolerance):
     """Holds one case against the oracle, every (side, rank) in one program."""
     params, args = case.inputs()
-    specs = [case.spec(rank, side) for side, rank in settings]
+    specs = [case.spec(rank, side, *law) for side, rank, *law in settings]
 
     def both(params, *args):
         value, dense = jax.value_and_grad(case.loss, has_aux=case.has_aux)(params, *args)
@@ -75,12 +75,13 @@ NEW = [
 @pytest.mark.parametrize(
     "name", [*NEW, "leaf times its transpose", "ragged_dot, axes merged"]
 )
-def test_case_away_from_zero(name):
+@pytest.mark.parametrize("law", ["gaussian_raw", "block"])
+def test_case_away_from_zero(name, law):
     """The adapter form, where the factors have a value: against the merged weights."""
     with jax.enable_x64(True):
         case = CASES[name]
         params, args = case.inputs()
-        spec = case.spec(2, SIDES[len(name) % 2])
+        spec = case.spec(2, SIDES[len(name) % 2], law)
         factors, chain = rl.init_adapter(params, spec, key=KEY)
         keys = iter(jax.random.split(jax.random.key(5), len(params)))
         factors = jax.tree.map(
@@ -136,6 +137,17 @@ def test_no_gradient_of_leaves_side_by_side_is_formed(name, side):
     shapes = {tuple(sorted(shape)) for shape in matrices | joined}
     assert made(jax.grad(case.loss)) & shapes
     assert not made(ours) & shapes
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_case_where_rows_are_picked(name):
+    """Blocks that are slices, that wrap around, and rows gathered one by one, in turn."""
+    index = list(CASES).index(name)
+    side = SIDES[(index + 1) % 2]
+    laws = (2, "block"), (3, "block"), (3, "coordinate")
+    settings = [(side, *laws[index // 2 % 3])]
+    with jax.enable_x64(True):
+        check(CASES[name], settings, 1e-13)
 
 
 @pytest.mark.parametrize("name", cases.MODELS)

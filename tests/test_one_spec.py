@@ -19,7 +19,7 @@ RUN = rl.Spec(2, resample_every=2)
 OTHERS = {
     "resample_every": rl.Spec(2, resample_every=5),
     "alpha": rl.Spec(2, resample_every=2, alpha=3.0),
-    "sketch": rl.Spec(2, resample_every=2, sketch="coordinate"),
+    "sketch": rl.Spec(2, resample_every=2, sketch="rademacher"),
     "side": rl.Spec(2, resample_every=2, side="right"),
     "rank": rl.Spec(3, resample_every=2),
     "rounding": rl.Spec(2, resample_every=2, rounding="nearest"),

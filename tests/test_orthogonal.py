@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference
 
 import raclora_jax as rl
 from raclora_jax._chain.orthogonal import polar_factor
@@ -114,7 +115,7 @@ def test_the_mean_captured_nuclear_norm():
     """E |S G|_* >= lambda |G|_*, for every law, by 400 draws."""
     gradient = normal(3, 16, 24)
     nuclear = np.linalg.svd(gradient, compute_uv=False).sum()
-    for law in ("orthonormal", "rademacher", "coordinate"):
+    for law in ("orthonormal", "rademacher", "coordinate", "block"):
         for rank in (1, 2, 4):
             spec = rl.Spec(rank, side="left", sketch=law)
             draw = jax.jit(
@@ -124,7 +125,8 @@ def test_the_mean_captured_nuclear_norm():
                     )
                 )
             )
-            sketches = np.asarray(draw(jnp.arange(400)), np.float64)
+            (plan,) = plan_tree(spec, jnp.zeros((16, 24))).values()
+            sketches = reference.explicit(draw(jnp.arange(400)), plan)
             kept = np.linalg.svd(sketches @ gradient, compute_uv=False).sum(axis=1)
             error = kept.std() / np.sqrt(len(kept))
             assert kept.mean() > rank / 16 * nuclear - 4 * error, (law, rank)

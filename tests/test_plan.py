@@ -303,7 +303,7 @@ FULL = rl.Spec(
     cache=False,
     rest="frozen",
     rules=[
-        rl.Rule("a/.*", rank=4, alpha=2.0, side="right", sketch="coordinate"),
+        rl.Rule("a/.*", rank=4, alpha=2.0, side="right", sketch="gaussian"),
         rl.Rule(r"b/\d+/(q|k)", rows=(0, -1), batch=1),
         rl.Rule(r"ünïcode\\.", mode="frozen"),
     ],
@@ -347,12 +347,14 @@ def test_json_of_another_version_is_refused():
         ("rounding", "nearest"),
         ("rest", "dense"),
         ("rules", ()),
+        # It keeps numbers of rows where the others keep arrays.
+        ("sketch", "block"),
     ],
 )
 def test_a_chain_goes_on_with_its_own_spec_only(field, value):
     FULL.check_resumes(FULL)
     FULL.check_resumes(dataclasses.replace(FULL, cache=True))
-    law = {"alpha": 3.0, "sketch": "coordinate", "resample_every": 8}
+    law = {"alpha": 3.0, "sketch": "rademacher", "resample_every": 8}
     rules = [dataclasses.replace(r, alpha=2.0, sketch="rademacher") for r in FULL.rules]
     FULL.check_resumes(dataclasses.replace(FULL, **law, rules=rules))
     other = dataclasses.replace(FULL, **{field: value})

@@ -251,9 +251,14 @@ def test_the_numbers_behind_the_rounding():
     count = 1 << 16
     keys = [jax.random.fold_in(jax.random.key(1), i) for i in range(2)]
     flat, other = (
-        np.asarray(rounding._fraction(rounding._hash(k, (count,))), float) for k in keys
+        np.asarray(
+            rounding._fraction(rounding._hash(k, rounding._places((count,)))), float
+        )
+        for k in keys
     )
-    square = np.asarray(rounding._fraction(rounding._hash(keys[0], (256, 256))), float)
+    square = np.asarray(
+        rounding._fraction(rounding._hash(keys[0], rounding._places((256, 256)))), float
+    )
     np.testing.assert_array_equal(square.ravel(), flat)
     assert flat.min() >= 0
     assert flat.max() < 1

@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import reference
 from jax import lax
 
 import raclora_jax as rl
+from raclora_jax._core.plan import plan_tree
 
-PROJECTORS = ("orthonormal", "gaussian", "rademacher", "coordinate")
+PROJECTORS = ("orthonormal", "gaussian", "rademacher", "coordinate", "block")
 SIDES = ("left", "right")
 SEEDS = 16
 # Compiling is nearly all the time these small programs take.
@@ -178,7 +180,8 @@ def projectors(spec, like, links):
 
     draw_all = jax.jit(jax.vmap(draw), compiler_options=FAST_COMPILE)
     sketches = draw_all(jnp.arange(links))
-    S = np.asarray(sketches)
+    (plan,) = plan_tree(spec, like).values()
+    S = reference.explicit(sketches, plan)
     return np.swapaxes(S, 1, 2) @ np.linalg.pinv(S @ np.swapaxes(S, 1, 2)) @ S
 
 

@@ -16,8 +16,10 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from raclora_jax._autodiff import picked
 from raclora_jax._autodiff.contraction import Label, contract
 from raclora_jax._autodiff.output import Names, Output, atoms_of, own
+from raclora_jax._autodiff.picks import Picks
 from raclora_jax._autodiff.stage import Eqn
 from raclora_jax._autodiff.weight import (
     RANK,
@@ -94,16 +96,27 @@ def _product(
         return weight.watched(y)
     out = Output.of(y, y_axes, precision)
     x, x_names = einsum_parts(x, x_axes)
+    if isinstance(weight.sketch, Picks):
+        for names in (x_names, out.names):
+            if {*weight.side, *weight.stack} <= {*names}:
+                by_x = names is x_names
+                return picked.product(
+                    weight, weight.sketch, y, out, x, x_names, by_x, whole
+                )
+        weight = weight.formed()
+    sketch = weight.sketch
+    assert isinstance(sketch, Array)
+    assert weight.factor is not None
     s_names, f_names = weight.sketch_axes, weight.factor_axes
     sizes: dict[Label, int] = dict(zip(out.names, out.sizes, strict=True))
     for array, names in (
         (x, x_names),
-        (weight.sketch, s_names),
+        (sketch, s_names),
         (weight.factor, f_names),
     ):
         sizes |= dict(zip(names, array.shape, strict=True))
     sketch_first, between = _order(weight, x_names, out.names, sizes)
-    inputs = x, weight.sketch.astype(x.dtype)
+    inputs = x, sketch.astype(x.dtype)
 
     def sketched(inputs: tuple[Array, Array]) -> Array:
         x, sketch = inputs
@@ -178,6 +191,11 @@ def conv_general_dilated(eqn: Eqn, x: Operand, weight: Operand) -> Array | None:
     thin_names = [RANK if i == place else a.atom for i, (a,) in enumerate(y_axes)]
     y_axes[place] = weight.axes[features]
     out = Output.of(y, y_axes, params["precision"])
+    if isinstance(weight.sketch, Picks) and not weight.stack:
+        found = picked.convolution(eqn, x, weight, weight.sketch, y, features, place)
+        if found is not None:
+            return found
+    weight = weight.formed()
     kernel = [atoms_of([axis]) for axis in weight.axes]
     kernel[features] = [RANK]
     kernel_names = [name for names in kernel for name in names]
@@ -243,16 +261,23 @@ def gather(eqn: Eqn, weight: Operand, indices: Operand) -> Array | None:
     column = tuple(numbers.start_index_map).index(axis)
     picks = lax.index_in_dim(indices, column, indices.ndim - 1)
 
-    def pick(array: Array, names: Names) -> tuple[Array, list[Label]]:
+    def pick(array: Array, names: Names, fill: float = 0) -> tuple[Array, list[Label]]:
         """What the model's own lookup does, along the same axis of a factor."""
         place = names.index(part.atom)
         offset = range(len(lead), len(lead) + array.ndim - 1)
         dimensions = lax.GatherDimensionNumbers(tuple(offset), (place,), (place,))
         sizes = tuple(1 if i == place else n for i, n in enumerate(array.shape))
         picked = lax.gather(array, picks, dimensions, sizes, mode=params["mode"],
-                            fill_value=0)  # fmt: skip
+                            fill_value=fill)  # fmt: skip
         return picked, [*atoms_of(lead), *(name for name in names if name != part.atom)]
 
+    if isinstance(weight.sketch, Picks) and not weight.stack:
+        found = picked.lookup(weight, weight.sketch, y, out, part.atom, lead, pick)
+        if found is not None:
+            return found
+    weight = weight.formed()
+    assert isinstance(weight.sketch, Array)
+    assert weight.factor is not None
     sketch, s_names = weight.sketch.astype(y.dtype), weight.sketch_axes
     if in_sketch:
         known, names = pick(sketch, s_names)
@@ -285,6 +310,7 @@ def ragged_dot_general(
     y = ragged(x, weight.array, groups)
     if weight.sketch is None or weight.factor is None:
         return weight.watched(y)
+    weight = weight.formed()
     s_names, f_names = weight.sketch_axes, weight.factor_axes
     thin, wide = (stack, summed, [RANK]), (stack, [RANK], free)
 

@@ -262,7 +262,11 @@ def _shard_map(eqn: Eqn, operands: list[Value]) -> list[Value]:
     specs: list[PyTree] = []
     values: list[Value] = []
     for operand, spec in zip(operands, params["in_specs"], strict=True):
-        inside = operand.sharded(tuple(spec)) if isinstance(operand, Weight) else None
+        inside = None
+        if isinstance(operand, Weight):
+            # Which rows of a shard are picked differs from shard to shard.
+            operand = operand.formed()
+            inside = operand.sharded(tuple(spec))
         if inside is None:
             (operand,) = arrays([operand], "shard_map")
         values.append(operand)

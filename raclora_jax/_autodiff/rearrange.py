@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from raclora_jax._autodiff.attach import varying_axes
+from raclora_jax._autodiff.picks import Picks
 from raclora_jax._autodiff.stage import Eqn
 from raclora_jax._autodiff.weight import (
     Atom,
@@ -177,7 +179,7 @@ def pvary(eqn: Eqn, *operands: Operand) -> Operand | list[Operand]:
         if not isinstance(operand, Weight):
             return one(operand)
         parts = {
-            name: None if (value := getattr(operand, name)) is None else one(value)
+            name: jax.tree.map(one, getattr(operand, name))
             for name in ("sketch", "factor", "scale")
         }
         return operand.replace(base=one(operand.array), **parts)
@@ -218,8 +220,10 @@ def _split_part(weight: Weight, part: Part, last: int) -> tuple[Weight, list[Par
         two = ((first, rest) if atom == part.atom else (atom,) for atom in axes)
         return tuple(atom for pair in two for atom in pair)
 
+    picked = isinstance(weight.sketch, Picks) and part.atom in weight.side
+    changes = {} if picked else weight.on_atom(part.atom, parted)
     weight = weight.replace(
-        **weight.on_atom(part.atom, parted),
+        **changes,
         sketch_axes=renamed(weight.sketch_axes),
         factor_axes=renamed(weight.factor_axes),
     )
@@ -228,7 +232,9 @@ def _split_part(weight: Weight, part: Part, last: int) -> tuple[Weight, list[Par
 
 def _dropped(weight: Weight, atom: Atom) -> Weight:
     """A part of size 1 that no axis holds any more leaves the factors too."""
-    done = weight.on_atom(atom, lambda array, axis: lax.squeeze(array, [axis]))
+    picked = isinstance(weight.sketch, Picks) and atom in weight.side
+    squeezed = lambda array, axis: lax.squeeze(array, [axis])  # noqa: E731
+    done = {} if picked else weight.on_atom(atom, squeezed)
     return weight.replace(
         **done,
         sketch_axes=tuple(a for a in weight.sketch_axes if a != atom),

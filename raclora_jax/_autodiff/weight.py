@@ -33,6 +33,7 @@ from jax.sharding import PartitionSpec
 
 from raclora_jax._autodiff.attach import Map, attach
 from raclora_jax._autodiff.contraction import contract, parted
+from raclora_jax._autodiff.picks import Picks
 from raclora_jax._autodiff.uses import Use, Uses
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.types import PyTree
@@ -87,7 +88,8 @@ class Weight:
 
     Args:
       base: The frozen part, an array or what ``leaf.read`` reads as one.
-      sketch: Array with one axis per atom of ``sketch_axes``, or ``None``.
+      sketch: Array with one axis per atom of ``sketch_axes``, or the rows that such an
+        array would pick, or ``None``.
       factor: Array with one axis per atom of ``factor_axes``, or ``None``.
       scale: Scalar the leaf was multiplied by, or ``None``.
       axes: The parts of each axis of the base.
@@ -97,7 +99,7 @@ class Weight:
     """
 
     base: PyTree
-    sketch: Array | None
+    sketch: Array | Picks | None
     factor: Array | None
     scale: Array | None
     axes: tuple[Axis, ...] = dataclasses.field(metadata={"static": True})
@@ -133,12 +135,43 @@ class Weight:
 
     def on_atom(self, atom: Atom, act: Callable[[Array, int], Array]) -> dict[str, Array]:
         """``act(array, axis)`` for the sketch and the factor, where they have an atom."""
-        done = {}
+        done: dict[str, Any] = {}
         for name in ("sketch", "factor"):
-            axes = getattr(self, f"{name}_axes")
-            if atom in axes:
-                done[name] = act(getattr(self, name), axes.index(atom))
+            axes, value = getattr(self, f"{name}_axes"), getattr(self, name)
+            if atom not in axes:
+                continue
+            if isinstance(value, Picks):
+                if atom in self.stack:
+                    index = act(value.index, axes.index(atom))
+                    done[name] = Picks(index, value.chosen)
+                    continue
+                value = self.formed().sketch
+            done[name] = act(value, axes.index(atom))
         return done
+
+    @property
+    def stack(self) -> list[Atom]:
+        """The atoms that stack matrices, in the order of the sketch."""
+        return [a for a in self.sketch_axes if a in self.factor_axes and a != RANK]
+
+    @property
+    def side(self) -> list[Atom]:
+        """The atoms of the sketched side, in order."""
+        return [a for a in self.sketch_axes if a not in self.factor_axes]
+
+    @property
+    def side_sizes(self) -> list[int]:
+        """The sizes of the atoms of the sketched side."""
+        sizes = {part.atom: part.size for axis in self.axes for part in axis}
+        return [sizes.get(atom, 1) for atom in self.side]
+
+    def formed(self) -> Weight:
+        """The weight with its sketch as an array."""
+        if not isinstance(self.sketch, Picks):
+            return self
+        assert self.factor is not None
+        sketch = self.sketch.formed(self.side_sizes, self.factor.dtype)
+        return dataclasses.replace(self, sketch=sketch)
 
     def saw(self, contracted: Sequence[Atom], batch: Sequence[Atom] = ()) -> None:
         """Writes down a use."""
@@ -287,20 +320,26 @@ class Weight:
         if self.factor is None:
             return self.watched(base)
 
-        def push(sketch: Array, factor: Array) -> Array:
+        def push(sketch: Array | Picks, factor: Array) -> Array:
             return self._lifted(sketch, factor).astype(base.dtype)
 
         return self.attached(base, self.sketch, push)
 
-    def _lifted(self, sketch: Array, factor: Array) -> Array:
+    def _lifted(self, sketch: Array | Picks, factor: Array) -> Array:
         """``S F`` as an array of the shape of the base."""
         parts = [part for axis in self.axes for part in axis]
         own = [p.atom for p in parts if p.atom in (*self.sketch_axes, *self.factor_axes)]
         added = [i for i, part in enumerate(parts) if part.atom not in own]
-        change = contract(
-            sketch, self.sketch_axes, factor, self.factor_axes, own,
-            precision=lax.Precision.HIGHEST,
-        )  # fmt: skip
+        if isinstance(sketch, Picks):
+            change, names = sketch.placed(
+                factor, self.factor_axes, self.side, self.stack, RANK, self.side_sizes
+            )
+            change = lax.transpose(change, [names.index(name) for name in own])
+        else:
+            change = contract(
+                sketch, self.sketch_axes, factor, self.factor_axes, own,
+                precision=lax.Precision.HIGHEST,
+            )  # fmt: skip
         change = jnp.expand_dims(change, added)
         return jnp.broadcast_to(change, [part.size for part in parts]).reshape(self.shape)
 
@@ -350,9 +389,12 @@ def leaf_weight(
     sketched = [(axis,) for axis in plan.sketched]
     trained = [(axis,) for axis in plan.trained]
     watches = factor is None
+    held: Array | Picks | None = sketch
+    if sketch is not None and plan.selection is not None:
+        held = Picks(sketch, plan.selection)
     return Weight(
         base=base,
-        sketch=sketch,
+        sketch=held,
         factor=factor,
         scale=None,
         axes=tuple((Part((i,), size),) for i, size in enumerate(plan.shape)),

@@ -112,18 +112,20 @@ def orthogonal(
         momenta, moments, count = {}, {}, state.count
         if second_moment:
             count = optax.safe_increment(count)
-        for path, axis in factors.items():
+        for path in factors:
             gradient = leaves[path]
             if momentum:
                 momenta[path] = momentum * state.momentum[path] + gradient
                 gradient = momentum * momenta[path] + gradient
-            direction = polar_factor(gradient, axis)
+            answer[path] = gradient
+        directions = polar_factors({p: answer[p] for p in factors}, factors)
+        for path, axis in factors.items():
+            direction = directions[path]
             if second_moment:
                 moments[path], direction = _even(
                     direction, state.second_moment[path], count, axis
                 )
-            rows, columns = _sizes(direction, axis)
-            answer[path] = math.sqrt(max(rows, columns)) * direction
+            answer[path] = math.sqrt(max(_sizes(direction, axis))) * direction
         new = OrthogonalState(adam, momenta, count, moments)
         return paths.unflatten(treedef, {p: answer[p] for p in leaves}), new
 
@@ -133,10 +135,6 @@ def orthogonal(
 def polar_factor(matrix: Array, axis: int) -> Array:
     """``U V^T`` of ``matrix = U diag(s) V^T``, without a singular value decomposition.
 
-    Polynomials of the Gram matrix on the short side; the matrix itself is read twice.
-    It is squared in its own dtype, so entries below 1e-19 in float32 count as zero, as
-    they do for Adam.
-
     Args:
       matrix: Array ``(batch..., rank, *axes)``.
       axis: Where the rank stands: axes before it stack matrices, those behind it are the
@@ -145,23 +143,73 @@ def polar_factor(matrix: Array, axis: int) -> Array:
     Returns:
       Array of the same shape; zero where the matrix is.
     """
-    rows, columns = _sizes(matrix, axis)
-    if columns < rows:
-        flat = matrix.reshape(*matrix.shape[: axis + 1], columns)
-        return polar_factor(flat.mT, axis).mT.reshape(matrix.shape)
-    stack, behind = tuple(range(axis)), tuple(range(axis + 1, matrix.ndim))
-    gram = _product(matrix, matrix, ((behind, behind), (stack, stack)))
-    square = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None]
+    return polar_factors({"": matrix}, {"": axis})[""]
+
+
+def polar_factors(matrices: dict[str, Array], axes: dict[str, int]) -> dict[str, Array]:
+    """``polar_factor`` of several matrices: those of one rank are worked on as a stack.
+
+    Polynomials of the Gram matrix on the short side; the matrix itself is read twice.
+    It is squared in its own dtype, so entries below 1e-19 in float32 count as zero, as
+    they do for Adam.
+
+    Args:
+      matrices: ``{path: array (batch..., rank, *axes)}``.
+      axes: ``{path: where the rank stands}``.
+
+    Returns:
+      ``{path: array}``.
+    """
+    wide = {path: _lying(matrix, axes[path]) for path, matrix in matrices.items()}
+    grams: dict[tuple[int, jnp.dtype], dict[str, Array]] = {}
+    for path, matrix in wide.items():
+        axis = axes[path]
+        stack, behind = tuple(range(axis)), tuple(range(axis + 1, matrix.ndim))
+        gram = _product(matrix, matrix, ((behind, behind), (stack, stack)))
+        kind = matrix.shape[axis], matrix.dtype
+        grams.setdefault(kind, {})[path] = gram
+    polar = {}
+    for (short, _), members in grams.items():
+        flat = [gram.reshape(-1, short, short) for gram in members.values()]
+        roots = _inverse_root(jnp.concatenate(flat))
+        start = 0
+        for path, gram in members.items():
+            size = math.prod(gram.shape[:-2])
+            root = lax.slice_in_dim(roots, start, start + size).reshape(gram.shape)
+            start, axis = start + size, axes[path]
+            stack = tuple(range(axis))
+            turned = _product(root, wide[path], (((axis + 1,), (axis,)), (stack, stack)))
+            polar[path] = _standing(turned, matrices[path].shape, axis)
+    return {path: polar[path] for path in matrices}
+
+
+def _inverse_root(gram: Array) -> Array:
+    """``G^(-1/2)`` of a stack of Gram matrices, zero where one is."""
+    square = jnp.trace(gram, axis1=1, axis2=2)[:, None, None]
     square = jnp.where(square > 0, square, 1)
     gram = gram / square
-    eye = jnp.eye(rows, dtype=matrix.dtype)
+    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
     root = eye / jnp.sqrt(square)
     for a, b, c in POLYNOMIALS:
         # Everything here is a polynomial of one symmetric matrix, so all of it commutes.
         step = a * eye + b * gram + c * _matmul(gram, gram)
         root = _matmul(step, root)
         gram = _matmul(_matmul(step, gram), step)
-    return _product(root, matrix, (((axis + 1,), (axis,)), (stack, stack)))
+    return root
+
+
+def _lying(matrix: Array, axis: int) -> Array:
+    """The matrix, turned if it has more rows than columns."""
+    rows, columns = _sizes(matrix, axis)
+    if columns >= rows:
+        return matrix
+    return matrix.reshape(*matrix.shape[: axis + 1], columns).mT
+
+
+def _standing(matrix: Array, shape: tuple[int, ...], axis: int) -> Array:
+    """The inverse of ``_lying`` for a matrix that had a shape."""
+    rows, columns = shape[axis], math.prod(shape[axis + 1 :])
+    return matrix if columns >= rows else matrix.mT.reshape(shape)
 
 
 def _split(

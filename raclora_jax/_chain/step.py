@@ -136,7 +136,7 @@ class Run:
     @functools.partial(jax.jit, static_argnums=(0, 2))
     def _init(self, data: Array, plans: Plans, master: dict[str, Array]) -> RacLoraState:
         values = {
-            plan.path: jnp.zeros(plan.sketch_shape, plan.wide_dtype)
+            plan.path: jnp.zeros(plan.sketch_shape, plan.sketch_dtype)
             for plan in plans
             if plan.adapted and self.spec.cache
         }

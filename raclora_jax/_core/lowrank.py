@@ -9,11 +9,13 @@ from typing import NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from raclora_jax._core import paths
 from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.plan import LeafPlan, Stamp, check_stamp
+from raclora_jax._core.select import form, put, rows_of, take
 from raclora_jax._core.types import Leaf, Scalar
 
 # Up to this rank a lift is a sum of outer products, which the compiler fuses with the
@@ -38,7 +40,7 @@ class Factor:
     """
 
     value: Array
-    decay: Array
+    decay: Array | np.ndarray
     stamp: Stamp | None = dataclasses.field(default=None, metadata={"static": True})
 
     def __radd__(self, weight: Leaf) -> NoReturn:
@@ -68,6 +70,11 @@ def project_leaf(dense: Array, sketch: Array, plan: LeafPlan) -> Array:
     Returns:
       Array of ``plan.factor_shape`` in ``plan.wide_dtype``.
     """
+    if plan.selection is not None:
+        laid = Laid.of(plan)
+        rows = take(laid.gather(dense), sketch, plan.selection, laid.axis, laid.batch)
+        factor = laid.factor(rows)
+        return (plan.scaling * factor.astype(plan.wide_dtype)).astype(plan.wide_dtype)
     stack = len(plan.batch)
     sketch_axes = tuple(range(stack + 1, len(plan.sketch_shape)))
     factor = lax.dot_general(
@@ -93,7 +100,19 @@ def lift_leaf(factor: Array, sketch: Array, plan: LeafPlan) -> Array:
     Returns:
       Array of ``plan.shape`` in ``plan.wide_dtype``.
     """
+    if plan.selection is not None:
+        laid = Laid.of(plan)
+        rows = laid.rows((plan.scaling * factor).astype(plan.wide_dtype))
+        return laid.scatter(put(rows, sketch, plan.selection, laid.axis, laid.batch))
     return _lift(factor, sketch, _View.of(plan))
+
+
+def formed(sketch: Array, plan: LeafPlan) -> Array:
+    """The sketch as an array ``(batch..., rank, *axes of the sketched side)``."""
+    if plan.selection is None:
+        return sketch
+    sizes = [plan.shape[axis] for axis in plan.sketched]
+    return form(sketch, plan.selection, sizes, plan.wide_dtype)
 
 
 def add_lifted(
@@ -111,7 +130,67 @@ def add_lifted(
     Returns:
       Array of ``plan.shape`` in ``plan.wide_dtype``.
     """
+    if plan.selection is not None:
+        wide = weight.astype(plan.wide_dtype)
+        delta = lift_leaf(factor, sketch, plan)
+        return wide + (delta - jnp.asarray(decay, wide.dtype) * wide)
     return _add_lifted(weight, factor, sketch, decay, _View.of(plan))
+
+
+class Laid(NamedTuple):
+    """A leaf with the axes of its sketched side as one, which is mostly a view of it.
+
+    Attributes:
+      order: The axes of the leaf, those of the sketched side side by side.
+      first: Where these start, and where the one axis stands.
+      plan: Plan of the leaf.
+    """
+
+    order: tuple[int, ...]
+    axis: int
+    plan: LeafPlan
+
+    @classmethod
+    def of(cls, plan: LeafPlan) -> Laid:
+        first = plan.sketched[0]
+        others = [axis for axis in range(len(plan.shape)) if axis not in plan.sketched]
+        before = [axis for axis in others if axis < first]
+        order = (*before, *plan.sketched, *others[len(before) :])
+        return cls(order, len(before), plan)
+
+    @property
+    def left(self) -> list[int]:
+        """The axes of the leaf that remain, in order, -1 for the sketched side."""
+        side = self.plan.sketched
+        return [
+            -1 if axis == side[0] else axis for axis in self.order if axis not in side[1:]
+        ]
+
+    @property
+    def batch(self) -> list[int]:
+        """Where the axes that stack matrices stand."""
+        return [self.left.index(axis) for axis in self.plan.batch]
+
+    def gather(self, leaf: Array) -> Array:
+        """The leaf with one axis for its sketched side."""
+        shape = [self.plan.dim if a == -1 else self.plan.shape[a] for a in self.left]
+        return lax.transpose(leaf, self.order).reshape(shape)
+
+    def scatter(self, array: Array) -> Array:
+        """What ``gather`` took apart."""
+        shape = [self.plan.shape[axis] for axis in self.order]
+        back = [self.order.index(axis) for axis in range(len(shape))]
+        return lax.transpose(array.reshape(shape), back)
+
+    def factor(self, rows: Array) -> Array:
+        """Picked rows as a factor."""
+        axes = [*self.plan.batch, -1, *self.plan.trained]
+        return lax.transpose(rows, [self.left.index(axis) for axis in axes])
+
+    def rows(self, factor: Array) -> Array:
+        """A factor as rows of the leaf."""
+        axes = [*self.plan.batch, -1, *self.plan.trained]
+        return lax.transpose(factor, [axes.index(axis) for axis in self.left])
 
 
 class _View(NamedTuple):
@@ -186,6 +265,10 @@ def change_of_basis(new: Array, old: Array, plan: LeafPlan) -> Array:
       Array ``(batch..., rank, rank)``.
     """
     stack = tuple(range(len(plan.batch)))
+    if plan.selection is not None:
+        rows = [rows_of(sketch, plan.selection) for sketch in (new, old)]
+        same = rows[0][..., :, None] == rows[1][..., None, :]
+        return same.astype(plan.wide_dtype)
     axes = tuple(range(len(stack) + 1, len(plan.sketch_shape)))
 
     def cross(left: Array, right: Array) -> Array:

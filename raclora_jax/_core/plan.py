@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from raclora_jax._core import paths
+from raclora_jax._core.select import LAWS, Selection, selection_of
 from raclora_jax._core.spec import Rule, Spec, as_spec, kind
 from raclora_jax._core.types import Alpha, Cause, Leaf, Mode, PyTree, widened
 
@@ -114,10 +115,27 @@ class LeafPlan:
         """Sizes of the stack axes."""
         return tuple(self.shape[axis] for axis in self.batch)
 
+    @functools.cached_property
+    def selection(self) -> Selection | None:
+        """The rows a sketch may pick, for the laws that pick rows."""
+        if self.sketch not in LAWS:
+            return None
+        sizes = [self.shape[axis] for axis in self.sketched]
+        return selection_of(self.sketch, self.rank, sizes)
+
     @property
     def sketch_shape(self) -> tuple[int, ...]:
-        """``(batch..., rank, *axes of the sketched side)``."""
+        """``(batch..., rank, *axes of the sketched side)``, or that of the picks."""
+        if self.sketch == "block":
+            return self.batch_shape
+        if self.sketch == "coordinate":
+            return (*self.batch_shape, self.rank)
         return (*self.batch_shape, self.rank, *(self.shape[a] for a in self.sketched))
+
+    @property
+    def sketch_dtype(self) -> jnp.dtype:
+        """Dtype of the sketch."""
+        return self.wide_dtype if self.selection is None else jnp.dtype(jnp.int32)
 
     @property
     def factor_shape(self) -> tuple[int, ...]:
@@ -126,7 +144,7 @@ class LeafPlan:
 
     @property
     def wide_dtype(self) -> jnp.dtype:
-        """Dtype of sketches, factors and sums: the leaf's, at least float32."""
+        """Dtype of factors and sums: the leaf's, at least float32."""
         return widened(self.dtype)
 
     @property

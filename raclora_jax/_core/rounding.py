@@ -30,7 +30,9 @@ def nearest(exact: Array, dtype: DTypeLike) -> Array:
 
 # Traced once for all weights of one shape.
 @functools.partial(jax.jit, static_argnames="dtype")
-def stochastic(exact: Array, dtype: DTypeLike, key: Array) -> Array:
+def stochastic(
+    exact: Array, dtype: DTypeLike, key: Array, positions: Array | None = None
+) -> Array:
     """One of the two neighbours on the grid of a dtype, right on average.
 
     ``E[result] = exact``: the neighbour away from zero is drawn with a probability equal
@@ -40,11 +42,13 @@ def stochastic(exact: Array, dtype: DTypeLike, key: Array) -> Array:
       exact: float32 array.
       dtype: A float dtype below float32.
       key: Key for the draw.
+      positions: uint32 like ``exact``, which draw each number takes; its own place in
+        the array if not given.
 
     Returns:
       float32 array of values on the grid of ``dtype``; not-finite values stay.
     """
-    noise = _hash(key, exact.shape)
+    noise = _hash(key, _places(exact.shape) if positions is None else positions)
     low = jnp.uint32(_ulp(dtype) - 1)
     bits = lax.bitcast_convert_type(exact, jnp.uint32)
     # Adding noise below the last kept place carries into it as often as it should.
@@ -58,7 +62,13 @@ def stochastic(exact: Array, dtype: DTypeLike, key: Array) -> Array:
     return jnp.where(inside, drawn, nearest(exact, dtype))
 
 
-def settle(exact: Array, dtype: DTypeLike, rounding: str, key: Array) -> Array:
+def settle(
+    exact: Array,
+    dtype: DTypeLike,
+    rounding: str,
+    key: Array,
+    positions: Array | None = None,
+) -> Array:
     """Wide values brought to the grid of a weight's dtype, as a spec says.
 
     Args:
@@ -67,6 +77,7 @@ def settle(exact: Array, dtype: DTypeLike, rounding: str, key: Array) -> Array:
       rounding: ``"auto"`` or ``"stochastic"`` to draw a neighbour, ``"nearest"`` or
         ``"master"`` (where the exact value is kept elsewhere) to take the nearest.
       key: Key for the draw.
+      positions: As in ``stochastic``.
 
     Returns:
       Array in the dtype of ``exact``, to be cast by the caller.
@@ -74,7 +85,7 @@ def settle(exact: Array, dtype: DTypeLike, rounding: str, key: Array) -> Array:
     if not is_low(dtype):
         return exact
     if rounding in ("auto", "stochastic"):
-        return stochastic(exact, jnp.dtype(dtype), key)
+        return stochastic(exact, jnp.dtype(dtype), key, positions)
     return nearest(exact, dtype)
 
 
@@ -116,21 +127,26 @@ def _draw(
     reach = far - near
     on_grid = reach == 0
     share = jnp.where(on_grid, 0.0, (target - near) / jnp.where(on_grid, 1.0, reach))
-    takes_far = _fraction(_hash(key, target.shape)) < share
+    takes_far = _fraction(_hash(key, _places(target.shape))) < share
     return jnp.where(takes_far, choices[1], choices[0])
 
 
-def _hash(key: Array, shape: tuple[int, ...]) -> Array:
-    """32 bits per weight for rounding: a hash of position and key.
+def _places(shape: tuple[int, ...]) -> Array:
+    """The place of every number of an array, in order."""
+    count = jnp.zeros(shape, jnp.uint32)
+    for axis, size in enumerate(shape):
+        count = count * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
+    return count
+
+
+def _hash(key: Array, places: Array) -> Array:
+    """32 bits per weight for rounding: a hash of place and key.
 
     A cipher per weight would take longer than the step itself, and its loop would hold
     weight-shaped words; a hash is computed where it is used. The key is a cipher's.
     """
     words = jax.random.key_data(key)
-    count = jnp.zeros(shape, jnp.uint32)
-    for axis, size in enumerate(shape):
-        count = count * jnp.uint32(size) + lax.broadcasted_iota(jnp.uint32, shape, axis)
-    return _mix(_mix(count ^ words[0]) + words[-1])
+    return _mix(_mix(places ^ words[0]) + words[-1])
 
 
 def _fraction(bits: Array) -> Array:

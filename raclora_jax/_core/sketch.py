@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.keys import folded, path_words
 from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.select import Selection
 
 
 def draw(data: Array, link: Array | int, plan: LeafPlan) -> Array:
@@ -29,7 +30,7 @@ def draw(data: Array, link: Array | int, plan: LeafPlan) -> Array:
       plan: Plan of a leaf with mode ``"lowrank"``.
 
     Returns:
-      Array of ``plan.sketch_shape`` in ``plan.wide_dtype``, with
+      Array of ``plan.sketch_shape`` in ``plan.sketch_dtype``, with
       E[S S^T] = (rank / dim) I, save for ``"gaussian_raw"``, whose entries are N(0, 1).
     """
     return draw_all(data, link, (plan,))[plan.path]
@@ -54,7 +55,9 @@ def _draw_adapted(
 ) -> dict[str, Array]:
     groups: dict[_Kind, list[LeafPlan]] = {}
     for plan in plans:
-        kind = _Kind(plan.sketch, plan.rank, plan.dim, str(plan.wide_dtype))
+        kind = _Kind(
+            plan.sketch, plan.rank, plan.dim, str(plan.sketch_dtype), plan.selection
+        )
         groups.setdefault(kind, []).append(plan)
     drawn: dict[str, Array] = {}
     for kind, members in groups.items():
@@ -91,6 +94,7 @@ class _Kind(NamedTuple):
     rank: int
     dim: int
     dtype: str
+    selection: Selection | None
 
 
 # Traced once for all stacks of one size, wherever they are drawn.
@@ -98,10 +102,16 @@ class _Kind(NamedTuple):
 def _draw_stack(data: Array, link: Array | int, words: Array, kind: _Kind) -> Array:
     """Sketches ``(n, rank, dim)`` from ``n`` rows of (two words of a path, index)."""
     first, second, index = words.T
+    turn = jnp.zeros((), jnp.int32)
+    if kind.selection is not None and kind.distribution == "block":
+        # One draw a cycle: the order of its blocks.
+        link, turn = jnp.divmod(jnp.asarray(link, jnp.int32), kind.selection.blocks)
     links = jnp.full_like(index, link)
     keys = folded(data, jnp.stack([first, second, links, index]))
     # The process-wide flag changes the bits of every draw; a chain must not depend on it.
     with jax.threefry_partitionable(True):
+        if kind.selection is not None and kind.distribution == "block":
+            return _block(keys, turn, kind.selection)
         shape = (kind.rank, kind.dim)
         return _DISTRIBUTIONS[kind.distribution](keys, shape, jnp.dtype(kind.dtype))
 
@@ -178,7 +188,27 @@ def _rademacher(keys: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
 def _coordinate(keys: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
     rank, dim = shape
     chosen = jax.vmap(lambda key: jax.random.permutation(key, dim)[:rank])(keys)
-    return jax.nn.one_hot(chosen, dim, dtype=dtype)
+    return chosen.astype(dtype)
+
+
+def _block(keys: Array, turn: Array, chosen: Selection) -> Array:
+    """Where the blocks of a turn start, int32 (n,).
+
+    Each cycle takes its blocks in an order of its own. Where the rank does not divide
+    the side they start at a place of its own too, and wrap around: every row is then as
+    likely as any other, and ``dim % rank`` rows wait for another cycle.
+    """
+
+    def one(key: Array) -> Array:
+        bits = jax.random.bits(key, (chosen.blocks + 1,), jnp.uint32)
+        block = jnp.argsort(bits[1:])[turn].astype(jnp.int32)
+        start = block * (chosen.rank // chosen.runs)
+        if chosen.sliced:
+            return start
+        offset = (bits[0] % chosen.dim).astype(jnp.int32)
+        return (start + offset) % chosen.dim
+
+    return jax.vmap(one)(keys)
 
 
 _DISTRIBUTIONS = {

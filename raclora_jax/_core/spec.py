@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 import jax
 
+from raclora_jax._core.select import LAWS
 from raclora_jax._core.types import Alpha, Mode, Rest, Rounding, Side, Sketch
 
 MODES: tuple[str, ...] = get_args(Mode)
@@ -108,7 +109,9 @@ class Spec:
       side: ``"left"`` sketches the rows, ``"right"`` the columns, ``"auto"`` the
         smaller of both (largest lambda), ties to the rows.
       sketch: ``"orthonormal"``, ``"gaussian"`` or ``"rademacher"`` (whitened),
-        ``"coordinate"``, or ``"gaussian_raw"`` (N(0, 1), not a projector).
+        ``"coordinate"`` (random rows), ``"block"`` (neighbouring rows, each once a
+        cycle of ``dim / rank`` links: slices where others need products), or
+        ``"gaussian_raw"`` (N(0, 1), not a projector).
       resample_every: Steps a sketch lives, one link of the chain.
       rounding: How weights below float32 take a small step: ``"auto"`` and
         ``"stochastic"`` draw one of the two neighbours, ``"nearest"`` rounds,
@@ -198,6 +201,8 @@ class Spec:
         and the next sketch is of the new distribution; where none are kept, a new link
         begins at once. ``alpha`` acts from the first step. An adapter's factors have
         their meaning by ``alpha`` and ``sketch``: change these at the end of its link.
+        ``"block"`` and ``"coordinate"`` keep numbers of rows where the others keep
+        arrays, so there is no change to or from them.
 
         Args:
           saved: The spec kept beside the checkpoint.
@@ -208,10 +213,14 @@ class Spec:
 
         def fixed(spec: Spec) -> dict[str, Any]:
             rules = [
-                dataclasses.replace(rule, alpha=None, sketch=None) for rule in spec.rules
+                dataclasses.replace(
+                    rule, alpha=None, sketch=_form(rule.sketch or spec.sketch)
+                )
+                for rule in spec.rules
             ]
             names = ("rank", "side", "rounding", "rest")
-            return {name: getattr(spec, name) for name in names} | {"rules": rules}
+            own = {name: getattr(spec, name) for name in names}
+            return own | {"sketch": _form(spec.sketch), "rules": rules}
 
         own, its = fixed(self), fixed(saved)
         for name in own:
@@ -223,6 +232,11 @@ class Spec:
                     "stopped; resume with the saved spec, or start a new state with "
                     "tx.init"
                 )
+
+
+def _form(law: Sketch) -> Sketch:
+    """A law whose sketches are kept in the same form."""
+    return law if law in LAWS else "orthonormal"
 
 
 def as_spec(spec: Spec | int) -> Spec:

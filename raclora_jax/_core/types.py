@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -22,12 +23,14 @@ KeyLike: TypeAlias = Array | int
 OptState: TypeAlias = Any
 # ``loss_fn(params, *args)``.
 LossFn: TypeAlias = Callable[..., Any]
-Scalar: TypeAlias = Array | float
+Scalar: TypeAlias = Array | np.ndarray | float
 
 Alpha: TypeAlias = float | Literal["dim"] | None
 Mode = Literal["lowrank", "dense", "frozen"]
 Side = Literal["left", "right", "auto"]
-Sketch = Literal["orthonormal", "gaussian", "rademacher", "coordinate", "gaussian_raw"]
+Sketch = Literal[
+    "orthonormal", "gaussian", "rademacher", "coordinate", "block", "gaussian_raw"
+]
 Rounding = Literal["auto", "nearest", "stochastic", "master"]
 Rest = Literal["dense", "frozen"]
 Moments = Literal["reset", "keep", "transport"]

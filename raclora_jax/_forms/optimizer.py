@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -15,6 +16,7 @@ from raclora_jax._chain.step import Run
 from raclora_jax._core import paths, rounding
 from raclora_jax._core.keys import key_data, leaf_keys
 from raclora_jax._core.lowrank import Factor, add_lifted, check_factor, is_factor
+from raclora_jax._core.merge import merge_leaf
 from raclora_jax._core.plan import LeafPlan, plan_leaves
 from raclora_jax._core.spec import Spec, as_spec, kind
 from raclora_jax._core.types import KeyLike, Leaf, Leaves, Moments, PyTree, Scalar
@@ -73,7 +75,7 @@ def scale_by_raclora(
 
         def one(path: str, grad: Leaf) -> Leaf:
             if is_factor(grad):
-                return _like(grad, step.directions[path], 0.0)
+                return _like(grad, step.directions[path], np.zeros(()))
             return step.lifted(path, step.directions[path]).astype(grad.dtype)
 
         return step.answer(one), step.state
@@ -158,7 +160,10 @@ def raclora(
         def one(path: str, grad: Leaf) -> Leaf:
             plan = step.plans[path]
             value = (descent * step.directions[path]).astype(plan.wide_dtype)
-            decay = jnp.asarray(shrink if decaying.get(path) else 0.0, plan.wide_dtype)
+            # No JAX array: that nothing decays is to be known while tracing.
+            decay: Array | np.ndarray = np.zeros((), plan.wide_dtype)
+            if decaying.get(path):
+                decay = jnp.asarray(shrink, plan.wide_dtype)
             if is_factor(grad) and path not in master:
                 return _like(grad, value, decay)
             delta = step.lifted(path, value)
@@ -236,11 +241,15 @@ def apply_updates(
             return optax.apply_updates(weight, step)
         if path in state.master:
             return state.master[path].astype(weight.dtype)
-        exact = add_lifted(weight, step.value, sketches[path], step.decay, plan)
-        if not rounding.is_low(weight.dtype):
-            return exact
-        settled = rounding.settle(exact, weight.dtype, spec.rounding, keys[path])
-        return settled.astype(weight.dtype)
+        return merge_leaf(
+            weight,
+            step.value,
+            sketches[path],
+            step.decay,
+            plan,
+            spec.rounding,
+            keys.get(path),
+        )
 
     return paths.unflatten(treedef, {p: one(p, w) for p, w in leaves.items()})
 
@@ -332,11 +341,11 @@ def _low_keys(
     return leaf_keys(data, domain, low, count)
 
 
-def _like(grad: Factor, value: Array, decay: Scalar) -> Factor:
+def _like(grad: Factor, value: Array, decay: Array | np.ndarray) -> Factor:
     """A ``Factor`` in the dtypes of the gradient."""
     return Factor(
         jnp.asarray(value, grad.value.dtype),
-        jnp.asarray(decay, grad.decay.dtype),
+        decay.astype(grad.decay.dtype),
         grad.stamp,
     )
 

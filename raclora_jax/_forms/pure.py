@@ -34,7 +34,9 @@ def sample_sketch(
 
     Returns:
       The same tree with the sketch ``(batch..., rank, *axes of the sketched side)``
-      for each adapted leaf and ``optax.MaskedNode()`` elsewhere.
+      for each adapted leaf and ``optax.MaskedNode()`` elsewhere. Laws that pick rows give
+      int32: ``"coordinate"`` the rows ``(batch..., rank)``, ``"block"`` a place
+      ``(batch...)``.
 
     Raises:
       ValueError: If the spec does not fit the tree, or the key is no threefry key.

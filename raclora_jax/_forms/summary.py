@@ -276,7 +276,8 @@ def _lora(plans: dict[str, LeafPlan]) -> Cost:
     numbers = gradients = factors = 0
     for plan in plans.values():
         if plan.mode == "lowrank":
-            pair = math.prod(plan.sketch_shape) + math.prod(plan.factor_shape)
+            drawn = plan.rank * plan.dim * math.prod(plan.batch_shape)
+            pair = drawn + math.prod(plan.factor_shape)
             factors += pair
             numbers += pair
             gradients += pair * plan.wide_dtype.itemsize
@@ -311,6 +312,14 @@ def _warnings(plans: dict[str, LeafPlan]) -> tuple[str, ...]:
             else f"{first} and {len(members) - 1} more are"
         )
         said.append(f"{who} {why}")
+    for plan in plans.values():
+        if plan.sketch == "block" and plan.dim % plan.rank:
+            said.append(
+                f"leaf {paths.show(plan.path)}: blocks of {plan.rank} of {plan.dim} rows "
+                f"leave {plan.dim % plan.rank} out of each cycle of "
+                f"{plan.dim // plan.rank} links, others each time, and are gathered; a "
+                "rank that divides the rows slices, and leaves out none"
+            )
     if not any(plan.adapted for plan in plans.values()):
         said.append(
             "no leaf is adapted: a spec reads leaves with two axes as matrices, and a "

@@ -7,6 +7,7 @@ Asymmetric LoRA, Chain of LoRA and RAC-LoRA as published differ in three switche
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,9 +15,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
+from raclora_jax._chain.inner import as_rule, knowing
 from raclora_jax._core import paths
 from raclora_jax._core.keys import key_data
-from raclora_jax._core.lowrank import lift_leaf
+from raclora_jax._core.lowrank import formed, lift_leaf
 from raclora_jax._core.plan import LeafPlan, plan_tree
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
@@ -70,18 +72,20 @@ def pair_method(
     """
     spec, data = as_spec(spec), key_data(key)
     inner = optax.scale_by_adam() if inner is None else inner
-    rule = optax.with_extra_args_support(inner)
+    rule = as_rule(inner)
     groups = ("zero", "drawn", "dense") if train_drawn else ("zero", "dense")
 
     def begin(
         params: PyTree, link: Array | int
     ) -> tuple[dict[str, Array], dict[str, Array]]:
-        plans = plan_tree(spec, params).values()
-        drawn = draw_all(data, link, plans)
+        plans = {p: plan for p, plan in plan_tree(spec, params).items() if plan.adapted}
+        drawn = {
+            path: formed(sketch, plans[path])
+            for path, sketch in draw_all(data, link, plans.values()).items()
+        }
         zero = {
-            plan.path: jnp.zeros(plan.factor_shape, plan.wide_dtype)
-            for plan in plans
-            if plan.mode == "lowrank"
+            path: jnp.zeros(plan.factor_shape, plan.wide_dtype)
+            for path, plan in plans.items()
         }
         return drawn, zero
 
@@ -95,7 +99,9 @@ def pair_method(
             if plan.mode == "dense"
         }
         state = PairState(base, drawn, zero, dense, {}, jnp.zeros((), jnp.int32))
-        return state._replace(inner={g: rule.init(getattr(state, g)) for g in groups})
+        with knowing(plan_tree(spec, base)):
+            inner = {g: rule.init(getattr(state, g)) for g in groups}
+        return state._replace(inner=inner)
 
     def params(state: PairState) -> PyTree:
         plans = plan_tree(spec, state.base)
@@ -109,7 +115,8 @@ def pair_method(
         state = state._replace(base=base, drawn=drawn, zero=zero)
         if not restart:
             return state
-        fresh = {g: rule.init(getattr(state, g)) for g in groups if g != "dense"}
+        with knowing(plan_tree(spec, base)):
+            fresh = {g: rule.init(getattr(state, g)) for g in groups if g != "dense"}
         return state._replace(inner={**state.inner, **fresh})
 
     def step(state: PairState, loss_fn: LossFn, *args: Any) -> tuple[PairState, Array]:
@@ -125,9 +132,11 @@ def pair_method(
         rate = rate_at(learning_rate, state.count)
         states = {}
         for group in groups:
-            moved, states[group] = rule.update(
-                grads[group], state.inner[group], trained[group]
-            )
+            plans = plan_tree(spec, state.base)
+            with knowing(plans):
+                moved, states[group] = rule.update(
+                    grads[group], state.inner[group], trained[group], plans=plans
+                )
             moved = jax.tree.map(lambda u: -rate * u, moved)
             trained[group] = optax.apply_updates(trained[group], moved)
         count = optax.safe_increment(state.count)
@@ -149,5 +158,7 @@ def _effective(plan: LeafPlan, weight: Array, state: PairState) -> Array:
     if plan.mode == "dense":
         delta = state.dense[plan.path]
     else:
+        # The drawn factor is an array, whatever law it came from.
+        plan = dataclasses.replace(plan, sketch="")
         delta = lift_leaf(state.zero[plan.path], state.drawn[plan.path], plan)
     return (weight.astype(plan.wide_dtype) + delta).astype(weight.dtype)

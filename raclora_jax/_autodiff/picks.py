@@ -1,0 +1,125 @@
+"""Picked rows among arrays whose axes have labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import DTypeLike
+
+from raclora_jax._autodiff.contraction import Label
+from raclora_jax._core import select
+from raclora_jax._core.select import Selection
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Picks:
+    """A sketch that picks rows, in the place of one that is an array.
+
+    Args:
+      index: int32, what ``Selection`` knows to read: ``(batch...)``, or with a last axis
+        of the rank.
+      chosen: What is static about it.
+    """
+
+    index: Array
+    chosen: Selection = dataclasses.field(metadata={"static": True})
+
+    @property
+    def rows(self) -> Array:
+        """The rows picked, int32 ``(batch..., rank)``."""
+        return select.rows_of(self.index, self.chosen)
+
+    def formed(self, sizes: Sequence[int], dtype: DTypeLike) -> Array:
+        """The sketch as an array ``(batch..., rank, *sizes)``."""
+        return select.form(self.index, self.chosen, sizes, dtype)
+
+    def taken(
+        self,
+        array: Array,
+        names: Sequence[Label],
+        side: Sequence[Label],
+        stack: Sequence[Label],
+        rank: Label,
+    ) -> tuple[Array, list[Label]]:
+        """``S`` times an array: the labels of the side give way to the rank.
+
+        Args:
+          array: Array with one axis per label of ``names``.
+          names: Distinct labels, those of ``side`` and ``stack`` among them.
+          side: The labels of the sketched side, in order.
+          stack: The labels of the axes that stack matrices, in the order of ``index``.
+          rank: The label of the rank.
+
+        Returns:
+          The picked rows and their labels.
+        """
+        order = beside(names, side)
+        axis = order.index(side[0])
+        array = lax.transpose(array, [names.index(name) for name in order])
+        end = axis + len(side)
+        shape = (*array.shape[:axis], self.chosen.dim, *array.shape[end:])
+        left = [*order[:axis], rank, *order[end:]]
+        batch = [left.index(name) for name in stack]
+        rows = select.take(array.reshape(shape), self.index, self.chosen, axis, batch)
+        return rows, left
+
+    def placed(
+        self,
+        rows: Array,
+        names: Sequence[Label],
+        side: Sequence[Label],
+        stack: Sequence[Label],
+        rank: Label,
+        sizes: Sequence[int],
+    ) -> tuple[Array, list[Label]]:
+        """The transpose of ``taken``: the rank gives way to the labels of the side.
+
+        Args:
+          rows: Array with one axis per label of ``names``.
+          names: Distinct labels, ``rank`` and those of ``stack`` among them.
+          side: The labels of the sketched side, in order.
+          stack: The labels of the axes that stack matrices, in the order of ``index``.
+          rank: The label of the rank.
+          sizes: The sizes of ``side``.
+
+        Returns:
+          The array, zero where nothing was placed, and its labels.
+        """
+        axis = [*names].index(rank)
+        batch = [[*names].index(name) for name in stack]
+        array = select.put(rows, self.index, self.chosen, axis, batch)
+        array = array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
+        return array, [*names[:axis], *side, *names[axis + 1 :]]
+
+    def positions(self) -> Array:
+        """Where each row of one matrix stands among the picked, the rank if nowhere."""
+        nowhere = jnp.full(self.chosen.dim, self.chosen.rank, jnp.int32)
+        order = jnp.arange(self.chosen.rank, dtype=jnp.int32)
+        return nowhere.at[self.rows].set(order)
+
+    def within(self, size: int) -> Picks | None:
+        """The same picks along the last axis of the side, if all before it is picked.
+
+        Args:
+          size: Size of the last axis.
+        """
+        law, rank, dim, runs = self.chosen
+        leading = dim // size
+        if leading == 1:
+            return self
+        if runs != leading or not self.chosen.sliced:
+            return None
+        return Picks(self.index, Selection(law, rank // runs, size, 1))
+
+
+def beside(names: Sequence[Label], side: Sequence[Label]) -> list[Label]:
+    """The labels with those of a side one after the other, where its first stands."""
+    first = [*names].index(side[0])
+    before = [name for name in names[:first] if name not in side]
+    after = [name for name in names[first:] if name not in side]
+    return [*before, *side, *after]

@@ -1,0 +1,59 @@
+"""Weights plus what was learned of them, rounded once."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from raclora_jax._core.lowrank import Laid, add_lifted
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.rounding import settle
+from raclora_jax._core.select import place, take
+from raclora_jax._core.types import Scalar
+
+
+def merge_leaf(
+    weight: Array,
+    factor: Array,
+    sketch: Array,
+    decay: Scalar,
+    plan: LeafPlan,
+    rounding: str,
+    key: Array | None,
+) -> Array:
+    """``W + (lift(F) - decay * W)`` on the grid of the weight's dtype.
+
+    Where the sketch picks rows and nothing decays, those rows alone are read, rounded and
+    written. That nothing decays must be known while the program is traced.
+
+    Args:
+      weight: Array of ``plan.shape``.
+      factor: Array of ``plan.factor_shape``.
+      sketch: Array of ``plan.sketch_shape``.
+      decay: Scalar.
+      plan: Plan of the leaf.
+      rounding: As in ``Spec``.
+      key: Key for rounding; ``None`` from float32 up.
+
+    Returns:
+      Array of ``plan.shape`` in the dtype of the weight.
+    """
+
+    def settled(exact: Array, positions: Array | None = None) -> Array:
+        if key is not None:
+            exact = settle(exact, weight.dtype, rounding, key, positions)
+        return exact.astype(weight.dtype)
+
+    still = not isinstance(decay, jax.core.Tracer) and float(decay) == 0
+    if plan.selection is None or not still:
+        return settled(add_lifted(weight, factor, sketch, decay, plan))
+    laid, chosen = Laid.of(plan), plan.selection
+    base = laid.gather(weight)
+    places = laid.gather(lax.iota(jnp.uint32, weight.size).reshape(weight.shape))
+    rows, positions = (
+        take(array, sketch, chosen, laid.axis, laid.batch) for array in (base, places)
+    )
+    step = laid.rows((plan.scaling * factor).astype(plan.wide_dtype))
+    rows = settled(rows.astype(plan.wide_dtype) + step, positions)
+    return laid.scatter(place(base, rows, sketch, chosen, laid.axis, laid.batch))
