@@ -194,6 +194,21 @@ def raclora() -> list[Entry]:
     for rank in (16, 32):
         name = f"RAC r{rank} orthogonal, momentum 0.9"
         entries.append(ours(name, rank, guess=0.001, inner=momentum))
+    for rank in (8, 16, 32):
+        name = f"RAC r{rank} block orthogonal"
+        entries.append(ours(name, rank, sketch="block"))
+    for rank in (16, 32):
+        name = f"RAC r{rank} block orthogonal"
+        entries += [
+            ours(f"{name}, link 1", rank, sketch="block", resample_every=1),
+            ours(
+                f"{name}, momentum 0.9",
+                rank,
+                guess=0.001,
+                inner=momentum,
+                sketch="block",
+            ),
+        ]
     name = "RAC r12 orthogonal, second moment"
     return [*entries, ours(name, 12, inner=second_moment)]
 
@@ -202,14 +217,16 @@ def raclora() -> list[Entry]:
 LONG = (
     "full Adam",
     "full orthogonal",
-    "LoRA r6 Adam",
     "LoRA r8 Adam",
     "LoRA r8 orthogonal",
     "RAC r12 Adam",
-    "RAC r8 orthogonal",
     "RAC r16 orthogonal",
     "RAC r32 orthogonal",
     "RAC r32 orthogonal, momentum 0.9",
+    "RAC r8 block orthogonal",
+    "RAC r16 block orthogonal",
+    "RAC r32 block orthogonal",
+    "RAC r32 block orthogonal, momentum 0.9",
 )
 
 # Steps in the time of 1000 of full Adam where the model is a decoder of width 512 or
@@ -218,8 +235,8 @@ LONG = (
 DECODER_STEPS = {
     "LoRA r8 Adam": 1100,
     "LoRA r8 orthogonal": 1100,
-    "RAC r8 orthogonal": 1450,
-    "RAC r16 orthogonal": 1390,
-    "RAC r32 orthogonal": 1250,
-    "RAC r32 orthogonal, momentum 0.9": 1250,
+    "RAC r8 block orthogonal": 1450,
+    "RAC r16 block orthogonal": 1390,
+    "RAC r32 block orthogonal": 1250,
+    "RAC r32 block orthogonal, momentum 0.9": 1250,
 }
