@@ -192,20 +192,23 @@ def contest(
 
 
 def race(task: Task, entries: list[Entry], rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds a step, chunks timed in turn so that noise hits all alike."""
+    """Milliseconds a step of one core, parts of runs timed in turn.
+
+    In seconds of the processor, which others on the machine do not lengthen, and each
+    part of a run as long as two links.
+    """
     runners = [Runner(task, entry) for entry in entries]
     states = [runner.start(0) for runner in runners]
-    # Long enough that links end as often as they do in a run.
     spent: list[list[float]] = [[] for _ in runners]
     for turn in range(rounds + 1):
         for index, runner in enumerate(runners):
             tokens = list(task.batches(turn, 5 * CHUNK, runner.entry.batch))
-            begun = time.perf_counter()
+            begun = time.process_time()
             for part in tokens:
                 states[index], losses = runner.advance(states[index], 1e-3, 1000, 0, part)
             jax.block_until_ready(losses)
             if turn:  # the first one compiles
-                spent[index].append((time.perf_counter() - begun) / (5 * CHUNK))
+                spent[index].append((time.process_time() - begun) / (5 * CHUNK))
     table = np.array(spent)
     ratios = np.median(table / table[:1], axis=1)
     return [
@@ -214,6 +217,7 @@ def race(task: Task, entries: list[Entry], rounds: int) -> list[dict[str, Any]]:
             "method": entry.name,
             "milliseconds": 1e3 * float(np.median(table[index])),
             "over_full_adam": float(ratios[index]),
+            "rounds": rounds,
         }
         for index, entry in enumerate(entries)
     ]
