@@ -110,9 +110,9 @@ def language_table(study: str) -> str:
     record = json.loads((RESULTS / "language.json").read_text())
     by_study = {(row["study"], row["method"]): row for row in record["rows"]}
     rows = [row for row in record["rows"] if row["study"] == study]
-    length = "equal steps" if study == "explored" else "long"
-    base = by_study["equal steps" if study == "equal steps" else length, "full Adam"]
-    if study.endswith("time"):
+    short = study in ("equal steps", "explored")
+    base = by_study["equal steps" if short else "long", "full Adam"]
+    if base["method"] not in [row["method"] for row in rows]:
         rows.append(base)
     lines = [
         "| method | trained numbers | optimizer bytes | steps | learning rate "
