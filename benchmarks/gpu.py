@@ -48,27 +48,35 @@ TINY = {
     "length": 32,
 }
 Maker = Callable[[Model], Method]
-# The stateless step on blocks of rows: no optimizer state, whatever the rank.
-BLOCK: dict[str, Any] = {
-    "side": "left",
-    "sketch": "block",
-    "alpha": "dim",
-    "inner": rl.orthogonal(),
-}
-METHODS: list[Maker] = [
-    rivals.floor,
-    rivals.adamw,
-    rivals.ours,
-    functools.partial(rivals.ours, name="ours, left", side="left"),
-    functools.partial(rivals.ours, name="block, dim / 8", **BLOCK, rank=256),
-    functools.partial(rivals.ours, name="block, dim / 4", **BLOCK, rank=512),
-    rivals.lora,
-    functools.partial(rivals.lora, layout="rank last"),
-    rivals.qwix_lora,
-]
 # A CPU has no limit of its own: the quick run pretends one.
 PRETENDED_LIMIT = 4 * timing.MIB
 FILLED = 0.95  # of the card's memory, by the compiler's count
+
+
+def all_methods(width: int) -> list[Maker]:
+    """Ours and its rivals; the stateless step on blocks is ranked by the width."""
+    stateless = {
+        "side": "left",
+        "sketch": "block",
+        "alpha": "dim",
+        "inner": rl.orthogonal(),
+    }
+    blocks: list[Maker] = [
+        functools.partial(
+            rivals.ours, name=f"block, dim / {part}", rank=width // part, **stateless
+        )
+        for part in (8, 4)
+    ]
+    return [
+        rivals.floor,
+        rivals.adamw,
+        rivals.ours,
+        functools.partial(rivals.ours, name="ours, left", side="left"),
+        *blocks,
+        rivals.lora,
+        functools.partial(rivals.lora, layout="rank last"),
+        rivals.qwix_lora,
+    ]
 
 
 def llama(sizes: dict[str, int], *, remat: bool) -> Model:
@@ -175,7 +183,7 @@ def main() -> None:
     sizes = TINY if quick else SIZES
     times = {"rounds": 2, "runs": 1} if quick else {"rounds": 5, "runs": 5}
     remats = (True,) if quick else (True, False)
-    makers = METHODS[:3:2] if quick else METHODS
+    makers = all_methods(sizes["width"])
 
     def peft() -> list[dict]:
         count = times["rounds"] * times["runs"]

@@ -85,6 +85,51 @@ def sides_table() -> str:
     return _over_floor(header, rows, shown, lambda over: [over[0] / over[-1]])
 
 
+def laws_table() -> str:
+    """The stateless step by law and rank, model by model."""
+    rows = json.loads((RESULTS / "laws.json").read_text())["rows"]
+    fractions = [f"dim / {part}" for part in (16, 8, 4)]
+    every = "a new one every step"
+    columns = [
+        *(f"orthonormal, {fraction}" for fraction in fractions),
+        *(f"block, {fraction}" for fraction in fractions),
+        f"block, dim / 4, {every}",
+        "full AdamW",
+        "LoRA, rank first",
+    ]
+    names = [*columns[:-2], "AdamW", "LoRA, rank 8"]
+    lines = [
+        "| model | " + " | ".join(names) + " | peak / floor, block, dim / 4 |",
+        "|---" + "|---:" * (len(names) + 1) + "|",
+    ]
+    by_cell = {(row["model"], row["method"]): row for row in rows}
+    for model in dict.fromkeys(row["model"] for row in rows):
+        over = [f"{by_cell[model, name]['over_floor']:.2f}" for name in columns]
+        peak = by_cell[model, "block, dim / 4"]["peak_over_floor"]
+        lines.append("| " + " | ".join([model, *over, f"{peak:.2f}"]) + " |")
+    return "\n".join(lines)
+
+
+def gpu_table() -> str:
+    """Steps of the Llama on a card, and the parts of ours."""
+    lines = [
+        "| step | milliseconds | over the floor | compiled peak, MiB |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, prefix in (
+        ("gpu_steps_remat", ""),
+        ("gpu_parts", "ours, left, up to the "),
+    ):
+        rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+        for row in rows if not prefix else rows[1:]:
+            step = row["method"].split(", ")[-1] if prefix else row["method"]
+            lines.append(
+                f"| {prefix}{step} | {row['milliseconds']:.0f} "
+                f"| {row['over_floor']:.2f} | {row['peak_mib']:,.0f} |"
+            )
+    return "\n".join(lines)
+
+
 def _over_floor(
     header: str,
     rows: list[dict],
@@ -163,6 +208,8 @@ TABLES = {
     "language_time": lambda: language_table("equal time"),
     "language_decoder": lambda: language_table("equal decoder time"),
     "language_explored": lambda: language_table("explored"),
+    "laws": laws_table,
+    "gpu": gpu_table,
 }
 
 

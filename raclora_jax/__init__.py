@@ -7,13 +7,11 @@ from raclora_jax._core.spec import Rule, Spec
 from raclora_jax._forms.adapter import (
     AdapterChain,
     effective_params,
-    factor_labels,
     init_adapter,
     merge,
     next_link,
-    planned,
-    restart,
 )
+from raclora_jax._forms.factor_rules import factor_labels, planned, restart
 from raclora_jax._forms.gradient import grad, value_and_grad
 from raclora_jax._forms.optimizer import apply_updates, raclora, scale_by_raclora
 from raclora_jax._forms.pure import lift, project, sample_sketch

@@ -17,11 +17,12 @@ PACKAGE = pathlib.Path(rl.__file__).parent
 
 # Inside a folder each room imports only from rooms before it.
 ROOMS = {
-    "_core": "types paths select spec plan keys cholesky sketch lowrank rounding merge",
-    "_autodiff": "stage uses contraction attach picks weight rearrange arithmetic output "
-    "picked consume join interpret watch",
+    "_core": "types paths stamp select spec plan keys cholesky sketch lowrank rounding "
+    "merge",
+    "_autodiff": "stage uses contraction axes attach picks weight rearrange arithmetic "
+    "output picked consume join interpret watch",
     "_chain": "inner orthogonal state step",
-    "_forms": "pure optimizer gradient adapter unmerged trace summary",
+    "_forms": "pure optimizer gradient adapter factor_rules unmerged trace summary",
 }
 # What each folder stands on; strangers do not know each other.
 BELOW = {

@@ -150,6 +150,13 @@ def test_case_where_rows_are_picked(name):
         check(CASES[name], settings, 1e-13)
 
 
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("name", [name for name in CASES if "ragged_dot" in name])
+def test_rows_picked_for_each_group(name, side):
+    with jax.enable_x64(True):
+        check(CASES[name], [(side, 2, "block"), (side, 2, "coordinate")], 1e-13)
+
+
 @pytest.mark.parametrize("name", cases.MODELS)
 def test_a_model_is_traced(name):
     """The views read off a model are those its gradient is held against."""

@@ -341,3 +341,52 @@ def test_a_rank_above_half_the_side(law):
         updates, state = step(W, state, W)
         W = optax.apply_updates(W, updates)
     assert jnp.abs(W["w"]).max() < 1e-3
+
+
+def small_model(params, tokens, image):
+    """A table, layers in a loop, heads, a convolution: every way that rows are picked."""
+    h = params["table"][tokens]
+    h, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, params["layers"])
+    heads = jnp.einsum("btd,dhk->bthk", h, params["query"])
+    h = jnp.einsum("bthk,hkd->btd", jnp.tanh(heads), params["out"])
+    drawn = jax.lax.conv_general_dilated(
+        image, params["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return jnp.mean(h.astype("float32") ** 2) + jnp.mean(drawn.astype("float32") ** 2)
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_of_a_model_in_its_own_dtype(dtype, side, law):
+    """Slices of a convolution's taps and of heads too, against the dense gradients."""
+    shapes = {
+        "table": (40, 24),
+        "layers": (2, 24, 24),
+        "query": (24, 4, 12),
+        "out": (4, 12, 24),
+        "conv": (3, 3, 8, 36),
+    }
+    params = {
+        name: jnp.asarray(0.3 * normal(i, *shape), dtype)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 40, (3, 7)))
+    image = jnp.asarray(normal(9, 2, 6, 5, 8), dtype)
+    rules = [
+        rl.Rule("layers", batch=0),
+        rl.Rule("query", rows=0),
+        rl.Rule("out", rows=(0, 1)),
+        rl.Rule("conv", rows=(0, 1, 2), rank=18),
+    ]
+    spec = rl.Spec(4, side=side, sketch=law, rules=rules)
+    state = rl.raclora(0.1, spec, key=0).init(params)
+    ours = jax.jit(rl.grad(small_model, spec))(params, state, tokens, image)
+    dense = jax.jit(jax.grad(small_model))(params, tokens, image)
+    want = rl.project(dense, rl.sample_sketch(params, spec, key=0), spec)
+    for path in params:
+        got, expected = (np.asarray(tree[path].value) for tree in (ours, want))
+        scale = np.abs(expected).max()
+        assert scale > 0, path
+        tolerance = 1e-5 if dtype == "float32" else 0.03
+        assert np.abs(got - expected).max() <= tolerance * scale, path

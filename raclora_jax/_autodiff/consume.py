@@ -11,25 +11,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
 from jax import Array, lax
 
 from raclora_jax._autodiff import picked
+from raclora_jax._autodiff.axes import RANK, Atom, Axis, einsum_parts
 from raclora_jax._autodiff.contraction import Label, contract
 from raclora_jax._autodiff.output import Names, Output, atoms_of, own
 from raclora_jax._autodiff.picks import Picks
 from raclora_jax._autodiff.stage import Eqn
-from raclora_jax._autodiff.weight import (
-    RANK,
-    Atom,
-    Axis,
-    Operand,
-    Weight,
-    einsum_parts,
-    told_apart,
-)
+from raclora_jax._autodiff.weight import Operand, Weight, told_apart
 
 
 def dot_general(eqn: Eqn, left: Operand, right: Operand) -> Array | None:
@@ -310,7 +303,8 @@ def ragged_dot_general(
     y = ragged(x, weight.array, groups)
     if weight.sketch is None or weight.factor is None:
         return weight.watched(y)
-    weight = weight.formed()
+    if len(stack) != 1 or weight.side not in (summed, free):
+        weight = weight.formed()
     s_names, f_names = weight.sketch_axes, weight.factor_axes
     thin, wide = (stack, summed, [RANK]), (stack, [RANK], free)
 
@@ -325,10 +319,13 @@ def ragged_dot_general(
         return {*names} == {name for axis in axes for name in axis}
 
     inputs = x, weight.sketch, groups
+    Inputs: TypeAlias = tuple[Array, Array | Picks, Array]
     if fit(s_names, thin) and fit(f_names, wide):
 
-        def sketched(inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        def sketched(inputs: Inputs) -> tuple[Array, Array]:
             x, sketch, groups = inputs
+            if isinstance(sketch, Picks):
+                return sketch.taken_by_group(x, groups), groups
             return ragged(x, stacked(sketch, s_names, thin), groups), groups
 
         def push(known: tuple[Array, Array], factor: Array) -> Array:
@@ -339,9 +336,11 @@ def ragged_dot_general(
     if not (fit(s_names, wide) and fit(f_names, thin)):
         return None
 
-    def push_late(known: tuple[Array, Array, Array], factor: Array) -> Array:
+    def push_late(known: Inputs, factor: Array) -> Array:
         x, sketch, groups = known
         middle = ragged(x, stacked(factor, f_names, thin), groups)
+        if isinstance(sketch, Picks):
+            return sketch.placed_by_group(middle, groups)
         return ragged(middle, stacked(sketch, s_names, wide), groups)
 
     return weight.attached(y, inputs, push_late)

@@ -12,11 +12,12 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
+from raclora_jax._autodiff.axes import RANK, Atom, Axis
 from raclora_jax._autodiff.contraction import Label, contract
 from raclora_jax._autodiff.output import Names, Output, atoms_of
 from raclora_jax._autodiff.picks import Picks, beside
 from raclora_jax._autodiff.stage import Eqn
-from raclora_jax._autodiff.weight import RANK, Atom, Axis, Weight
+from raclora_jax._autodiff.weight import Weight
 from raclora_jax._core import select
 
 
@@ -180,10 +181,10 @@ def lookup(
         made: list[Label] = [*f_names[:rank], *atoms_of(lead), *f_names[rank + 1 :]]
 
         def of_rows(positions: Array, factor: Array) -> Array:
+            factor = factor.astype(y.dtype)
             rows = jnp.take(factor, positions, rank, mode="fill", fill_value=0)
-            return lax.transpose(rows, [made.index(n) for n in out.names]).reshape(
-                y.shape
-            )
+            rows = lax.transpose(rows, [made.index(name) for name in out.names])
+            return rows.reshape(y.shape)
 
         return weight.attached(y, positions, of_rows)
     if along not in f_names:
@@ -191,7 +192,8 @@ def lookup(
     looked_up, names = pick(factor, f_names)
 
     def placed(picks: Picks, factor: Array) -> Array:
-        array, got = picks.placed(factor, names, side, [], RANK, weight.side_sizes)
+        factor, sizes = factor.astype(y.dtype), weight.side_sizes
+        array, got = picks.placed(factor, names, side, [], RANK, sizes)
         return lax.transpose(array, [got.index(n) for n in out.names]).reshape(y.shape)
 
     def taken(picks: Picks, cotangent: Array) -> Array:

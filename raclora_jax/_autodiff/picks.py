@@ -96,6 +96,31 @@ class Picks:
         array = array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
         return array, [*names[:axis], *side, *names[axis + 1 :]]
 
+    def taken_by_group(self, x: Array, groups: Array) -> Array:
+        """Of every row of ``x`` the columns that its group's sketch picks.
+
+        Args:
+          x: Array ``(tokens, dim)``.
+          groups: Tokens of each group.
+
+        Returns:
+          Array ``(tokens, rank)``.
+        """
+        return jnp.take_along_axis(x, self._by_group(x.shape[0], groups), axis=1)
+
+    def placed_by_group(self, narrow: Array, groups: Array) -> Array:
+        """The transpose of ``taken_by_group``."""
+        tokens = narrow.shape[0]
+        columns, rows = self._by_group(tokens, groups), jnp.arange(tokens)[:, None]
+        zeros = jnp.zeros((tokens, self.chosen.dim), narrow.dtype)
+        return zeros.at[rows, columns].set(narrow, unique_indices=True)
+
+    def _by_group(self, tokens: int, groups: Array) -> Array:
+        """The rows picked for each token; of those behind the last group any do."""
+        ends = jnp.cumsum(groups)
+        owner = jnp.searchsorted(ends, jnp.arange(tokens), side="right")
+        return self.rows[jnp.minimum(owner, groups.shape[0] - 1)]
+
     def positions(self) -> Array:
         """Where each row of one matrix stands among the picked, the rank if nowhere."""
         nowhere = jnp.full(self.chosen.dim, self.chosen.rank, jnp.int32)

@@ -14,18 +14,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from raclora_jax._autodiff.attach import varying_axes
+from raclora_jax._autodiff.axes import Atom, Axis, MeshAxes, Part, resized
 from raclora_jax._autodiff.picks import Picks
 from raclora_jax._autodiff.stage import Eqn
-from raclora_jax._autodiff.weight import (
-    Atom,
-    Axis,
-    MeshAxes,
-    Operand,
-    Part,
-    Weight,
-    array_of,
-    resized,
-)
+from raclora_jax._autodiff.weight import Operand, Weight, array_of
 
 
 def transpose(eqn: Eqn, weight: Weight) -> Weight:

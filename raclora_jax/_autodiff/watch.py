@@ -18,9 +18,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from raclora_jax._autodiff import consume
+from raclora_jax._autodiff.axes import Axis, Part
 from raclora_jax._autodiff.interpret import RULES, scan_operands, while_operands
 from raclora_jax._autodiff.stage import Eqn, Program, aval, body_of
-from raclora_jax._autodiff.weight import Axis, Leaf, Operand, Part, Weight
+from raclora_jax._autodiff.weight import Leaf, Operand, Weight
 
 T = TypeVar("T")
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,30 +32,12 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from raclora_jax._autodiff.attach import Map, attach
-from raclora_jax._autodiff.contraction import contract, parted
+from raclora_jax._autodiff.axes import RANK, Atom, Axis, MeshAxes, Part, resized
+from raclora_jax._autodiff.contraction import contract
 from raclora_jax._autodiff.picks import Picks
 from raclora_jax._autodiff.uses import Use, Uses
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.types import PyTree
-
-# The name of a piece of one axis of the leaf: the axis, then which part of it each
-# reshape that split it left. Axes that a broadcast added have negative names.
-Atom: TypeAlias = tuple[int, ...]
-RANK: Atom = ()
-
-
-class Part(NamedTuple):
-    """A piece of an axis of the leaf, as an axis of a weight holds it."""
-
-    atom: Atom
-    size: int
-
-
-# One axis of a weight: the parts it merges, none for an axis of size 1.
-Axis: TypeAlias = tuple[Part, ...]
-
-# The mesh axes that one axis of an array is sharded along.
-MeshAxes: TypeAlias = str | tuple[str, ...] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -402,16 +384,3 @@ def leaf_weight(
         factor_axes=() if watches else (*batch, RANK, *trained),
         leaf=Leaf(plan.path, plan.scaling, zero, uses, read),
     )
-
-
-def resized(axes: Sequence[Axis], shape: Sequence[int]) -> tuple[Axis, ...]:
-    """The axes of a weight whose base has got another shape, part by part."""
-    return tuple(
-        (Part(axis[0].atom, size),) if len(axis) == 1 else axis
-        for axis, size in zip(axes, shape, strict=True)
-    )
-
-
-def einsum_parts(array: Array, axes: Sequence[Axis]) -> tuple[Array, list[Atom]]:
-    """An array with one axis per part, and the atoms of its axes."""
-    return parted(array, axes), [part.atom for axis in axes for part in axis]

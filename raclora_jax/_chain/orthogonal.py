@@ -189,12 +189,19 @@ def _inverse_root(gram: Array) -> Array:
     square = jnp.where(square > 0, square, 1)
     gram = gram / square
     eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)[None]
-    root = eye / jnp.sqrt(square)
-    for a, b, c in POLYNOMIALS:
+
+    def turn(
+        carry: tuple[Array, Array], coefficients: Array
+    ) -> tuple[tuple[Array, Array], None]:
+        gram, root = carry
+        a, b, c = coefficients
         # Everything here is a polynomial of one symmetric matrix, so all of it commutes.
         step = a * eye + b * gram + c * _matmul(gram, gram)
-        root = _matmul(step, root)
-        gram = _matmul(_matmul(step, gram), step)
+        return (_matmul(_matmul(step, gram), step), _matmul(step, root)), None
+
+    # A loop, so that a compiler which tunes its products does so once.
+    start = gram, eye / jnp.sqrt(square)
+    (_, root), _ = lax.scan(turn, start, jnp.asarray(POLYNOMIALS, gram.dtype))
     return root
 
 

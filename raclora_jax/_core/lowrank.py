@@ -14,8 +14,9 @@ from jax import Array, lax
 
 from raclora_jax._core import paths
 from raclora_jax._core.cholesky import inverse_cholesky
-from raclora_jax._core.plan import LeafPlan, Stamp, check_stamp
+from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.select import form, put, rows_of, take
+from raclora_jax._core.stamp import Stamp, check_stamp
 from raclora_jax._core.types import Leaf, Scalar
 
 # Up to this rank a lift is a sum of outer products, which the compiler fuses with the
@@ -312,7 +313,7 @@ def check_factor(factor: Leaf, plan: LeafPlan) -> None:
             "Factor; use the spec the factors were made with"
         )
     if is_factor(factor) and factor.stamp is not None:
-        check_stamp(plan.path, factor.stamp, plan, "this Factor")
+        check_stamp(plan.path, factor.stamp, plan.stamp, "this Factor")
     if jnp.shape(value) != plan.factor_shape:
         raise ValueError(
             f"leaf {paths.show(plan.path)}: expected a factor of shape "

@@ -8,7 +8,7 @@ import math
 import numbers
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +17,8 @@ import optax
 from raclora_jax._core import paths
 from raclora_jax._core.select import LAWS, Selection, selection_of
 from raclora_jax._core.spec import Rule, Spec, as_spec, kind
+from raclora_jax._core.stamp import Stamp
 from raclora_jax._core.types import Alpha, Cause, Leaf, Mode, PyTree, widened
-
-
-class Stamp(NamedTuple):
-    """What every door of a run must be told alike about one adapted leaf.
-
-    It travels with factors and chains as static metadata: compared while a program is
-    traced, absent when it runs. Fields as in ``LeafPlan``.
-    """
-
-    rank: int
-    side: str
-    rows: tuple[int, ...]
-    batch: tuple[int, ...]
-    scaling: float
-    sketch: str
-    resample_every: int
-    rounding: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,30 +173,6 @@ def plan_leaves(
     """``plan_tree`` for leaves already flattened; ``whole`` if they are all there are."""
     shapes = tuple((path, *shape_and_dtype(path, leaf)) for path, leaf in leaves.items())
     return dict(_plan(spec, shapes, whole))
-
-
-def check_stamp(path: str, stamp: Stamp, plan: LeafPlan, what: str) -> None:
-    """Refuses what was made under another plan of the leaf.
-
-    Args:
-      path: Canonical path of the leaf.
-      stamp: The stamp it carries.
-      plan: The plan of the door it came to.
-      what: What it is, for the message.
-
-    Raises:
-      ValueError: If a field differs; the message names it.
-    """
-    if stamp == plan.stamp:
-        return
-    for name, theirs, mine in zip(Stamp._fields, stamp, plan.stamp, strict=True):
-        if theirs != mine:
-            said = "alpha / rank" if name == "scaling" else name
-            raise ValueError(
-                f"leaf {paths.show(path)}: {what} was made with {said}={theirs!r}, "
-                f"this spec has {said}={mine!r}; hand the same spec to every function "
-                "of a run"
-            )
 
 
 def winner(spec: Spec, path: str) -> Rule | None:

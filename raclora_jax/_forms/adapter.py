@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from raclora_jax._chain.inner import as_rule, knowing, restarted
 from raclora_jax._core import paths, rounding
 from raclora_jax._core.keys import key_data, leaf_key
 from raclora_jax._core.lowrank import check_factor, lift_leaf
-from raclora_jax._core.plan import LeafPlan, Stamp, check_stamp, plan_leaves
+from raclora_jax._core.plan import LeafPlan, plan_leaves
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
-from raclora_jax._core.types import KeyLike, Leaf, Leaves, OptState, PyTree
+from raclora_jax._core.stamp import Stamp, check_stamp
+from raclora_jax._core.types import KeyLike, Leaf, Leaves, PyTree
 
 
 @jax.tree_util.register_static
@@ -211,107 +211,6 @@ def next_link(
     return merged, zeros, chain._replace(link=link, sketches=sketches)
 
 
-def factor_labels(base_params: PyTree, spec: Spec | int) -> PyTree:
-    """The mode of every leaf of ``factors``, as labels for ``optax.partition``.
-
-    A rule that keeps one state for the factors and one for the dense leaves can start
-    the first again at a new link and let the second go on; see ``restart``.
-
-    Args:
-      base_params: The weights; shapes are enough.
-      spec: The spec of the run.
-
-    Returns:
-      The tree of ``factors`` with ``"lowrank"`` or ``"dense"`` at each leaf.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> W = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
-      >>> factor_labels(W, 2)
-      {'bias': 'dense', 'kernel': 'lowrank'}
-    """
-    leaves, treedef = paths.flatten(base_params, is_leaf=is_quantised)
-    plans = plan_leaves(as_spec(spec), leaves, whole=True)
-
-    def label(plan: LeafPlan) -> PyTree:
-        return optax.MaskedNode() if plan.mode == "frozen" else plan.mode
-
-    return paths.unflatten(treedef, {p: label(plan) for p, plan in plans.items()})
-
-
-def planned(
-    tx: optax.GradientTransformation, base_params: PyTree, spec: Spec | int
-) -> optax.GradientTransformationExtraArgs:
-    """A transformation of ``factors`` that is told how each of them is laid out.
-
-    ``raclora`` hands the plans of the leaves to its inner rule; in the adapter form the
-    rule is yours, and this hands them over: ``orthogonal`` needs them to tell a rank
-    axis from a stack, and leaves trained in full from factors.
-
-    Args:
-      tx: Any transformation of ``factors`` with such a rule in it.
-      base_params: The weights; shapes are enough.
-      spec: The spec of the run.
-
-    Returns:
-      The transformation, its ``update`` called with ``plans={path: plan}``. A plan has
-      the fields ``rank``, ``batch`` (its length says where the rank axis stands),
-      ``trained`` and ``adapted``.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, raclora_jax as rl
-      >>> W = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
-      >>> factors, chain = init_adapter(W, 2, key=0)
-      >>> rule = optax.chain(rl.orthogonal(), optax.scale_by_learning_rate(1e-2))
-      >>> opt_state = planned(rule, W, 2).init(factors)
-    """
-    leaves, _ = paths.flatten(base_params, is_leaf=is_quantised)
-    plans = plan_leaves(as_spec(spec), leaves, whole=True)
-    rule = as_rule(tx)
-
-    def init(factors: PyTree) -> OptState:
-        with knowing(plans):
-            return tx.init(factors)
-
-    def update(
-        updates: PyTree, state: OptState, params: PyTree = None, **extra: Any
-    ) -> tuple[PyTree, OptState]:
-        with knowing(plans):
-            return rule.update(updates, state, params, **{**extra, "plans": plans})
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def restart(
-    opt_state: PyTree, tx: optax.GradientTransformation, factors: PyTree
-) -> PyTree:
-    """Starts the moments of the factors again; those of dense leaves go on.
-
-    Args:
-      opt_state: State of ``tx``.
-      tx: ``optax.partition({"lowrank": rule, "dense": rule}, labels)`` with the labels
-        of ``factor_labels``, or any rule, which then starts again as a whole.
-      factors: The trained tree.
-
-    Returns:
-      The state for the first step of a new link.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> W = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
-      >>> factors, chain = init_adapter(W, 2, key=0)
-      >>> rules = {"lowrank": optax.adam(1e-3), "dense": optax.adam(1e-3)}
-      >>> tx = optax.partition(rules, factor_labels(W, 2))
-      >>> opt_state = restart(tx.init(factors), tx, factors)
-    """
-    fresh = tx.init(factors)
-    if not isinstance(opt_state, optax.PartitionState):
-        return fresh
-    states = dict(opt_state.inner_states)
-    states["lowrank"] = restarted(states["lowrank"], fresh.inner_states["lowrank"])
-    return opt_state._replace(inner_states=states)
-
-
 def is_quantised(node: Leaf) -> bool:
     """Whether a node is a quantised array, one leaf made of several (``qwix.QArray``)."""
     return hasattr(node, "qvalue") and hasattr(node, "shape")
@@ -358,7 +257,7 @@ def matched(
     _check_rounding(spec, plans)
     for path, stamp in chain.stamps.by_path:
         if path in plans and plans[path].adapted:
-            check_stamp(path, stamp, plans[path], "this chain")
+            check_stamp(path, stamp, plans[path].stamp, "this chain")
     _check_factors(values, plans)
     return leaves, treedef, plans, values
 
