@@ -1,0 +1,198 @@
+"""Every method fine-tunes a small pretrained Llama on Shakespeare, rates tuned alike.
+
+stories260K on tiny Shakespeare: the seven matrices of each layer are tuned, embedding and
+norms frozen; 8 windows of 64 tokens a step, 10 % warm-up, then a cosine to zero. The
+learning rate of every method is searched on one grid of powers of two, on seed 0, until
+the best has a worse neighbour on both sides. A seed decides data order and sketches.
+
+Studies: 300 steps, 1000 steps, and the wall time of 1000 steps of full Adam, by steps
+that are timed in turn in this run. Rows are saved as they come and, if there are rows
+already, the missing ones are added.
+
+    python -m benchmarks.language --data-dir DIR [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import json
+import multiprocessing
+import os
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks import contenders, contest, explored, timing
+from benchmarks import rows as result_rows
+from benchmarks.contenders import Entry
+
+SEEDS = (0, 1, 2)
+SHORT, LONG = 300, 1000
+# One core each: these matrices are too small to share, and two runs go side by side.
+ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+
+def steps_in_time(row: dict[str, Any]) -> int:
+    """How many steps fit in the time of ``LONG`` steps of full Adam."""
+    return contest.CHUNK * round(LONG / row["over_full_adam"] / contest.CHUNK)
+
+
+def contenders_of(study: str) -> list[Entry]:
+    """The contenders of a study, in the order of the table."""
+    if study == "explored":
+        return explored.explored()
+    table = [*contenders.rivals(), *contenders.raclora()]
+    if study == "equal steps":
+        return table
+    decoder = study == "equal decoder time"
+    chosen = contenders.DECODER_STEPS if decoder else contenders.LONG
+    return [entry for entry in table if entry.name in chosen]
+
+
+def everything() -> list[Entry]:
+    """All contenders; names are unique."""
+    return [*contenders_of("equal steps"), *contenders_of("explored")]
+
+
+# The program -------------------------------------------------------------------------
+
+
+@functools.cache
+def _task(data_dir: pathlib.Path) -> contest.Task:
+    return contest.Task(data_dir)
+
+
+@functools.cache
+def _runner(data_dir: pathlib.Path, name: str) -> contest.Runner:
+    entry = next(entry for entry in everything() if entry.name == name)
+    return contest.Runner(_task(data_dir), entry)
+
+
+def _work(data_dir: pathlib.Path, name: str, **job: Any) -> dict[str, Any]:
+    """One row, in a process of its own."""
+    return contest.contest(_runner(data_dir, name), **job)
+
+
+class Results:
+    """The rows so far, saved whenever one is added.
+
+    Args:
+      path: The file; its rows are taken over. ``None`` keeps nothing.
+    """
+
+    def __init__(self, path: pathlib.Path | None):
+        self.path, self.rows = path, []
+        self._commit = result_rows.provenance()["commit"]
+        if path is not None and path.exists():
+            self.rows = json.loads(path.read_text())["rows"]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """In the place of the row of the same study and method, if there is one."""
+        row = row | {"commit": self._commit}
+        same = [self._name(row) == self._name(old) for old in self.rows]
+        if any(same):
+            self.rows[same.index(True)] = row
+        else:
+            self.rows.append(row)
+        if self.path is not None:
+            result_rows.save(
+                self.path,
+                "python -m benchmarks.language",
+                self.rows,
+                tokens_a_step="batch x 64",
+                validation_windows=contest.WINDOWS,
+                warm_up=contest.WARM_UP,
+                xla_flags=ONE_CORE,
+            )
+
+    def drop(self, study: str) -> None:
+        """Forgets a study: times of two races do not stand side by side."""
+        self.rows = [row for row in self.rows if row["study"] != study]
+
+    def get(self, study: str, method: str) -> dict[str, Any] | None:
+        """The row of a study and a method."""
+        wanted = (study, method)
+        return next((row for row in self.rows if self._name(row) == wanted), None)
+
+    @staticmethod
+    def _name(row: dict[str, Any]) -> tuple[str, str]:
+        return row["study"], row["method"]
+
+
+def jobs(results: Results, study: str, options: argparse.Namespace) -> Iterator[dict]:
+    """The rows of a study that are missing and can be made."""
+    for entry in contenders_of(study):
+        if not re.search(options.only, entry.name) or results.get(study, entry.name):
+            continue
+        job = {"name": entry.name, "study": study, "seeds": options.seeds}
+        if study in ("equal steps", "explored"):
+            steps = contest.CHUNK if options.quick else SHORT
+            yield job | {"steps": steps, "guess": entry.guess}
+        elif study == "long":
+            short = results.get("equal steps", entry.name)
+            if short is not None:
+                yield job | {"steps": LONG, "guess": short["rate"]}
+        else:
+            long = results.get("long", entry.name)
+            timed = results.get("time", entry.name)
+            if long is None or (study == "equal time" and timed is None):
+                continue
+            steps = contenders.DECODER_STEPS.get(entry.name)
+            if study == "equal time":
+                steps = steps_in_time(timed)
+            yield job | {"steps": steps, "guess": long["rate"], "tune": False}
+
+
+def run(options: argparse.Namespace, results: Results) -> None:
+    """Every study that is asked for."""
+    if "time" in options.studies:
+        results.drop("time")
+        for row in contest.race(
+            _task(options.data_dir), contenders_of("time"), options.rounds
+        ):
+            results.add(row)
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.workers, spawn) as pool:
+        for study in options.studies:
+            if study == "time":
+                continue
+            waiting = [
+                pool.submit(_work, options.data_dir, **job)
+                for job in jobs(results, study, options)
+            ]
+            for done in concurrent.futures.as_completed(waiting):
+                row = done.result()
+                results.add(row)
+                print(
+                    f"{row['study']:16} {row['method']:44} {row['steps']:5} steps "
+                    f"rate {row['rate']:<8g} {row['loss_mean']:.3f} "
+                    f"± {row['loss_std'] or 0:.3f}  {row['seconds']} s",
+                    flush=True,
+                )
+
+
+STUDIES = ("time", "equal steps", "long", "equal time", "equal decoder time", "explored")
+
+
+def main() -> None:
+    """Runs the studies and prints their rows."""
+    parser = timing.parser(__doc__)
+    parser.add_argument("--data-dir", type=pathlib.Path, required=True)
+    parser.add_argument("--only", default="", help="methods, a regular expression")
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES)
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
+    options = timing.parse(parser)
+    options.seeds = SEEDS[:1] if options.quick else SEEDS
+    options.rounds = 1 if options.quick else 5
+    if options.quick:
+        options.studies, options.only = ("equal steps",), "^(full Adam|RAC r8 orth.*al)$"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_CORE}"
+    out = None if options.out is None else options.out / "language.json"
+    run(options, Results(out))
+
+
+if __name__ == "__main__":
+    main()

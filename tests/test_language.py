@@ -1,0 +1,206 @@
+"""The language study: checkpoint and tokenizer are read right, and methods learn."""
+
+import json
+import os
+import pathlib
+import struct
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import contenders, contest, language, stories
+
+DATA = pathlib.Path(
+    os.environ.get("RACLORA_DATA_DIR", pathlib.Path(__file__).parents[2] / "shared/data")
+)
+CHECKPOINT = DATA / "stories260k" / "stories260K.bin"
+pytestmark = pytest.mark.skipif(not CHECKPOINT.exists(), reason="no checkpoint here")
+
+
+@pytest.fixture(scope="module")
+def task():
+    return contest.Task(DATA)
+
+
+@pytest.fixture(scope="module")
+def shallow():
+    """The study on the first layer alone, which compiles in a fifth of the time."""
+    small = contest.Task(DATA)
+    model = small.model
+    small.model = model._replace(
+        config=model.config._replace(layers=1),
+        layers={"layer_0": model.layers["layer_0"]},
+    )
+    return small
+
+
+def test_checkpoint_has_the_shapes_of_its_header(task):
+    model = task.model
+    assert model.config == (64, 172, 5, 8, 4, 512, 512)
+    shapes = {name: w.shape for name, w in model.layers["layer_4"].items()}
+    square, shared = (64, 64), (64, 32)
+    assert shapes == {
+        **{"wq": square, "wk": shared, "wv": shared, "wo": square},
+        **{"w1": (64, 172), "w2": (172, 64), "w3": (64, 172)},
+    }
+    assert sum(w.size for w in jax.tree.leaves(model.layers)) == 226_560
+    assert model.rest["embedding"].shape == (512, 64)
+
+
+def test_loss_on_shakespeare_before_tuning(task):
+    assert task.validation_loss(task.model.layers) == pytest.approx(5.055, abs=5e-3)
+
+
+def test_model_tells_the_story_it_is_known_for(task):
+    _, tokenizer = stories.files(DATA)
+    told = tokenizer.decode(stories.greedy(task.model, 40))
+    assert told.startswith(" Once upon a time, there was a little girl named Lily.")
+
+
+def test_attention_sees_no_later_token(task):
+    model, tokens = task.model, np.arange(300, 320)[None]
+    changed = tokens.copy()
+    changed[0, 12] = 7
+    one, other = (
+        stories.logits(model.layers, model.rest, t, model.config)
+        for t in (tokens, changed)
+    )
+    np.testing.assert_allclose(one[0, :12], other[0, :12], atol=1e-5)
+    assert float(jnp.max(jnp.abs(one[0, 12:] - other[0, 12:]))) > 0.1
+
+
+@pytest.mark.parametrize("text", ["To be,  or not", "née 7 £\n\nHAMLET:\n", " a"])
+def test_tokens_spell_the_text(text):
+    _, tokenizer = stories.files(DATA)
+    assert tokenizer.decode(tokenizer.encode(text)) == " " + text
+
+
+def test_encoding_words_apart_changes_nothing():
+    _, tokenizer = stories.files(DATA)
+    text = "Before we proceed any further, hear me  speak.\nAll:\nSpeak!"
+    whole = np.array(tokenizer._word(" " + text))
+    np.testing.assert_array_equal(tokenizer.encode(text), whole)
+
+
+def test_training_text_and_validation_text_do_not_meet(task):
+    assert (len(task.text.train), len(task.text.validation)) == (623_343, 70_021)
+    batch = next(task.batches(0, 10, 8))
+    assert batch.shape == (10, 8, 65)
+    np.testing.assert_array_equal(batch, next(task.batches(0, 10, 8)))
+    assert (batch != next(task.batches(1, 10, 8))).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda raw: raw[:20], "hold no header"),
+        (lambda raw: raw[:-4], "takes 1056540 bytes, the file has 1056536"),
+        (lambda raw: raw + b"\0" * 4, "the file has 1056544"),
+        (lambda raw: struct.pack("<i", 128) + raw[4:], "dim=128"),
+        (lambda raw: struct.pack("<7i", 64, 172, 5, 8, 3, 512, 512) + raw[28:], "heads"),
+        (lambda raw: struct.pack("<7i", 64, 172, 5, 8, 4, -512, 512) + raw[28:], "tied"),
+        (lambda raw: raw[:28] + struct.pack("<f", np.nan) + raw[32:], "not all"),
+    ],
+)
+def test_wrong_checkpoint_is_refused(tmp_path, change, said):
+    path = tmp_path / "model.bin"
+    path.write_bytes(change(CHECKPOINT.read_bytes()))
+    with pytest.raises(ValueError, match=said):
+        stories.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [(lambda raw: raw[:-3], "ends before 512"), (lambda raw: raw + b"x", "left behind")],
+)
+def test_wrong_tokenizer_is_refused(tmp_path, change, said):
+    path = tmp_path / "tok.bin"
+    path.write_bytes(change((CHECKPOINT.parent / "tok512.bin").read_bytes()))
+    with pytest.raises(ValueError, match=said):
+        stories.Tokenizer(path, 512)
+
+
+# One of each kind; the others differ in a number.
+KINDS = {
+    "full Adam",
+    "full orthogonal",
+    "LoRA r6 Adam",
+    "LoRA r6 orthogonal",
+    "Chain of LoRA r6 orthogonal",
+    "Asymmetric LoRA r12 Adam",
+    "RAC-LoRA r12 as published",
+    "RAC r12 Adam",
+    "RAC r3 orthogonal",
+    "RAC r16 orthogonal, momentum 0.9",
+    "RAC r12 orthogonal, second moment",
+    "RAC r16 orthogonal, sides in turn",
+    "RAC r16 orthogonal, ranks 6 attention, 21 feed-forward",
+    "RAC r32 orthogonal, link 1",
+}
+
+
+def test_names_of_contenders_are_unique():
+    names = [entry.name for entry in language.everything()]
+    assert len(set(names)) == len(names)
+    assert set(contenders.LONG) | KINDS <= set(names)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [entry for entry in language.everything() if entry.name in KINDS],
+    ids=lambda entry: entry.name,
+)
+def test_a_step_of_every_method_lowers_the_loss(shallow, entry):
+    method = entry.make(lambda count: entry.guess + 0.0 * count, jax.random.key(0))
+    batch = jnp.asarray(next(shallow.batches(0, 10, 8))[0])
+    state = jax.jit(method.init)(shallow.model.layers)
+    before = shallow.loss(method.params(state), batch)
+    state, loss = jax.jit(method.step, static_argnums=1)(state, shallow.loss, batch)
+    np.testing.assert_allclose(loss, before, rtol=1e-5)
+    assert shallow.loss(method.params(state), batch) < before - 1e-3
+
+
+def test_rates_rise_fall_and_end_at_zero():
+    entry = language.everything()[0]
+    rate = contest.rate_of(entry, 1.0, 300)
+    assert float(rate(0)) == pytest.approx(1 / 30)
+    assert float(rate(29)) == pytest.approx(1)
+    assert float(rate(165)) == pytest.approx(0.5)
+    assert float(rate(300)) == pytest.approx(0, abs=1e-6)
+    again = contest.rate_of(entry._replace(link=25, rewarm=5), 1.0, 300)
+    assert float(again(50)) == pytest.approx(float(rate(50)) / 5, rel=1e-5)
+    assert float(again(54)) == pytest.approx(float(rate(54)), rel=1e-5)
+
+
+def test_search_goes_on_until_the_best_is_inside():
+    tried = contest.search(lambda rate: (np.log2(rate) + 7.3) ** 2, 1.0)
+    assert list(tried) == [2.0**-k for k in range(8, -2, -1)]
+    assert contest.fitted(tried) == pytest.approx(2**-7.3)
+    diverges = contest.search(lambda r: np.nan if r > 1 else -r, 1.0)
+    assert diverges == {0.5: -0.5, 1.0: -1.0, 2.0: np.inf}
+    assert contest.fitted(diverges) == 1.0
+
+
+def test_program_saves_its_rows_and_adds_what_is_missing(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        language, "run", lambda options, results: asked.append((options, results))
+    )
+    monkeypatch.setenv("XLA_FLAGS", "")
+    argv = ["language", "--data-dir", str(DATA), "--quick", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    language.main()
+    options, results = asked[0]
+    missing = [job["name"] for job in language.jobs(results, "equal steps", options)]
+    assert missing == ["full Adam", "RAC r8 orthogonal"]
+    results.add({"study": "equal steps", "method": "full Adam", "rate": 0.002})
+    record = json.loads((tmp_path / "language.json").read_text())
+    assert {"commit", "versions", "device"} <= record.keys()
+    assert "commit" in record["rows"][0]
+    again = language.Results(tmp_path / "language.json")
+    missing = [job["name"] for job in language.jobs(again, "equal steps", options)]
+    assert missing == ["RAC r8 orthogonal"]
+    assert language.steps_in_time({"over_full_adam": 0.72}) == 1390
