@@ -62,7 +62,8 @@ def main() -> None:
         rows = timing.compare(model, all_methods(model, dim), **times)
         floor = rows[0]["peak_mib"]
         results += [row | {"peak_over_floor": row["peak_mib"] / floor} for row in rows]
-    timing.finish(options, "laws", results, dtype="float32")
+        # After every model: a run cut short keeps what it has.
+        timing.finish(options, "laws", results, dtype="float32")
 
 
 if __name__ == "__main__":
