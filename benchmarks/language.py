@@ -155,7 +155,10 @@ def run(options: argparse.Namespace, results: Results) -> None:
         ):
             results.add(row)
     spawn = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(options.workers, spawn) as pool:
+    # Compiled programs stay in memory, so a process makes a few rows and is replaced.
+    with concurrent.futures.ProcessPoolExecutor(
+        options.workers, spawn, max_tasks_per_child=4
+    ) as pool:
         for study in options.studies:
             if study == "time":
                 continue
