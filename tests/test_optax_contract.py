@@ -162,6 +162,9 @@ def test_extra_args_are_accepted_and_reach_the_inner_rule(form):
 
         moved.append(step(PARAMS))
     close(*moved)
+    # With the plans of the leaves it was called for, of one mode in a call.
+    plans = reached[-1].pop("plans")
+    assert len({plan.mode for plan in plans.values()}) == 1
     assert reached[-1] == {"unknown": 1}
 
 
