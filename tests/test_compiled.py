@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import raclora_jax as rl
 from benchmarks import hlo
+from raclora_jax import methods
 from raclora_jax._core.plan import plan_tree
 
 # Numbers that cannot be taken for one another: 7 sequences of 20 tokens.
@@ -148,6 +149,16 @@ def test_no_weight_gradient_in_a_whole_step(scanned, side):
     assert len(leaves) == 1 + 6 * (1 if scanned else LAYERS)
     assert hlo.weight_gradients(text, leaves, RANK) == []
     assert len(hlo.products(text)) > 2 * len(leaves)
+
+
+@pytest.mark.parametrize("scanned", [False, True])
+def test_lora_forms_no_gradient_of_a_weight_either(scanned):
+    """The rival of the tables is as careful as ours."""
+    params, spec = tree(scanned), spec_of(scanned, "left")
+    method = methods.lora(1e-3, spec, key=0)
+    state = jax.eval_shape(method.init, params)
+    text = text_of(lambda s, tokens: method.step(s, decoder, tokens), state, tokens_of())
+    assert hlo.weight_gradients(text, adapted_shapes(params, spec), RANK) == []
 
 
 @pytest.mark.parametrize(

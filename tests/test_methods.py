@@ -169,3 +169,21 @@ def test_optimizer_bytes():
     assert lora == dense + factor + drawn
     full = methods.full(0.1).optimizer_bytes(PARAMS)
     assert full == 2 * 4 * (rows * cols + cols) + adam
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_pair_stays_beside_the_weights(side):
+    """The gradients of both factors are those of the sum, which is never formed."""
+    method = methods.lora(0.05, spec(side), inner=optax.identity(), key=1)
+    before, after = run(method, 2)[1:]
+
+    def loss(drawn, zero):
+        pair = (drawn.T @ zero if side == "left" else zero.T @ drawn) * 3 / 2
+        kernel = before.base["kernel"] + pair
+        bias = before.base["bias"] + before.dense["bias"]
+        return loss_fn({"kernel": kernel, "bias": bias}, X, Y)
+
+    pair = before.drawn["kernel"], before.zero["kernel"]
+    moved = after.drawn["kernel"] - pair[0], after.zero["kernel"] - pair[1]
+    for step, gradient in zip(moved, jax.grad(loss, (0, 1))(*pair), strict=True):
+        np.testing.assert_allclose(step, -0.05 * gradient, atol=1e-6)

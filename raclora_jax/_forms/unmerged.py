@@ -14,6 +14,7 @@ from raclora_jax._autodiff.stage import stage
 from raclora_jax._autodiff.uses import Uses
 from raclora_jax._autodiff.weight import leaf_weight
 from raclora_jax._core import paths
+from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaf, PyTree
 from raclora_jax._forms.adapter import (
@@ -68,15 +69,48 @@ def adapted(
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        leaves, treedef, plans, values = matched(base_params, factors, chain, spec)
+        leaves, _, plans, values = matched(base_params, factors, chain, spec)
         if dequantize is None:
             refuse_quantised(leaves, plans, "read", "pass dequantize to adapted")
+        beside = unmerged(
+            loss_fn, plans, values, sketches_of(chain, plans), dequantize=dequantize
+        )
+        return beside(base_params, *args, **kwargs)
+
+    return loss
+
+
+def unmerged(
+    loss_fn: Callable[..., Any],
+    plans: dict[str, LeafPlan],
+    values: dict[str, Array],
+    sketches: dict[str, Array],
+    *,
+    dequantize: Callable[[Any], Array] | None = None,
+) -> Callable[..., Any]:
+    """A loss of ``W + lift(F)`` as a function of W, the sum never formed.
+
+    Both factors and sketches may be differentiated.
+
+    Args:
+      loss_fn: ``loss_fn(params, *args)``.
+      plans: ``{path: plan}`` of all leaves.
+      values: ``{path: factor}``, and the trained differences of dense leaves.
+      sketches: ``{path: sketch}`` of the adapted leaves.
+      dequantize: As in ``adapted``.
+
+    Returns:
+      ``loss(base_params, *args)``.
+    """
+
+    def loss(base_params: PyTree, *args: Any, **kwargs: Any) -> Any:
+        leaves, treedef = paths.flatten(base_params, is_leaf=is_quantised)
         seen = {path: _as_seen(leaf) for path, leaf in leaves.items()}
         staged = stage(
             lambda params: loss_fn(params, *args, **kwargs),
             paths.unflatten(treedef, seen),
         )
-        uses, sketches = Uses(), sketches_of(chain, plans)
+        uses = Uses()
 
         def stand_in(path: str, leaf: Leaf) -> Leaf:
             plan, dense = plans[path], dequantize if is_quantised(leaf) else None

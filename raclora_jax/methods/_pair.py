@@ -23,6 +23,7 @@ from raclora_jax._core.plan import LeafPlan, plan_tree
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import KeyLike, LossFn, PyTree
+from raclora_jax._forms.unmerged import unmerged
 from raclora_jax.methods._method import Method, nbytes, rate_at, size
 
 
@@ -104,7 +105,7 @@ def pair_method(
         return state._replace(inner=inner)
 
     def params(state: PairState) -> PyTree:
-        plans = plan_tree(spec, state.base)
+        plans = _explicit(plan_tree(spec, state.base))
         leaves, treedef = paths.flatten(state.base)
         merged = {p: _effective(plans[p], weight, state) for p, weight in leaves.items()}
         return paths.unflatten(treedef, merged)
@@ -125,14 +126,17 @@ def pair_method(
             state = lax.cond(ends, next_link, lambda state: state, state)
         trained = {group: getattr(state, group) for group in groups}
 
+        plans = plan_tree(spec, state.base)
+
         def loss(trained: dict[str, Any]) -> Array:
-            return loss_fn(params(state._replace(**trained)), *args)
+            now = state._replace(**trained)
+            beside = unmerged(loss_fn, _explicit(plans), now.zero | now.dense, now.drawn)
+            return beside(now.base, *args)
 
         value, grads = jax.value_and_grad(loss)(trained)
         rate = rate_at(learning_rate, state.count)
         states = {}
         for group in groups:
-            plans = plan_tree(spec, state.base)
             with knowing(plans):
                 moved, states[group] = rule.update(
                     grads[group], state.inner[group], trained[group], plans=plans
@@ -158,7 +162,10 @@ def _effective(plan: LeafPlan, weight: Array, state: PairState) -> Array:
     if plan.mode == "dense":
         delta = state.dense[plan.path]
     else:
-        # The drawn factor is an array, whatever law it came from.
-        plan = dataclasses.replace(plan, sketch="")
         delta = lift_leaf(state.zero[plan.path], state.drawn[plan.path], plan)
     return (weight.astype(plan.wide_dtype) + delta).astype(weight.dtype)
+
+
+def _explicit(plans: dict[str, LeafPlan]) -> dict[str, LeafPlan]:
+    """The plans of a pair, whose drawn factor is an array whatever law it came from."""
+    return {path: dataclasses.replace(plan, sketch="") for path, plan in plans.items()}
