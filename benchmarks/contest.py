@@ -23,7 +23,7 @@ WARM_UP = 0.1
 
 
 class Task:
-    """The model and the text.
+    """The model and the text; another task has the same methods.
 
     Args:
       data_dir: The folder with ``stories260k`` and ``tinyshakespeare``.
@@ -35,6 +35,11 @@ class Task:
         spread = stories.spread_windows(self.text.validation, WINDOWS, LENGTH)
         self._validation = jnp.asarray(spread)
         self._score = jax.jit(self.loss)
+
+    @property
+    def params(self) -> Any:
+        """Where every run starts."""
+        return self.model.layers
 
     def loss(self, layers: Any, tokens: Array) -> Array:
         """Of the adapted matrices, the rest of the model closed over."""
@@ -95,7 +100,7 @@ class Runner:
 
     def start(self, seed: int) -> Any:
         """The state before the first step."""
-        return self._init(jax.random.key(seed), self.task.model.layers)
+        return self._init(jax.random.key(seed), self.task.params)
 
     def advance(
         self, state: Any, rate: float, steps: int, seed: int, tokens: np.ndarray
@@ -115,10 +120,10 @@ class Runner:
     def facts(self) -> dict[str, int]:
         """What the method trains and keeps."""
         method = self.entry.make(lambda count: 0.0 * count, jax.random.key(0))
-        layers = self.task.model.layers
+        params = self.task.params
         return {
-            "trained": method.trained(layers),
-            "optimizer_bytes": method.optimizer_bytes(layers),
+            "trained": method.trained(params),
+            "optimizer_bytes": method.optimizer_bytes(params),
         }
 
 

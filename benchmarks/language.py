@@ -15,24 +15,18 @@ already, the missing ones are added.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import functools
-import json
-import multiprocessing
-import os
 import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import contenders, contest, explored, timing
-from benchmarks import rows as result_rows
 from benchmarks.contenders import Entry
+from benchmarks.standings import Results, use_one_core
 
 SEEDS = (0, 1, 2)
 SHORT, LONG = 300, 1000
-# One core each: these matrices are too small to share, and two runs go side by side.
-ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 def steps_in_time(row: dict[str, Any]) -> int:
@@ -76,52 +70,6 @@ def _work(data_dir: pathlib.Path, name: str, **job: Any) -> dict[str, Any]:
     return contest.contest(_runner(data_dir, name), **job)
 
 
-class Results:
-    """The rows so far, saved whenever one is added.
-
-    Args:
-      path: The file; its rows are taken over. ``None`` keeps nothing.
-    """
-
-    def __init__(self, path: pathlib.Path | None):
-        self.path, self.rows = path, []
-        self._commit = result_rows.provenance()["commit"]
-        if path is not None and path.exists():
-            self.rows = json.loads(path.read_text())["rows"]
-
-    def add(self, row: dict[str, Any]) -> None:
-        """In the place of the row of the same study and method, if there is one."""
-        row = row | {"commit": self._commit}
-        same = [self._name(row) == self._name(old) for old in self.rows]
-        if any(same):
-            self.rows[same.index(True)] = row
-        else:
-            self.rows.append(row)
-        if self.path is not None:
-            result_rows.save(
-                self.path,
-                "python -m benchmarks.language",
-                self.rows,
-                tokens_a_step="batch x 64",
-                validation_windows=contest.WINDOWS,
-                warm_up=contest.WARM_UP,
-                xla_flags=ONE_CORE,
-            )
-
-    def drop(self, study: str) -> None:
-        """Forgets a study: times of two races do not stand side by side."""
-        self.rows = [row for row in self.rows if row["study"] != study]
-
-    def get(self, study: str, method: str) -> dict[str, Any] | None:
-        """The row of a study and a method."""
-        wanted = (study, method)
-        return next((row for row in self.rows if self._name(row) == wanted), None)
-
-    @staticmethod
-    def _name(row: dict[str, Any]) -> tuple[str, str]:
-        return row["study"], row["method"]
-
-
 def jobs(results: Results, study: str, options: argparse.Namespace) -> Iterator[dict]:
     """The rows of a study that are missing and can be made."""
     for entry in contenders_of(study):
@@ -154,27 +102,10 @@ def run(options: argparse.Namespace, results: Results) -> None:
             _task(options.data_dir), contenders_of("time"), options.rounds
         ):
             results.add(row)
-    spawn = multiprocessing.get_context("spawn")
-    # Compiled programs stay in memory, so a process makes a few rows and is replaced.
-    with concurrent.futures.ProcessPoolExecutor(
-        options.workers, spawn, max_tasks_per_child=4
-    ) as pool:
-        for study in options.studies:
-            if study == "time":
-                continue
-            waiting = [
-                pool.submit(_work, options.data_dir, **job)
-                for job in jobs(results, study, options)
-            ]
-            for done in concurrent.futures.as_completed(waiting):
-                row = done.result()
-                results.add(row)
-                print(
-                    f"{row['study']:16} {row['method']:44} {row['steps']:5} steps "
-                    f"rate {row['rate']:<8g} {row['loss_mean']:.3f} "
-                    f"± {row['loss_std'] or 0:.3f}  {row['seconds']} s",
-                    flush=True,
-                )
+    work = functools.partial(_work, options.data_dir)
+    for study in options.studies:
+        if study != "time":
+            results.fill(work, jobs(results, study, options), options.workers)
 
 
 STUDIES = ("time", "equal steps", "long", "equal time", "equal decoder time", "explored")
@@ -192,9 +123,16 @@ def main() -> None:
     options.rounds = 1 if options.quick else 5
     if options.quick:
         options.studies, options.only = ("equal steps",), "^(full Adam|RAC r8 orth.*al)$"
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_CORE}"
+    use_one_core()
     out = None if options.out is None else options.out / "language.json"
-    run(options, Results(out))
+    results = Results(
+        out,
+        "language",
+        tokens_a_step="batch x 64",
+        validation_windows=contest.WINDOWS,
+        warm_up=contest.WARM_UP,
+    )
+    run(options, results)
 
 
 if __name__ == "__main__":

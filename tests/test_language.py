@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import contenders, contest, language, stories
+from benchmarks import contenders, contest, language, standings, stories
 
 DATA = pathlib.Path(
     os.environ.get("RACLORA_DATA_DIR", pathlib.Path(__file__).parents[2] / "shared/data")
@@ -200,7 +200,7 @@ def test_program_saves_its_rows_and_adds_what_is_missing(monkeypatch, tmp_path):
     record = json.loads((tmp_path / "language.json").read_text())
     assert {"commit", "versions", "device"} <= record.keys()
     assert "commit" in record["rows"][0]
-    again = language.Results(tmp_path / "language.json")
+    again = standings.Results(tmp_path / "language.json", "language")
     missing = [job["name"] for job in language.jobs(again, "equal steps", options)]
     assert missing == ["RAC r8 orthogonal"]
     assert language.steps_in_time({"over_full_adam": 0.72}) == 1390

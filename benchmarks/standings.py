@@ -1,0 +1,86 @@
+"""The rows of a contest of methods: saved as they come, the missing ones filled in."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import multiprocessing
+import os
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from benchmarks import rows as result_rows
+
+# Two runs go side by side.
+ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+
+def use_one_core() -> None:
+    """Gives each process of this program one core; before JAX starts."""
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_CORE}"
+
+
+class Results:
+    """The rows so far, saved whenever one is added.
+
+    Args:
+      path: The file; its rows are taken over. ``None`` keeps nothing.
+      program: The module of ``benchmarks`` that makes the rows.
+      **settings: What all rows share.
+    """
+
+    def __init__(self, path: pathlib.Path | None, program: str, **settings: Any):
+        self.path, self.rows = path, []
+        self._program, self._settings = f"python -m benchmarks.{program}", settings
+        self._commit = result_rows.provenance()["commit"]
+        if path is not None and path.exists():
+            self.rows = json.loads(path.read_text())["rows"]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """In the place of the row of the same study and method, if there is one."""
+        row = row | {"commit": self._commit}
+        same = [self._name(row) == self._name(old) for old in self.rows]
+        if any(same):
+            self.rows[same.index(True)] = row
+        else:
+            self.rows.append(row)
+        if self.path is not None:
+            settings = self._settings | {"xla_flags": ONE_CORE}
+            result_rows.save(self.path, self._program, self.rows, **settings)
+
+    def drop(self, study: str) -> None:
+        """Forgets a study: times of two races do not stand side by side."""
+        self.rows = [row for row in self.rows if row["study"] != study]
+
+    def get(self, study: str, method: str) -> dict[str, Any] | None:
+        """The row of a study and a method."""
+        wanted = (study, method)
+        return next((row for row in self.rows if self._name(row) == wanted), None)
+
+    def fill(
+        self,
+        work: Callable[..., dict[str, Any]],
+        jobs: Iterable[dict[str, Any]],
+        workers: int,
+    ) -> None:
+        """Adds ``work(**job)`` for every job, several side by side, and prints it."""
+        spawn = multiprocessing.get_context("spawn")
+        # Compiled programs stay in memory, so a process makes a few rows, then goes.
+        with concurrent.futures.ProcessPoolExecutor(
+            workers, spawn, max_tasks_per_child=4
+        ) as pool:
+            waiting = [pool.submit(work, **job) for job in jobs]
+            for done in concurrent.futures.as_completed(waiting):
+                row = done.result()
+                self.add(row)
+                print(
+                    f"{row['study']:16} {row['method']:44} {row['steps']:5} steps "
+                    f"rate {row['rate']:<8g} {row['loss_mean']:.3f} "
+                    f"± {row['loss_std'] or 0:.3f}  {row['seconds']} s",
+                    flush=True,
+                )
+
+    @staticmethod
+    def _name(row: dict[str, Any]) -> tuple[str, str]:
+        return row["study"], row["method"]
