@@ -1,5 +1,6 @@
 """Sketches and steps do not depend on how many devices hold the weights."""
 
+import dataclasses
 import re
 
 import chex
@@ -37,9 +38,9 @@ def params_on(devices: int, dtype=jnp.float32):
     }
 
 
-def run(params):
+def run(params, spec=SPEC, inner=None):
     """A few steps of a quadratic, with a change of link among them."""
-    tx = rl.raclora(0.05, SPEC, weight_decay=0.1, key=3)
+    tx = rl.raclora(0.05, spec, inner=inner, weight_decay=0.1, key=3)
 
     @jax.jit
     def step(params, state):
@@ -66,9 +67,12 @@ def test_same_sketches(devices):
     chex.assert_trees_all_equal(drawn(params_on(devices)), drawn(params_on(1)))
 
 
-def test_same_steps():
-    alone, alone_state = run(params_on(1))
-    spread, spread_state = run(params_on(8))
+@pytest.mark.parametrize("law", ["orthonormal", "block"])
+@pytest.mark.parametrize("inner", [None, rl.orthogonal()], ids=["adam", "orthogonal"])
+def test_same_steps(law, inner):
+    spec = dataclasses.replace(SPEC, sketch=law)
+    alone, alone_state = run(params_on(1), spec, inner)
+    spread, spread_state = run(params_on(8), spec, inner)
     assert not spread["kernel"].sharding.is_fully_replicated
     for path, sketch in alone_state.sketches.values.items():
         np.testing.assert_array_equal(spread_state.sketches.values[path], sketch)

@@ -19,6 +19,7 @@ import reference
 
 import raclora_jax as rl
 from raclora_jax._chain.orthogonal import POLYNOMIALS
+from raclora_jax._core.plan import plan_tree
 
 # Most of the time here would go into compiling well what runs for microseconds.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -217,8 +218,11 @@ def adapter_run(rule, spec, loss, params, seed, targets):
 
 
 def oracle(spec, seed, maker, params, gradient, sketches, **settings):
-    flat = by_path(sketches)
-    links = [{p: np.asarray(s[k]) for p, s in flat.items()} for k in range(LINKS)]
+    flat, plans = by_path(sketches), plan_tree(spec, params)
+    links = [
+        {p: reference.explicit(s[k], plans[p]) for p, s in flat.items()}
+        for k in range(LINKS)
+    ]
     weights = by_path(params)
     settings = {"learning_rate": lambda step: RATE} | settings
     history = reference.trajectory(
@@ -246,20 +250,23 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize(
-    ("name", "side", "seed", "only"),
+    ("name", "side", "seed", "only", "law"),
     [
-        ("adam", "auto", 0, SOME),
-        ("trace", "left", 1, OTHERS),
-        ("identity", "right", 2, FEW),
-        ("lion", "auto", 3, FEW),
-        ("orthogonal", "auto", 4, OTHERS),
-        ("orthogonal", "left", 5, ("query", "dense/kernel")),
-        ("orthogonal, momentum", "right", 6, OTHERS),
+        ("adam", "auto", 0, SOME, "orthonormal"),
+        ("trace", "left", 1, OTHERS, "orthonormal"),
+        ("identity", "right", 2, FEW, "orthonormal"),
+        ("lion", "auto", 3, FEW, "orthonormal"),
+        ("orthogonal", "auto", 4, OTHERS, "orthonormal"),
+        ("orthogonal", "left", 5, ("query", "dense/kernel"), "coordinate"),
+        ("orthogonal, momentum", "right", 6, OTHERS, "orthonormal"),
+        ("orthogonal", "auto", 7, (*FEW, "layers/second", "query"), "block"),
+        ("orthogonal", "left", 8, OTHERS, "block"),
+        ("adam", "right", 9, FEW, "block"),
     ],
 )
-def test_all_forms_are_one_trajectory(name, side, seed, only):
+def test_all_forms_are_one_trajectory(name, side, seed, only, law):
     make_inner, maker = MAKERS[name]
-    spec = spec_of(side, only)
+    spec = spec_of(side, only, sketch=law)
     params, loss, targets, gradient = problem(seed, only)
     sketches = drawn(spec, seed, only)
     expected = oracle(spec, seed, maker, params, gradient, sketches)

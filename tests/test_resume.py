@@ -43,6 +43,18 @@ RUNS = {
     ),
     "bfloat16, a master": (spec_of(rounding="master"), "bfloat16", {}, False),
     "bfloat16, stochastic": (spec_of(), "bfloat16", {}, True),
+    "blocks, no moments": (
+        spec_of(sketch="block", alpha="dim"),
+        "bfloat16",
+        {"inner": rl.orthogonal()},
+        True,
+    ),
+    "blocks, both moments": (
+        spec_of(sketch="block"),
+        "float32",
+        {"inner": rl.orthogonal(momentum=0.9, second_moment=True)},
+        False,
+    ),
 }
 
 
