@@ -229,14 +229,12 @@ LONG = (
     "RAC r32 block orthogonal, momentum 0.9",
 )
 
-# Steps in the time of 1000 of full Adam where the model is a decoder of width 512 or
-# more: 1.6 of the floor for full Adam, over 1.45 for LoRA and 1.10, 1.15 and 1.28 for
-# ranks dim/8, dim/4 and dim/2 in blocks.
-DECODER_STEPS = {
-    "LoRA r8 Adam": 1100,
-    "LoRA r8 orthogonal": 1100,
-    "RAC r8 block orthogonal": 1450,
-    "RAC r16 block orthogonal": 1390,
-    "RAC r32 block orthogonal": 1250,
-    "RAC r32 block orthogonal, momentum 0.9": 1250,
+# What takes their place in a decoder of width 512, in ``benchmarks.laws``.
+IN_A_DECODER = {
+    "LoRA r8 Adam": "LoRA, rank first",
+    "LoRA r8 orthogonal": "LoRA, rank first",
+    "RAC r8 block orthogonal": "block, dim / 8",
+    "RAC r16 block orthogonal": "block, dim / 4",
+    "RAC r32 block orthogonal": "block, dim / 2",
+    "RAC r32 block orthogonal, momentum 0.9": "block, dim / 2",
 }

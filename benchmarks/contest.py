@@ -193,6 +193,31 @@ def contest(
     }
 
 
+def tuned_rates(
+    runner: Runner, study: str, steps: int, seeds: tuple[int, ...], guess: float
+) -> dict[str, Any]:
+    """The row of one method whose rate is tuned on every seed by itself."""
+    begun = time.perf_counter()
+    tried = {
+        seed: search(lambda rate, seed=seed: runner.run(rate, steps, seed), guess)
+        for seed in seeds
+    }
+    rates = [fitted(found) for found in tried.values()]
+    losses = [min(found.values()) for found in tried.values()]
+    return {
+        "study": study,
+        "method": runner.entry.name,
+        "steps": steps,
+        "rate": statistics.geometric_mean(rates),
+        "fitted_rates": rates,
+        "tried": [[[rate, loss] for rate, loss in t.items()] for t in tried.values()],
+        "loss_mean": statistics.mean(losses),
+        "loss_std": statistics.stdev(losses) if len(losses) > 1 else None,
+        "seeds": list(seeds),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+
+
 # Timing ------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ from jax import Array
 
 import raclora_jax as rl
 from benchmarks.contenders import (
+    ADAM_LINK,
     LINK,
     Entry,
     momentum,
@@ -73,6 +74,21 @@ BATCHED = (
     "RAC r16 orthogonal",
     "RAC r32 orthogonal",
 )
+
+
+def one_rate() -> list[Entry]:
+    """Every rank on both sides: ``alpha="dim"`` should give all of them one rate."""
+    entries = []
+    for rank in (3, 6, 12, 16, 32):
+        # The columns of the key and value matrices leave no room for rank 32.
+        for side in ("left", "right") if rank < 32 else ("left",):
+            name = f"RAC r{rank}, side {side}"
+            adam = {"inner": None, "resample_every": ADAM_LINK}
+            entries += [
+                ours(f"{name}, orthogonal", rank, side=side),
+                ours(f"{name}, Adam", rank, side=side, **adam),
+            ]
+    return entries
 
 
 def half_momentum() -> optax.GradientTransformation:

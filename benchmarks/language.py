@@ -6,7 +6,8 @@ learning rate of every method is searched on one grid of powers of two, on seed 
 the best has a worse neighbour on both sides. A seed decides data order and sketches.
 
 Studies: 300 steps, 1000 steps, and the wall time of 1000 steps of full Adam, by steps
-that are timed in turn in this run. Rows are saved as they come and, if there are rows
+that are timed in turn in this run; what the trials left open; and the rate of every rank
+and side, tuned on each seed. Rows are saved as they come and, if there are rows
 already, the missing ones are added.
 
     python -m benchmarks.language --data-dir DIR [--quick]
@@ -16,17 +17,20 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import contenders, contest, explored, timing
+from benchmarks import rows as result_rows
 from benchmarks.contenders import Entry
 from benchmarks.standings import Results, use_one_core
 
 SEEDS = (0, 1, 2)
 SHORT, LONG = 300, 1000
+DECODER = "decoder 4x512"
 
 
 def steps_in_time(row: dict[str, Any]) -> int:
@@ -34,21 +38,34 @@ def steps_in_time(row: dict[str, Any]) -> int:
     return contest.CHUNK * round(LONG / row["over_full_adam"] / contest.CHUNK)
 
 
+def decoder_steps(name: str) -> int:
+    """The same where the model is the 512-wide decoder, by the rows of ``laws``."""
+    rows = json.loads((result_rows.RESULTS / "laws.json").read_text())["rows"]
+    over_floor = {
+        row["method"]: row["over_floor"] for row in rows if row["model"] == DECODER
+    }
+    own = over_floor[contenders.IN_A_DECODER[name]] / over_floor["full AdamW"]
+    return steps_in_time({"over_full_adam": own})
+
+
 def contenders_of(study: str) -> list[Entry]:
     """The contenders of a study, in the order of the table."""
     if study == "explored":
         return explored.explored()
+    if study == "one rate":
+        return explored.one_rate()
     table = [*contenders.rivals(), *contenders.raclora()]
     if study == "equal steps":
         return table
     decoder = study == "equal decoder time"
-    chosen = contenders.DECODER_STEPS if decoder else contenders.LONG
+    chosen = contenders.IN_A_DECODER if decoder else contenders.LONG
     return [entry for entry in table if entry.name in chosen]
 
 
 def everything() -> list[Entry]:
     """All contenders; names are unique."""
-    return [*contenders_of("equal steps"), *contenders_of("explored")]
+    tables = "equal steps", "explored", "one rate"
+    return [entry for table in tables for entry in contenders_of(table)]
 
 
 # The program -------------------------------------------------------------------------
@@ -67,7 +84,8 @@ def _runner(data_dir: pathlib.Path, name: str) -> contest.Runner:
 
 def _work(data_dir: pathlib.Path, name: str, **job: Any) -> dict[str, Any]:
     """One row, in a process of its own."""
-    return contest.contest(_runner(data_dir, name), **job)
+    row = contest.tuned_rates if job["study"] == "one rate" else contest.contest
+    return row(_runner(data_dir, name), **job)
 
 
 def jobs(results: Results, study: str, options: argparse.Namespace) -> Iterator[dict]:
@@ -76,7 +94,7 @@ def jobs(results: Results, study: str, options: argparse.Namespace) -> Iterator[
         if not re.search(options.only, entry.name) or results.get(study, entry.name):
             continue
         job = {"name": entry.name, "study": study, "seeds": options.seeds}
-        if study in ("equal steps", "explored"):
+        if study in ("equal steps", "explored", "one rate"):
             steps = contest.CHUNK if options.quick else SHORT
             yield job | {"steps": steps, "guess": entry.guess}
         elif study == "long":
@@ -85,12 +103,11 @@ def jobs(results: Results, study: str, options: argparse.Namespace) -> Iterator[
                 yield job | {"steps": LONG, "guess": short["rate"]}
         else:
             long = results.get("long", entry.name)
-            timed = results.get("time", entry.name)
-            if long is None or (study == "equal time" and timed is None):
+            own_time = study == "equal time"
+            timed = results.get("time", entry.name) if own_time else None
+            if long is None or (own_time and timed is None):
                 continue
-            steps = contenders.DECODER_STEPS.get(entry.name)
-            if study == "equal time":
-                steps = steps_in_time(timed)
+            steps = steps_in_time(timed) if timed else decoder_steps(entry.name)
             yield job | {"steps": steps, "guess": long["rate"], "tune": False}
 
 
@@ -108,7 +125,15 @@ def run(options: argparse.Namespace, results: Results) -> None:
             results.fill(work, jobs(results, study, options), options.workers)
 
 
-STUDIES = ("time", "equal steps", "long", "equal time", "equal decoder time", "explored")
+STUDIES = (
+    "time",
+    "equal steps",
+    "long",
+    "equal time",
+    "equal decoder time",
+    "explored",
+    "one rate",
+)
 
 
 def main() -> None:

@@ -50,7 +50,8 @@ def all_methods(model: Model, dim: int) -> list[Method]:
         name = f"block, dim / {fraction}, a new one every step"
         every = {"sketch": "block", "resample_every": 1}
         methods.append(stateless(model, name, rank=rank, **every))
-    return methods
+    half = {"rank": dim // 2, "sketch": "block"}
+    return [*methods, stateless(model, "block, dim / 2", **half)]
 
 
 def main() -> None:
