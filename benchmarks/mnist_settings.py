@@ -43,7 +43,7 @@ def variant(name: str, moments: str = "reset", **fields: Any) -> finetune.Entry:
 
 # Each with its link length; full fine-tuning has none.
 VARIANTS: list[tuple[finetune.Entry, int | None]] = [
-    (finetune.entries()[0], None),
+    (finetune.entries.adam()[0], None),
     *((variant(f"link {link}"), link) for link in LINKS),
     (variant("link 100, moments kept", "keep"), 100),
     (variant("link 100, moments transported", "transport"), 100),
