@@ -4,7 +4,7 @@ The experiment of ``python -m benchmarks.finetune --data mnist`` in 20 epochs in
 100. RAC-LoRA sketches the columns unless said, with ``alpha="dim"``. Every cell searches
 its learning rate on one grid of powers of two, on validation images and the first seed,
 until the best has a worse neighbour on both sides; then come the other seeds. Rows are
-saved as they come.
+saved as they come and, if there are rows already, the missing ones are added.
 
     python -m benchmarks.mnist_rules --data-dir DIR
 """
@@ -16,6 +16,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import json
 import multiprocessing
 import os
 import pathlib
@@ -157,27 +158,37 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")
     options = parser.parse_args()
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_CORE}"
-    table = cells()
-    rows: dict[Cell, dict[str, Any]] = {}
+    path, commit = options.out / "mnist_rules.json", result_rows.provenance()["commit"]
+    rows = _saved(path)
     spawn = multiprocessing.get_context("spawn")
     # Compiled programs stay in memory, so a process makes some rows and is replaced.
     with concurrent.futures.ProcessPoolExecutor(
         options.workers, spawn, max_tasks_per_child=16
     ) as pool:
-        waiting = {pool.submit(row_of, options.data_dir, cell): cell for cell in table}
+        missing = [cell for cell in cells() if cell not in rows]
+        waiting = {pool.submit(row_of, options.data_dir, cell): cell for cell in missing}
         for done in concurrent.futures.as_completed(waiting):
-            row = rows[waiting[done]] = done.result()
+            row = rows[waiting[done]] = done.result() | {"commit": commit}
             words = " ".join(str(word) for word in waiting[done])
             mean, spread = row["accuracy_mean"], row["accuracy_std"]
             print(f"{words:48} {mean:.2f} ± {spread:.2f}", row["tried"], flush=True)
             result_rows.save(
-                options.out / "mnist_rules.json",
+                path,
                 "python -m benchmarks.mnist_rules",
-                [rows[cell] for cell in table if cell in rows],
+                [rows[cell] for cell in cells() if cell in rows],
                 seeds=SEEDS,
                 epochs=EPOCHS,
                 batch=128,
             )
+
+
+def _saved(path: pathlib.Path) -> dict[Cell, dict[str, Any]]:
+    """The rows that are there already."""
+    if not path.exists():
+        return {}
+    record = json.loads(path.read_text())
+    rows = [{"commit": record["commit"], **row} for row in record["rows"]]
+    return {Cell(*(row[name] for name in Cell._fields)): row for row in rows}
 
 
 if __name__ == "__main__":
