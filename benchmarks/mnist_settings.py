@@ -19,7 +19,7 @@ from jax import Array
 
 import raclora_jax as rl
 from benchmarks import rows as result_rows
-from benchmarks.finetune import data, report
+from benchmarks.finetune import data, entries, report
 from benchmarks.finetune import study as finetune
 from raclora_jax import methods
 
@@ -31,19 +31,20 @@ LINKS = (25, 50, 100, 200)
 SMALL_HEAD = (rl.Rule("Dense_2/kernel", alpha=(5 / 64) ** 0.5),)
 
 
-def variant(name: str, moments: str = "reset", **fields: Any) -> finetune.Entry:
+def variant(name: str, moments: str = "reset", **fields: Any) -> entries.Entry:
     """One line of the table: RAC-LoRA with some fields of its spec replaced."""
 
     def make(schedule: optax.Schedule, spec: rl.Spec, key: Array) -> methods.Method:
         spec = dataclasses.replace(spec, **fields)
         return methods.raclora(schedule, spec, moments=moments, key=key)
 
-    return finetune.Entry(name, make, "right", True)
+    spec = rl.Spec(1, side="right", rest="frozen")
+    return entries.Entry(name, make, spec, True)
 
 
 # Each with its link length; full fine-tuning has none.
-VARIANTS: list[tuple[finetune.Entry, int | None]] = [
-    (finetune.entries()[0], None),
+VARIANTS: list[tuple[entries.Entry, int | None]] = [
+    (entries.adam()[0], None),
     *((variant(f"link {link}"), link) for link in LINKS),
     (variant("link 100, moments kept", "keep"), 100),
     (variant("link 100, moments transported", "transport"), 100),

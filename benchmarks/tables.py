@@ -12,33 +12,13 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 
+from benchmarks import accuracy_tables
 from benchmarks.rows import RESULTS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = tuple(
     ROOT / page for page in ("README.md", "docs/results.md", "docs/performance.md")
 )
-
-
-def finetune_table(name: str) -> str:
-    """The rows of ``make finetune`` as Markdown."""
-    record = json.loads((RESULTS / f"{name}.json").read_text())
-    lines = [
-        "| method | trained numbers | optimizer bytes | link | learning rate "
-        "| test accuracy, % |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in record["rows"]:
-        cells = (
-            row["method"],
-            f"{row['trained']:,}",
-            f"{row['optimizer_bytes']:,}",
-            str(row["link"] or "-"),
-            f"{row['learning_rate']:g}",
-            f"{row['accuracy_mean']:.2f} ± {row['accuracy_std']:.2f}",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def counterexample_table() -> str:
@@ -196,9 +176,12 @@ def language_times_table() -> str:
 
 
 TABLES = {
-    "digits": lambda: finetune_table("digits"),
-    "mnist": lambda: finetune_table("mnist"),
-    "settings": lambda: finetune_table("mnist_settings"),
+    "digits": lambda: accuracy_tables.finetune("digits"),
+    "digits_orthogonal": lambda: accuracy_tables.finetune("digits_orthogonal"),
+    "rules": accuracy_tables.rules,
+    "rules_beside": accuracy_tables.beside_rules,
+    "mnist": lambda: accuracy_tables.finetune("mnist"),
+    "settings": lambda: accuracy_tables.finetune("mnist_settings"),
     "counterexample": counterexample_table,
     "step_time": step_time_table,
     "sides": sides_table,

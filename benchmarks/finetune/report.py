@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import pathlib
 
 import matplotlib
@@ -17,7 +18,7 @@ from rich.table import Table
 def print_table(rows: list[dict], title: str) -> None:
     """Prints one line per method: cost, tuned learning rate, accuracy, seconds."""
     table = Table(title=title)
-    table.add_column("method")
+    table.add_column("method", no_wrap=True)
     for name in ("trained numbers", "optimizer bytes", "link", "learning rate"):
         table.add_column(name, justify="right")
     for name in ("accuracy, %", "seconds"):
@@ -36,15 +37,16 @@ def print_table(rows: list[dict], title: str) -> None:
 
 
 def draw_figure(rows: list[dict], path: pathlib.Path, title: str) -> None:
-    """Mean test accuracy against steps, one colour a method, one line style a side.
+    """Mean test accuracy against steps, one colour a method, a line style for each.
 
     Full fine-tuning and this library's RAC-LoRA carry their spread over the seeds.
     """
     figure, axes = plt.subplots(figsize=(9, 5.5), constrained_layout=True)
     colors: dict[str, str] = {"full fine-tuning": "black", "RAC-LoRA": "C3"}
     spare = iter(("C0", "C1", "C2", "C4", "C5"))
+    styles = collections.defaultdict(lambda: iter(("-", "--", "-.", ":", (0, (1, 3)))))
     for row in rows:
-        method, _, side = row["method"].partition(", ")
+        method = row["method"].partition(",")[0]
         color = colors.get(method) or colors.setdefault(method, next(spare))
         steps, curves = np.array(row["steps"]), np.array(row["curves"])
         mean, deviation = curves.mean(0), curves.std(0)
@@ -53,7 +55,7 @@ def draw_figure(rows: list[dict], path: pathlib.Path, title: str) -> None:
             steps,
             mean,
             color=color,
-            ls="--" if side == "left" else "-",
+            ls=next(styles[method]),
             lw=2.4 if leads else 1.3,
             label=row["method"],
         )

@@ -2,9 +2,10 @@
 
 A small MLP learns the digits 0-4, then is fine-tuned on 5-9: by full fine-tuning, LoRA,
 Chain of LoRA, Asymmetric LoRA, RAC-LoRA as published, and RAC-LoRA as this library has
-it, at rank 1 and with biases frozen for all but the first. Learning rate and, where
+it, at rank 1 and with biases frozen for all but the first. A second table has the methods
+without optimizer state, at rank 1 and at a quarter of the width. Learning rate and, where
 there is a chain, link length are tuned for each method over the same grid on validation
-images; then each trains on all but the test images, which the table reports, over fresh
+images; then each trains on all but the test images, which the tables report, over fresh
 seeds.
 
     python -m benchmarks.finetune                                # scikit-learn's digits
@@ -14,7 +15,6 @@ seeds.
 from __future__ import annotations
 
 import argparse
-import itertools
 import pathlib
 import statistics
 import time
@@ -26,7 +26,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -35,13 +34,17 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-import raclora_jax as rl
 from benchmarks import rows as result_rows
-from benchmarks.finetune import data, report, training
+from benchmarks.finetune import data, entries, report, training
+from benchmarks.finetune.entries import Entry
 from raclora_jax import methods
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-
+# Table by table: its lines and what its title says of them.
+STUDIES: dict[str, tuple[Callable[[], list[Entry]], str]] = {
+    "adam": (entries.adam, "rank 1, Adam inside"),
+    "orthogonal": (entries.orthogonal, "orthogonal inside, no optimizer state"),
+}
+RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 
 # Called after every run, for the progress bar.
 Tick = Callable[[], object]
@@ -62,43 +65,6 @@ class Setting(NamedTuple):
         return training.runner(
             build, task, steps=self.steps, batch=self.batch, blocks=self.blocks
         )
-
-
-class Entry(NamedTuple):
-    """One line of the table."""
-
-    name: str
-    make: Callable[[optax.Schedule, rl.Spec, Array], methods.Method]
-    side: str
-    chained: bool
-
-    def build(self, link: int | None) -> training.Build:
-        """The method at rank 1 with biases frozen, for a schedule and a key."""
-        spec = rl.Spec(1, side=self.side, rest="frozen")
-        if link is not None:
-            spec = rl.Spec(1, side=self.side, rest="frozen", resample_every=link)
-        return lambda schedule, key: self.make(schedule, spec, key)
-
-
-def entries() -> list[Entry]:
-    """Every method; a left sketch trains the output side, a right one the input side."""
-    table = [
-        Entry("full fine-tuning", lambda lr, _s, _k: methods.full(lr), "auto", False)
-    ]
-    kinds = (
-        ("LoRA", methods.lora, False),
-        ("Chain of LoRA", methods.cola, True),
-        ("Asymmetric LoRA", methods.asymmetric, False),
-        ("RAC-LoRA as published", methods.published_raclora, True),
-        ("RAC-LoRA", methods.raclora, True),
-    )
-    for (name, make, chained), side in itertools.product(kinds, ("left", "right")):
-        table.append(Entry(f"{name}, {side}", _keyed(make), side, chained))
-    return table
-
-
-def _keyed(make: Callable[..., methods.Method]) -> Callable[..., methods.Method]:
-    return lambda schedule, spec, key: make(schedule, spec, key=key)
 
 
 class Tuned(NamedTuple):
@@ -166,6 +132,13 @@ def measure(
     return row, results[0].params
 
 
+class Best(NamedTuple):
+    """The weights of the RAC-LoRA run that validated best."""
+
+    weights: Any
+    validation: float
+
+
 def pretrain(task: data.Task, steps: int, batch: int) -> Any:
     """The MLP trained in full on the digits 0-4."""
     first = training.MLP().init(jax.random.key(0), task.train.images[:1])["params"]
@@ -189,7 +162,7 @@ def save_weights(params: Any, path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    """Runs the comparison and writes table, figure, rows and weights."""
+    """Runs the comparison and writes tables, figures, rows and weights."""
     options = _options()
     if options.data == "mnist":
         before, after = data.mnist(options.data_dir)
@@ -198,23 +171,42 @@ def main() -> None:
         before, after = data.digits()
         setting = Setting(1600, 64, 20, links=(10, 50), tuning_seeds=(1000, 1001, 1002))
     params = pretrain(before, setting.steps // 4, setting.batch)
-    rows, weights = compare(params, after, setting, entries(), range(options.seeds))
+    best = Best(None, -1.0)
+    for study in options.studies:
+        best = max(
+            best,
+            _study(study, options, params, after, setting),
+            key=lambda one: one.validation,
+        )
 
-    out, name = options.out, options.data
-    title = f"{name}, digits 5-9 after 0-4, rank 1, {options.seeds} seeds"
+    path = options.out / f"raclora_{options.data}.msgpack"
+    save_weights(best.weights, path)
+    print(f"figures and rows: {options.out}   load the best weights of RAC-LoRA with")
+    print(f"  flax.serialization.msgpack_restore(open({str(path)!r}, 'rb').read())")
+
+
+def _study(
+    study: str,
+    options: argparse.Namespace,
+    params: Any,
+    task: data.Task,
+    setting: Setting,
+) -> Best:
+    """One table: printed, drawn and saved."""
+    table, inside = STUDIES[study]
+    rows, best = compare(params, task, setting, table(), range(options.seeds))
+    name = options.data if study == "adam" else f"{options.data}_{study}"
+    title = f"{options.data}, 5-9 after 0-4, {inside}, {options.seeds} seeds"
     report.print_table(rows, title)
-    report.draw_figure(rows, out / f"{name}.png", title)
+    report.draw_figure(rows, options.out / f"{name}.png", title)
     result_rows.save(
-        out / f"{name}.json",
-        f"python -m benchmarks.finetune --data {name}",
+        options.out / f"{name}.json",
+        f"python -m benchmarks.finetune --data {options.data} --studies {study}",
         rows,
         seeds=list(range(options.seeds)),
         **setting._asdict(),
     )
-    path = out / f"raclora_{name}.msgpack"
-    save_weights(weights, path)
-    print(f"figure: {out / name}.png   rows: {out / name}.json   load the weights with")
-    print(f"  flax.serialization.msgpack_restore(open({str(path)!r}, 'rb').read())")
+    return best
 
 
 def mnist_setting(task: data.Task) -> Setting:
@@ -225,20 +217,20 @@ def mnist_setting(task: data.Task) -> Setting:
 
 def compare(
     params: Any, task: data.Task, setting: Setting, table: list[Entry], seeds: range
-) -> tuple[list[dict[str, Any]], Any]:
-    """All rows, and the weights of the RAC-LoRA run that validated best."""
+) -> tuple[list[dict[str, Any]], Best]:
+    """All rows, and the best weights."""
     tries = sum(len(setting.links) if entry.chained else 1 for entry in table)
     grid = len(setting.learning_rates) * len(setting.tuning_seeds)
     total = tries * grid + len(table) * len(seeds)
     rows: list[dict[str, Any]] = []
-    best_weights, best_accuracy = None, -1.0
+    best = Best(None, -1.0)
     for entry, tick in _with_progress(table, total):
-        best = tune(entry, params, task, setting, tick)
-        row, weights = measure(entry, best, params, task, setting, seeds, tick)
+        tuned = tune(entry, params, task, setting, tick)
+        row, weights = measure(entry, tuned, params, task, setting, seeds, tick)
         rows.append(row)
-        if entry.name.startswith("RAC-LoRA,") and best.accuracy > best_accuracy:
-            best_weights, best_accuracy = weights, best.accuracy
-    return rows, best_weights
+        if entry.name.startswith("RAC-LoRA,") and tuned.accuracy > best.validation:
+            best = Best(weights, tuned.accuracy)
+    return rows, best
 
 
 def _with_progress(table: list[Entry], total: int) -> Iterator[tuple[Entry, Tick]]:
@@ -266,6 +258,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out/finetune"))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=list(STUDIES))
     options = parser.parse_args()
     if options.data == "mnist" and options.data_dir is None:
         parser.error("--data mnist needs --data-dir DIR with the four gzipped idx files")
