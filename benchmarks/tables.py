@@ -6,13 +6,11 @@ python -m benchmarks.tables
 from __future__ import annotations
 
 import json
-import math
 import pathlib
 import re
-import statistics
 from collections.abc import Callable, Sequence
 
-from benchmarks import accuracy_tables
+from benchmarks import accuracy_tables, contest_tables
 from benchmarks.rows import RESULTS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -110,6 +108,25 @@ def gpu_table() -> str:
     return "\n".join(lines)
 
 
+def data_parallel_table() -> str:
+    """Bytes that devices exchange, and that wait between micro-batches."""
+    rows = json.loads((RESULTS / "data_parallel.json").read_text())["rows"]
+    sent = {r["method"]: r for r in rows if r["study"] == "data parallel"}
+    waiting = {r["method"]: r for r in rows if r["study"] == "accumulation"}
+    lines = [
+        "| method | all-reduced a step, MiB | full / own "
+        "| waiting between micro-batches, MiB | compiled peak of a micro-step, MiB |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for method, row in sent.items():
+        other = waiting[method]
+        lines.append(
+            f"| {method} | {row['all_reduce_mib']:.2f} | {row['full_over_own']:.1f} "
+            f"| {other['waiting_mib']:.2f} | {other['peak_mib']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
 def _over_floor(
     header: str,
     rows: list[dict],
@@ -130,51 +147,6 @@ def _over_floor(
     return "\n".join(lines)
 
 
-def language_table(study: str) -> str:
-    """Losses of one study, ordered by optimizer bytes; the same data for each seed."""
-    record = json.loads((RESULTS / "language.json").read_text())
-    by_study = {(row["study"], row["method"]): row for row in record["rows"]}
-    rows = [row for row in record["rows"] if row["study"] == study]
-    short = study in ("equal steps", "explored")
-    base = by_study["equal steps" if short else "long", "full Adam"]
-    if base["method"] not in [row["method"] for row in rows]:
-        rows.append(base)
-    lines = [
-        "| method | trained numbers | optimizer bytes | steps | learning rate "
-        "| validation loss | over full Adam, seed by seed |",
-        "|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    for row in sorted(rows, key=lambda r: (_bytes_class(r), r["loss_mean"])):
-        gaps = [a - b for a, b in zip(row["loss"], base["loss"], strict=True)]
-        cells = (
-            row["method"],
-            f"{row['trained']:,}",
-            f"{row['optimizer_bytes']:,}",
-            f"{row['steps']:,}",
-            f"{row['rate']:g}",
-            f"{row['loss_mean']:.3f} ± {row['loss_std']:.3f}",
-            f"{statistics.mean(gaps):+.3f} ± {statistics.stdev(gaps):.3f}",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _bytes_class(row: dict) -> int:
-    """Optimizer bytes, those within a few per cent of each other alike."""
-    return round(15 * math.log(max(row["optimizer_bytes"], 1000)))
-
-
-def language_times_table() -> str:
-    """Milliseconds a step of the language study, timed in turn."""
-    record = json.loads((RESULTS / "language.json").read_text())
-    lines = ["| method | milliseconds a step | over full Adam |", "|---|---:|---:|"]
-    for row in record["rows"]:
-        if row["study"] == "time":
-            over = f"{row['milliseconds']:.1f} | {row['over_full_adam']:.2f}"
-            lines.append(f"| {row['method']} | {over} |")
-    return "\n".join(lines)
-
-
 TABLES = {
     "digits": lambda: accuracy_tables.finetune("digits"),
     "digits_orthogonal": lambda: accuracy_tables.finetune("digits_orthogonal"),
@@ -185,12 +157,18 @@ TABLES = {
     "counterexample": counterexample_table,
     "step_time": step_time_table,
     "sides": sides_table,
-    "language_steps": lambda: language_table("equal steps"),
-    "language_long": lambda: language_table("long"),
-    "language_times": language_times_table,
-    "language_time": lambda: language_table("equal time"),
-    "language_decoder": lambda: language_table("equal decoder time"),
-    "language_explored": lambda: language_table("explored"),
+    "language_steps": lambda: contest_tables.losses("language", "equal steps"),
+    "language_long": lambda: contest_tables.losses("language", "long"),
+    "language_times": lambda: contest_tables.times("language"),
+    "language_time": lambda: contest_tables.losses("language", "equal time"),
+    "language_decoder": lambda: contest_tables.losses("language", "equal decoder time"),
+    "language_explored": lambda: contest_tables.losses("language", "explored"),
+    "language_rates": contest_tables.rates,
+    "polynomials": contest_tables.polynomials,
+    "sentiment_steps": lambda: contest_tables.losses("sentiment", "equal steps"),
+    "sentiment_times": lambda: contest_tables.times("sentiment"),
+    "sentiment_time": lambda: contest_tables.losses("sentiment", "equal time"),
+    "data_parallel": data_parallel_table,
     "laws": laws_table,
     "gpu": gpu_table,
 }

@@ -1,0 +1,96 @@
+"""The tables of the language and sentiment studies, from their rows."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+
+from benchmarks.rows import RESULTS
+
+
+def losses(name: str, study: str) -> str:
+    """Losses of one study, ordered by optimizer bytes; the same data for each seed."""
+    everything = _rows(name)
+    rows = [row for row in everything if row["study"] == study]
+    full = {r["study"]: r for r in everything if r["method"] == "full Adam"}
+    # Where the study is of more steps, full Adam had the first count of them.
+    base = full["equal steps"]
+    if name == "language" and study not in ("equal steps", "explored"):
+        base = full["long"]
+    if base["method"] not in [row["method"] for row in rows]:
+        rows.append(base)
+    lines = [
+        "| method | trained numbers | optimizer bytes | steps | learning rate "
+        "| validation loss | over full Adam, seed by seed |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in sorted(rows, key=lambda r: (_bytes_class(r), r["loss_mean"])):
+        gaps = [a - b for a, b in zip(row["loss"], base["loss"], strict=True)]
+        cells = (
+            row["method"],
+            f"{row['trained']:,}",
+            f"{row['optimizer_bytes']:,}",
+            f"{row['steps']:,}",
+            f"{row['rate']:g}",
+            f"{row['loss_mean']:.3f} ± {row['loss_std']:.3f}",
+            f"{statistics.mean(gaps):+.3f} ± {statistics.stdev(gaps):.3f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def times(name: str) -> str:
+    """Milliseconds a step, timed in turn."""
+    lines = ["| method | milliseconds a step | over full Adam |", "|---|---:|---:|"]
+    for row in _rows(name):
+        if row["study"] == "time":
+            over = f"{row['milliseconds']:.1f} | {row['over_full_adam']:.2f}"
+            lines.append(f"| {row['method']} | {over} |")
+    return "\n".join(lines)
+
+
+def rates() -> str:
+    """The best rate of every rank, side and rule, and its spread over seeds."""
+    lines = [
+        "| method | best learning rate, each seed | geometric mean | over the least |",
+        "|---|---:|---:|---:|",
+    ]
+    rows = [row for row in _rows("language") if row["study"] == "one rate"]
+    for rule in ("orthogonal", "Adam"):
+        own = [row for row in rows if row["method"].endswith(rule)]
+        least = min((row["rate"] for row in own), default=1.0)
+        for row in own:
+            each = ", ".join(f"{rate:.2g}" for rate in row["fitted_rates"])
+            lines.append(
+                f"| {row['method']} | {each} | {row['rate']:.2g} "
+                f"| {row['rate'] / least:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def polynomials() -> str:
+    """Loss and milliseconds by the polynomials of the polar factor."""
+    rows = _rows("polynomials")
+    loss = {(r["polynomials"], r["rank"]): r for r in rows if r["study"] == "quality"}
+    time = {(r["polynomials"], r["rank"]): r for r in rows if r["study"] == "time"}
+    trained, timed = (sorted({rank for _, rank in cells}) for cells in (loss, time))
+    heads = [f"loss, rank {rank}" for rank in trained]
+    heads += [f"ms, rank {rank}" for rank in timed]
+    lines = ["| polynomials | " + " | ".join(heads) + " |", "|---" + "|---:" * len(heads)]
+    lines[1] += "|"
+    for name in dict.fromkeys(row["polynomials"] for row in rows):
+        cells = [f"{loss[name, rank]['loss_mean']:.4f}" for rank in trained]
+        cells += [f"{time[name, rank]['milliseconds']:.2f}" for rank in timed]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _bytes_class(row: dict) -> int:
+    """Optimizer bytes, those within a few per cent of each other alike."""
+    return round(15 * math.log(max(row["optimizer_bytes"], 1000)))
+
+
+def _rows(name: str) -> list[dict]:
+    rows: list[dict] = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    return rows
