@@ -196,23 +196,27 @@ def trajectory(
 ):
     """The weights after every step, a list of ``{path: array}``.
 
-    ``leaves`` is ``{path: Leaf}``, ``sketches`` a list of ``{path: sketch}`` by link,
+    ``leaves`` is ``{path: Leaf}``, or a list of such by link where sides are drawn,
+    ``sketches`` a list of ``{path: sketch}`` by link,
     ``gradient(weights, step)`` gives ``{path: array}``, ``learning_rate`` is a function
     of the step, ``decay`` is ``{path: decoupled weight decay}``. Every matrix of a stack
     and every leaf has a rule of its own; a new link starts those of adapted leaves
     again, and dense leaves (biases, norms) go on.
     """
     weights = {path: np.array(w, np.float64) for path, w in params.items()}
+    by_link = (
+        leaves if isinstance(leaves, list) else [leaves] * -(-steps // resample_every)
+    )
     rules = {
         path: [make_rule() for _ in matrices(weights[path], leaf)]
-        for path, leaf in leaves.items()
+        for path, leaf in by_link[0].items()
     }
     history = []
     for step in range(steps):
         link, since = divmod(step, resample_every)
         gradients = gradient(weights, step)
         after = {}
-        for path, leaf in leaves.items():
+        for path, leaf in by_link[link].items():
             weight, grad = weights[path], np.asarray(gradients[path], np.float64)
             if leaf.side == "frozen":
                 after[path] = weight
@@ -235,6 +239,22 @@ def trajectory(
         weights = after
         history.append(weights)
     return history
+
+
+def page_estimates(gradients, at_previous, full):
+    """PAGE, Li et al. 2021, Algorithm 1: g = G where full, else g + G - G'."""
+    estimates = []
+    for new, before, takes in zip(gradients, at_previous, full, strict=True):
+        estimates.append(new if takes else estimates[-1] + new - before)
+    return estimates
+
+
+def mvr_estimates(gradients, at_previous, weight):
+    """STORM, Cutkosky and Orabona 2019, line 8: g = G + (1 - b) (g - G')."""
+    estimates = [gradients[0]]
+    for new, before in zip(gradients[1:], at_previous[1:], strict=True):
+        estimates.append(new + (1 - weight) * (estimates[-1] - before))
+    return estimates
 
 
 def momentum_in_new_span(lifted, new, leaf):

@@ -17,8 +17,8 @@ PACKAGE = pathlib.Path(rl.__file__).parent
 
 # Inside a folder each room imports only from rooms before it.
 ROOMS = {
-    "_core": "types paths stamp select spec plan keys cholesky sketch lowrank rounding "
-    "merge",
+    "_core": "types paths stamp select spec plan sides keys cholesky sketch lowrank "
+    "rounding merge",
     "_autodiff": "stage uses contraction axes attach picks weight rearrange arithmetic "
     "output picked consume join interpret watch",
     "_chain": "inner orthogonal state step",
@@ -32,7 +32,7 @@ BELOW = {
     "_forms": {"_core", "_autodiff", "_chain"},
 }
 STRANGERS = ({"sketch", "lowrank", "rounding"}, {"optimizer", "adapter"})
-NAMESPACES = ("flax", "methods")
+NAMESPACES = ("estimators", "flax", "methods")
 ALL_ROOMS = [(folder, room) for folder, rooms in ROOMS.items() for room in rooms.split()]
 
 
@@ -148,11 +148,13 @@ def public_functions():
         yield name, getattr(rl, name)
     for name in rl.methods.__all__:
         yield f"methods.{name}", getattr(rl.methods, name)
+    for name in rl.estimators.__all__:
+        yield f"estimators.{name}", getattr(rl.estimators, name)
     for name in ("to_tree", "value_and_grad", "apply_updates", "TrainState"):
         yield f"flax.{name}", getattr(rl.flax, name)
 
 
-for namespace in ("methods", "flax"):
+for namespace in NAMESPACES:
     importlib.import_module(f"raclora_jax.{namespace}")
 PUBLIC = list(public_functions())
 

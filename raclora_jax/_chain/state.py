@@ -15,9 +15,10 @@ from jax.tree_util import DictKey
 from raclora_jax._chain.inner import nothing_accumulated
 from raclora_jax._core import paths
 from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.sides import named, shapes, sketch_shapes
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec
-from raclora_jax._core.types import Leaf, OptState, PyTree
+from raclora_jax._core.types import Drawn, Leaf, OptState, PyTree
 
 # The plans of a tree's leaves: static and hashable.
 Plans = tuple[LeafPlan, ...]
@@ -27,7 +28,8 @@ class InnerStates(NamedTuple):
     """Two states of the same inner rule.
 
     Attributes:
-      lowrank: State for the factors, ``{path: factor}``; a new link restarts it.
+      lowrank: State for the factors, ``{path: factor}``; a new link restarts it. A leaf
+        whose side is drawn has two, ``path/left`` and ``path/right``.
       dense: State for the leaves trained in full, ``{path: leaf}``.
     """
 
@@ -40,11 +42,12 @@ class SketchCache(NamedTuple):
 
     Attributes:
       link: int32 scalar, the link the values were drawn for; -1 if there are none.
-      values: ``{path: sketch}``.
+      values: ``{path: sketch}``; where the side is drawn both sketches, and
+        ``is_left``, which says which of them is in use.
     """
 
     link: Array
-    values: dict[str, Array]
+    values: dict[str, Drawn]
 
 
 class RacLoraState(NamedTuple):
@@ -84,7 +87,7 @@ class Now(NamedTuple):
     link: Array
     begins: Array
     lost: Array
-    sketches: dict[str, Array]
+    sketches: dict[str, Drawn]
 
 
 def sketches_now(state: RacLoraState, plans: Iterable[LeafPlan], spec: Spec) -> Now:
@@ -138,7 +141,7 @@ def _sketches_now(
 
 def sketches_of_last(
     state: RacLoraState, plans: Iterable[LeafPlan], spec: Spec
-) -> dict[str, Array]:
+) -> dict[str, Drawn]:
     """The sketches of the update that the state has just counted."""
     if spec.cache:
         return state.sketches.values
@@ -154,7 +157,11 @@ def adapted_plans(plans: Iterable[LeafPlan]) -> Plans:
 @functools.lru_cache(maxsize=64)
 def _law_word(plans: Plans) -> int:
     """32 bits that tell which distribution each sketch is drawn from."""
-    said = "\n".join(f"{plan.path} {plan.sketch}" for plan in plans if plan.adapted)
+    said = "\n".join(
+        f"{plan.path} {plan.sketch}" + (f" {plan.side}" if plan.sides else "")
+        for plan in plans
+        if plan.adapted
+    )
     digest = hashlib.sha256(said.encode()).digest()
     return int.from_bytes(digest[:4], "big")
 
@@ -198,12 +205,12 @@ def check_leaves(state: RacLoraState, plans: dict[str, LeafPlan], spec: Spec) ->
         "params"
     )
     for path, sketch in state.sketches.values.items():
-        want = adapted[path].sketch_shape if path in adapted else None
-        if jnp.shape(sketch) != want:
+        want = sketch_shapes(adapted[path]) if path in adapted else None
+        if shapes(sketch) != want:
             expected = "none" if want is None else f"one of shape {want}"
             raise ValueError(
                 f"leaf {paths.show(path)}: opt_state holds a sketch of shape "
-                f"{jnp.shape(sketch)}, this spec and these params expect {expected}; "
+                f"{shapes(sketch)}, this spec and these params expect {expected}; "
                 f"{way_out}"
             )
     held = {
@@ -211,7 +218,8 @@ def check_leaves(state: RacLoraState, plans: dict[str, LeafPlan], spec: Spec) ->
         for keypath, _ in jax.tree_util.tree_leaves_with_path(state.inner_state.lowrank)
         if isinstance(keypath[-1], DictKey)
     }
-    for path in sorted({*adapted} ^ held) if held else ():
+    names = {name for plan in adapted.values() for name in named(plan)}
+    for path in sorted(names ^ held) if held else ():
         has, lacks = ("opt_state", "these params") if path in held else ("spec", "state")
         raise ValueError(
             f"leaf {paths.show(path)} is adapted in {has} but not in {lacks}; {way_out}"
@@ -276,7 +284,11 @@ def check_values(state: RacLoraState) -> None:
         if known(value) and int(value) < 0:
             raise ValueError(f"the RAC-LoRA state has {name}={int(value)}; {way_out}")
     for path, sketch in state.sketches.values.items():
-        if known(sketch) and not bool(jnp.all(jnp.isfinite(sketch))):
+        if not all(
+            bool(jnp.all(jnp.isfinite(one)))
+            for one in jax.tree.leaves(sketch)
+            if known(one)
+        ):
             raise ValueError(
                 f"leaf {paths.show(path)}: its cached sketch holds NaN or infinity; "
                 f"{way_out}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -45,9 +45,12 @@ from raclora_jax._core.lowrank import (
     project_leaf,
 )
 from raclora_jax._core.plan import LeafPlan, plan_leaves, plan_tree
+from raclora_jax._core.sides import apart, joined, named, zero_sketch
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import (
+    Drawn,
+    FactorValue,
     KeyLike,
     Leaf,
     Leaves,
@@ -71,11 +74,11 @@ class Step(NamedTuple):
     plans: dict[str, LeafPlan]
     grads: Leaves
     treedef: TreeDef
-    sketches: dict[str, Array]
-    directions: dict[str, Array]
+    sketches: dict[str, Drawn]
+    directions: dict[str, FactorValue]
     emitted: Array
 
-    def lifted(self, path: str, value: Array) -> Array:
+    def lifted(self, path: str, value: FactorValue) -> Array:
         """A leaf-shaped delta, whichever way the leaf is trained."""
         if self.plans[path].mode == "dense":
             return value
@@ -136,7 +139,7 @@ class Run:
     @functools.partial(jax.jit, static_argnums=(0, 2))
     def _init(self, data: Array, plans: Plans, master: dict[str, Array]) -> RacLoraState:
         values = {
-            plan.path: jnp.zeros(plan.sketch_shape, plan.sketch_dtype)
+            plan.path: zero_sketch(plan)
             for plan in plans
             if plan.adapted and self.spec.cache
         }
@@ -166,9 +169,11 @@ class Run:
         for path, grad in grads.items():
             plan = plans[path]
             if is_factor(grad):
-                groups["lowrank"][path] = grad.value.astype(plan.wide_dtype)
+                for name, value in apart(plan, grad.value).items():
+                    groups["lowrank"][name] = value.astype(plan.wide_dtype)
             elif plan.adapted:
-                groups["lowrank"][path] = project_leaf(grad, now.sketches[path], plan)
+                factor = project_leaf(grad, now.sketches[path], plan)
+                groups["lowrank"].update(apart(plan, factor))
             elif plan.mode == "dense":
                 groups["dense"][path] = grad.astype(plan.wide_dtype)
         directions, inner_state, went = self._inner_step(groups, state, plans, extra)
@@ -185,14 +190,15 @@ class Run:
         state: RacLoraState,
         plans: dict[str, LeafPlan],
         extra: Leaves,
-    ) -> tuple[dict[str, Array], InnerStates, Array]:
+    ) -> tuple[dict[str, FactorValue], InnerStates, Array]:
         """One step of the inner rule on each group that has leaves."""
         rule = as_rule(self.inner).update
+        all_named = _named(plans.values())
         names = [name for name, group in groups.items() if group]
         old = {name: getattr(state.inner_state, name) for name in names}
         moved, new = {}, {}
         for name in names:
-            own = {path: plans[path] for path in groups[name]}
+            own = {path: all_named[path] for path in groups[name]}
             with knowing(own):
                 moved[name], after = rule(
                     groups[name], old[name], None, **{**extra, "plans": own}
@@ -202,7 +208,12 @@ class Run:
         went = jnp.asarray(True)
         for name in names:
             went = emitted(old[name], new[name])
-        directions = {path: d for group in moved.values() for path, d in group.items()}
+        found = {path: d for group in moved.values() for path, d in group.items()}
+        directions = {
+            path: joined(plan, found)
+            for path, plan in plans.items()
+            if plan.mode != "frozen"
+        }
         return directions, state.inner_state._replace(**new), went
 
     # Compiled as one piece, so that a step outside jit does not trace it anew.
@@ -235,16 +246,20 @@ class Run:
     def _transported(self, state: RacLoraState, now: Now, plans: Plans) -> OptState:
         """The inner state of the factors, its first moments in the new sketches."""
 
-        def drawn() -> dict[str, Array]:
+        def drawn() -> dict[str, Drawn]:
             return draw_all(state.key_data, state.link, plans)
 
         before = drawn()
         if self.spec.cache:
             kept = state.sketches.link == state.link
             before = lax.cond(kept, lambda: state.sketches.values, drawn)
-        adapted = {plan.path: plan for plan in plans}
+        adapted = _named(plans)
+        new, old = (
+            {n: s for plan in plans for n, s in apart(plan, kept[plan.path]).items()}
+            for kept in (now.sketches, before)
+        )
         bases = {
-            path: change_of_basis(now.sketches[path], before[path], plan)
+            path: change_of_basis(new[path], old[path], plan)
             for path, plan in adapted.items()
         }
 
@@ -258,7 +273,7 @@ class Run:
         return jax.tree_util.tree_map_with_path(transport, state.inner_state.lowrank)
 
     def _inner_init(self, plans: Plans, mode: str) -> OptState:
-        own = {plan.path: plan for plan in plans if plan.mode == mode}
+        own = _named(plan for plan in plans if plan.mode == mode)
         zeros = {
             path: jnp.zeros(plan.trained_shape, plan.wide_dtype)
             for path, plan in own.items()
@@ -340,6 +355,11 @@ def _plan_gradients(spec: Spec, grads: Leaves, params: PyTree) -> dict[str, Leaf
                 f"{plans[path].shape}, got {jnp.shape(grad)}"
             )
     return plans
+
+
+def _named(plans: Iterable[LeafPlan]) -> dict[str, LeafPlan]:
+    """The plans of what the inner rule sees, by the names it sees them under."""
+    return {name: one for plan in plans for name, one in named(plan).items()}
 
 
 def _select(chosen: Array, new: PyTree, old: PyTree) -> PyTree:

@@ -16,8 +16,14 @@ from raclora_jax._core import paths
 from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.select import form, put, rows_of, take
+from raclora_jax._core.sides import (
+    BothFactors,
+    factor_shapes,
+    in_use,
+    shapes,
+)
 from raclora_jax._core.stamp import Stamp, check_stamp
-from raclora_jax._core.types import Leaf, Scalar
+from raclora_jax._core.types import Drawn, FactorValue, Leaf, Scalar
 
 # Up to this rank a lift is a sum of outer products, which the compiler fuses with the
 # addition to the weights; well above it a matmul is faster, with a dense delta
@@ -34,13 +40,14 @@ class Factor:
     ``rank x n`` and travels beside it.
 
     Args:
-      value: Array ``(batch..., rank, *axes of the other side)``.
+      value: Array ``(batch..., rank, *axes of the other side)``; where the side is drawn
+        a pair of them, ``left`` and ``right``, of which lifting reads the one in use.
       decay: Scalar; 0 in a gradient, ``learning_rate * weight_decay`` in an update.
       stamp: Static; the facts of the run it was made in, so that no function of another
         spec takes it. ``None`` for one made by hand, of which only the shape is known.
     """
 
-    value: Array
+    value: FactorValue
     decay: Array | np.ndarray
     stamp: Stamp | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -57,7 +64,7 @@ def is_factor(node: Leaf) -> bool:
     return isinstance(node, Factor)
 
 
-def project_leaf(dense: Array, sketch: Array, plan: LeafPlan) -> Array:
+def project_leaf(dense: Array, sketch: Drawn, plan: LeafPlan) -> FactorValue:
     """``scaling *`` the contraction of S with G over the sketched axes.
 
     Axis groups are contracted as they stand, never reshaped: flattening a sharded axis
@@ -65,12 +72,20 @@ def project_leaf(dense: Array, sketch: Array, plan: LeafPlan) -> Array:
 
     Args:
       dense: Array of ``plan.shape``.
-      sketch: Array of ``plan.sketch_shape``.
+      sketch: Array of ``plan.sketch_shape``, or both sketches.
       plan: Plan of the leaf.
 
     Returns:
-      Array of ``plan.factor_shape`` in ``plan.wide_dtype``.
+      Array of ``plan.factor_shape`` in ``plan.wide_dtype``; both factors for both
+      sketches, with zero for the one not in use.
     """
+    if plan.sides:
+        left, right = plan.sides
+        both = BothFactors(
+            project_leaf(dense, sketch.left, left),
+            project_leaf(dense, sketch.right, right),
+        )
+        return in_use(both, sketch.is_left)
     if plan.selection is not None:
         laid = Laid.of(plan)
         rows = take(laid.gather(dense), sketch, plan.selection, laid.axis, laid.batch)
@@ -90,17 +105,22 @@ def project_leaf(dense: Array, sketch: Array, plan: LeafPlan) -> Array:
     return (plan.scaling * factor).astype(plan.wide_dtype)
 
 
-def lift_leaf(factor: Array, sketch: Array, plan: LeafPlan) -> Array:
+def lift_leaf(factor: FactorValue, sketch: Drawn, plan: LeafPlan) -> Array:
     """``scaling * S F`` laid out as the leaf: the transpose of ``project_leaf``.
 
     Args:
-      factor: Array of ``plan.factor_shape``.
-      sketch: Array of ``plan.sketch_shape``.
+      factor: Array of ``plan.factor_shape``, or both factors.
+      sketch: Array of ``plan.sketch_shape``, or both sketches.
       plan: Plan of the leaf.
 
     Returns:
       Array of ``plan.shape`` in ``plan.wide_dtype``.
     """
+    if plan.sides:
+        left, right = plan.sides
+        used = in_use(factor, sketch.is_left)
+        change = lift_leaf(used.left, sketch.left, left)
+        return change + lift_leaf(used.right, sketch.right, right)
     if plan.selection is not None:
         laid = Laid.of(plan)
         rows = laid.rows((plan.scaling * factor).astype(plan.wide_dtype))
@@ -117,21 +137,21 @@ def formed(sketch: Array, plan: LeafPlan) -> Array:
 
 
 def add_lifted(
-    weight: Array, factor: Array, sketch: Array, decay: Scalar, plan: LeafPlan
+    weight: Array, factor: FactorValue, sketch: Drawn, decay: Scalar, plan: LeafPlan
 ) -> Array:
     """``W + (lift(F) - decay * W)``, in one pass over the weight at small rank.
 
     Args:
       weight: Array of ``plan.shape``.
-      factor: Array of ``plan.factor_shape``.
-      sketch: Array of ``plan.sketch_shape``.
+      factor: Array of ``plan.factor_shape``, or both factors.
+      sketch: Array of ``plan.sketch_shape``, or both sketches.
       decay: Scalar.
       plan: Plan of the leaf.
 
     Returns:
       Array of ``plan.shape`` in ``plan.wide_dtype``.
     """
-    if plan.selection is not None:
+    if plan.sides or plan.selection is not None:
         wide = weight.astype(plan.wide_dtype)
         delta = lift_leaf(factor, sketch, plan)
         return wide + (delta - jnp.asarray(decay, wide.dtype) * wide)
@@ -314,9 +334,9 @@ def check_factor(factor: Leaf, plan: LeafPlan) -> None:
         )
     if is_factor(factor) and factor.stamp is not None:
         check_stamp(plan.path, factor.stamp, plan.stamp, "this Factor")
-    if jnp.shape(value) != plan.factor_shape:
+    if shapes(value) != factor_shapes(plan):
         raise ValueError(
             f"leaf {paths.show(plan.path)}: expected a factor of shape "
-            f"{plan.factor_shape}, got {jnp.shape(value)}; use the spec the factors "
+            f"{factor_shapes(plan)}, got {shapes(value)}; use the spec the factors "
             "were made with"
         )

@@ -10,13 +10,13 @@ from raclora_jax._core.lowrank import Laid, add_lifted
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.rounding import settle
 from raclora_jax._core.select import place, take
-from raclora_jax._core.types import Scalar
+from raclora_jax._core.types import Drawn, FactorValue, Scalar
 
 
 def merge_leaf(
     weight: Array,
-    factor: Array,
-    sketch: Array,
+    factor: FactorValue,
+    sketch: Drawn,
     decay: Scalar,
     plan: LeafPlan,
     rounding: str,
@@ -29,8 +29,8 @@ def merge_leaf(
 
     Args:
       weight: Array of ``plan.shape``.
-      factor: Array of ``plan.factor_shape``.
-      sketch: Array of ``plan.sketch_shape``.
+      factor: Array of ``plan.factor_shape``, or both factors.
+      sketch: Array of ``plan.sketch_shape``, or both sketches.
       decay: Scalar.
       plan: Plan of the leaf.
       rounding: As in ``Spec``.

@@ -33,7 +33,8 @@ class LeafPlan:
       rows: Axes the model contracts over.
       cols: The other matrix axes.
       batch: Axes that stack matrices.
-      side: ``"left"`` or ``"right"``, decided; empty if not adapted.
+      side: ``"left"`` or ``"right"``, decided; the probability of the left one where it
+        is drawn; empty if not adapted.
       rank: Rank of the sketch; 0 if not adapted.
       scaling: What the lift and the gradient are multiplied by: ``alpha / rank``.
       sketch: Distribution of the sketch; empty if not adapted.
@@ -43,6 +44,8 @@ class LeafPlan:
         ``"rank"``, where the sketched side is too small for it.
       reason: The same in words, for people.
       assumed_view: Whether a 2-D leaf was read as (rows, cols) without a rule.
+      sides: The plans of the left and of the right side where the side is drawn, else
+        empty. What is said of the sketched side below is then theirs alone.
     """
 
     path: str
@@ -52,7 +55,7 @@ class LeafPlan:
     rows: tuple[int, ...] = ()
     cols: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
-    side: str = ""
+    side: str | float = ""
     rank: int = 0
     scaling: float = 1.0
     sketch: str = ""
@@ -61,6 +64,7 @@ class LeafPlan:
     cause: Cause = "rule"
     reason: str = "rule"
     assumed_view: bool = False
+    sides: tuple[LeafPlan, ...] = ()
 
     @property
     def adapted(self) -> bool:
@@ -78,6 +82,16 @@ class LeafPlan:
         if self.mode == "frozen":
             return (0,)
         return self.factor_shape if self.adapted else self.shape
+
+    @property
+    def trained_size(self) -> int:
+        """Numbers that are held as trained, those of both factors where there are two."""
+        return sum(math.prod(one.trained_shape) for one in self.each)
+
+    @property
+    def each(self) -> tuple[LeafPlan, ...]:
+        """The plans of its sides, or itself where the side is fixed."""
+        return self.sides or (self,)
 
     @property
     def sketched(self) -> tuple[int, ...]:
@@ -102,7 +116,7 @@ class LeafPlan:
     @functools.cached_property
     def selection(self) -> Selection | None:
         """The rows a sketch may pick, for the laws that pick rows."""
-        if self.sketch not in LAWS:
+        if self.sides or self.sketch not in LAWS:
             return None
         sizes = [self.shape[axis] for axis in self.sketched]
         return selection_of(self.sketch, self.rank, sizes)
@@ -134,6 +148,10 @@ class LeafPlan:
     @property
     def lam(self) -> float:
         """Smallest eigenvalue of the mean projector, ``rank / dim``."""
+        if self.sides:
+            left, right = self.sides
+            chance = float(self.side)
+            return chance * left.lam + (1 - chance) * right.lam
         return self.rank / self.dim
 
     def size_of(self, axes: tuple[int, ...]) -> int:
@@ -300,24 +318,33 @@ def _sized(spec: Spec, rule: Rule | None, plan: LeafPlan) -> LeafPlan:
     if side == "auto":
         side = "left" if plan.size_of(plan.rows) <= plan.size_of(plan.cols) else "right"
     rank, alpha = choose("rank"), choose("alpha")
-    sketched = plan.rows if side == "left" else plan.cols
-    plan = dataclasses.replace(
-        plan,
-        side=side,
-        rank=rank,
-        scaling=_scaling(alpha, rank, plan.size_of(sketched)),
-        sketch=choose("sketch"),
-        resample_every=spec.resample_every,
-        rounding=spec.rounding,
-    )
-    if rank < plan.dim:
-        return plan
+
+    def sketching(side: str) -> LeafPlan:
+        sketched = plan.rows if side == "left" else plan.cols
+        return dataclasses.replace(
+            plan,
+            side=side,
+            rank=rank,
+            scaling=_scaling(alpha, rank, plan.size_of(sketched)),
+            sketch=choose("sketch"),
+            resample_every=spec.resample_every,
+            rounding=spec.rounding,
+        )
+
+    if isinstance(side, float):
+        sides = sketching("left"), sketching("right")
+        small = min(sides, key=lambda one: one.dim)
+        sized = dataclasses.replace(sides[0], side=side, sides=sides)
+    else:
+        small = sized = sketching(side)
+    if rank < small.dim:
+        return sized
     named = rule is not None and rule.rank is not None
     if named or spec.rest == "frozen":
         raise ValueError(
             f"leaf {paths.show(plan.path)} of shape {plan.shape}: rank {rank} is not "
-            f"below its sketched side, {plan.dim} ({side}); lower the rank, or add "
-            f"Rule({re.escape(plan.path)!r}, mode='dense')"
+            f"below its sketched side, {small.dim} ({small.side}); lower the rank, or "
+            f"add Rule({re.escape(plan.path)!r}, mode='dense')"
         )
     return LeafPlan(
         path=plan.path,
@@ -325,7 +352,7 @@ def _sized(spec: Spec, rule: Rule | None, plan: LeafPlan) -> LeafPlan:
         dtype=plan.dtype,
         mode=spec.rest,
         cause="rank",
-        reason=f"rank {rank} >= sketched side {plan.dim}",
+        reason=f"rank {rank} >= sketched side {small.dim}",
     )
 
 

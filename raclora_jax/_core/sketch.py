@@ -16,9 +16,11 @@ from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.keys import folded, path_words
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.select import Selection
+from raclora_jax._core.sides import BothSketches
+from raclora_jax._core.types import Drawn
 
 
-def draw(data: Array, link: Array | int, plan: LeafPlan) -> Array:
+def draw(data: Array, link: Array | int, plan: LeafPlan) -> Drawn:
     """Draws the sketch of one leaf for one link.
 
     A pure function of key data, path, link and position in the stack: tree order,
@@ -31,14 +33,15 @@ def draw(data: Array, link: Array | int, plan: LeafPlan) -> Array:
 
     Returns:
       Array of ``plan.sketch_shape`` in ``plan.sketch_dtype``, with
-      E[S S^T] = (rank / dim) I, save for ``"gaussian_raw"``, whose entries are N(0, 1).
+      E[S S^T] = (rank / dim) I, save for ``"gaussian_raw"``, whose entries are N(0, 1);
+      ``BothSketches`` of such arrays where the side is drawn.
     """
     return draw_all(data, link, (plan,))[plan.path]
 
 
 def draw_all(
     data: Array, link: Array | int, plans: Iterable[LeafPlan]
-) -> dict[str, Array]:
+) -> dict[str, Drawn]:
     """The sketches of every adapted leaf, ``{path: sketch}``, as ``draw`` gives them.
 
     Leaves whose sketches have one size and one distribution are drawn as one stack: a
@@ -52,14 +55,12 @@ def draw_all(
 @functools.partial(jax.jit, static_argnames="plans")
 def _draw_adapted(
     data: Array, link: Array | int, plans: tuple[LeafPlan, ...]
-) -> dict[str, Array]:
+) -> dict[str, Drawn]:
     groups: dict[_Kind, list[LeafPlan]] = {}
-    for plan in plans:
-        kind = _Kind(
-            plan.sketch, plan.rank, plan.dim, str(plan.sketch_dtype), plan.selection
-        )
-        groups.setdefault(kind, []).append(plan)
-    drawn: dict[str, Array] = {}
+    for one in (one for plan in plans for one in plan.each):
+        kind = _Kind(one.sketch, one.rank, one.dim, str(one.sketch_dtype), one.selection)
+        groups.setdefault(kind, []).append(one)
+    drawn: dict[LeafPlan, Array] = {}
     for kind, members in groups.items():
         sizes = [math.prod(plan.batch_shape) for plan in members]
         words = [
@@ -71,9 +72,25 @@ def _draw_adapted(
         start = 0
         for plan, size in zip(members, sizes, strict=True):
             own = lax.slice_in_dim(stack, start, start + size)
-            drawn[plan.path] = _apart(own, plan.sketch_shape)
+            drawn[plan] = _apart(own, plan.sketch_shape)
             start += size
-    return drawn
+
+    def of(plan: LeafPlan) -> Drawn:
+        if not plan.sides:
+            return drawn[plan]
+        left, right = plan.sides
+        return BothSketches(drawn[left], drawn[right], _is_left(data, link, plan))
+
+    return {plan.path: of(plan) for plan in plans}
+
+
+def _is_left(data: Array, link: Array | int, plan: LeafPlan) -> Array:
+    """Whether the link uses the left side of a leaf, one number for all leaves."""
+    words = jnp.array([*path_words("side", ""), 0], jnp.uint32)
+    words = words.at[2].set(jnp.asarray(link).astype(jnp.uint32))
+    with jax.threefry_partitionable(True):
+        number = jax.random.bits(folded(data, words[:, None])[0], (), jnp.uint32)
+    return number < jnp.uint32(min(round(float(plan.side) * 2**32), 2**32 - 1))
 
 
 def _apart(sketch: Array, shape: tuple[int, ...]) -> Array:

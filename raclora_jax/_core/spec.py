@@ -9,12 +9,20 @@ import numbers
 import operator
 import re
 from collections.abc import Iterable
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import jax
 
 from raclora_jax._core.select import LAWS
-from raclora_jax._core.types import Alpha, Mode, Rest, Rounding, Side, Sketch
+from raclora_jax._core.types import (
+    Alpha,
+    Mode,
+    Rest,
+    Rounding,
+    Side,
+    SideOrChance,
+    Sketch,
+)
 
 MODES: tuple[str, ...] = get_args(Mode)
 SIDES: tuple[str, ...] = get_args(Side)
@@ -37,7 +45,7 @@ class Rule:
       rank: Rank of the sketch.
       alpha: Numerator of the scaling ``alpha / rank``, or ``"dim"``.
       side: ``"left"`` sketches the rows, ``"right"`` the columns, ``"auto"`` the
-        smaller of both.
+        smaller of both; a number draws it, as in ``Spec``.
       sketch: Distribution of the sketch.
       rows: Axes of the rows, an int or a tuple of ints.
       batch: Axes of the stack, an int or a tuple of ints.
@@ -56,7 +64,7 @@ class Rule:
     mode: Mode = "lowrank"
     rank: int | None = None
     alpha: Alpha = None
-    side: Side | None = None
+    side: SideOrChance | None = None
     sketch: Sketch | None = None
     rows: int | tuple[int, ...] | None = None
     batch: int | tuple[int, ...] = ()
@@ -77,7 +85,12 @@ class Rule:
             object.__setattr__(self, "rank", _check_count(where, "rank", self.rank))
         object.__setattr__(self, "alpha", _check_alpha(where, self.alpha))
         if self.side is not None:
-            _check_choice(where, "side", self.side, SIDES)
+            object.__setattr__(self, "side", _check_side(where, self.side))
+            if isinstance(self.side, float) and self.mode != "lowrank":
+                raise ValueError(
+                    f"{where}: side={self.side} draws the side of a sketch, but "
+                    f"mode={self.mode!r} has none; leave out one of the two"
+                )
         if self.sketch is not None:
             _check_choice(where, "sketch", self.sketch, SKETCHES)
         if self.rows is not None:
@@ -107,7 +120,10 @@ class Spec:
         rank. One that does not, such as ``optax.identity()``, steps by
         ``gamma = learning_rate * dim / rank``, which must stay below ``1 / L``.
       side: ``"left"`` sketches the rows, ``"right"`` the columns, ``"auto"`` the
-        smaller of both (largest lambda), ties to the rows.
+        smaller of both (largest lambda), ties to the rows. A number p draws it anew for
+        each link, left with probability p and else right: Bernoulli-LoRA. The mean
+        projector is then ``p rank / rows + (1 - p) rank / cols``; both factors and the
+        state of both are held, and one is used.
       sketch: ``"orthonormal"``, ``"gaussian"`` or ``"rademacher"`` (whitened),
         ``"coordinate"`` (random rows), ``"block"`` (neighbouring rows, each once a
         cycle of ``dim / rank`` links: slices where others need products), or
@@ -135,7 +151,7 @@ class Spec:
     rank: int
     _: dataclasses.KW_ONLY
     alpha: Alpha = None
-    side: Side = "auto"
+    side: SideOrChance = "auto"
     sketch: Sketch = "orthonormal"
     resample_every: int = 25
     rounding: Rounding = "auto"
@@ -146,7 +162,7 @@ class Spec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rank", _check_count("Spec", "rank", self.rank))
         object.__setattr__(self, "alpha", _check_alpha("Spec", self.alpha))
-        _check_choice("Spec", "side", self.side, SIDES)
+        object.__setattr__(self, "side", _check_side("Spec", self.side))
         _check_choice("Spec", "sketch", self.sketch, SKETCHES)
         every = _check_count("Spec", "resample_every", self.resample_every)
         object.__setattr__(self, "resample_every", every)
@@ -307,6 +323,27 @@ def _check_alpha(where: str, alpha: object) -> Alpha:
     if not (math.isfinite(number) and number > 0):
         raise ValueError(f"{where}: alpha must be positive and finite, got {number}")
     return number
+
+
+def _check_side(where: str, side: object) -> SideOrChance:
+    """A side by its name, or the chance of the left one; a certain one has its name."""
+    if isinstance(side, str):
+        _check_choice(where, "side", side, SIDES)
+        return cast(Side, side)
+    if isinstance(side, bool) or not isinstance(side, numbers.Real):
+        raise TypeError(
+            f"{where}: side must be one of {', '.join(map(repr, SIDES))}, or the "
+            f"probability of the left one, got {kind(side)}; write for example side=0.5"
+        )
+    chance = float(side)
+    if not 0 <= chance <= 1:
+        raise ValueError(
+            f"{where}: side as a number is the probability of the left one, between 0 "
+            f"and 1, got {chance}"
+        )
+    if chance in (0, 1):
+        return "left" if chance else "right"
+    return chance
 
 
 def _check_choice(where: str, name: str, value: object, known: tuple[str, ...]) -> None:

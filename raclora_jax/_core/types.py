@@ -24,10 +24,16 @@ OptState: TypeAlias = Any
 # ``loss_fn(params, *args)``.
 LossFn: TypeAlias = Callable[..., Any]
 Scalar: TypeAlias = Array | np.ndarray | float
+# A sketch of a leaf: an array, or ``BothSketches`` where the side is drawn.
+Drawn: TypeAlias = Any
+# A factor of a leaf: an array, or ``BothFactors`` where the side is drawn.
+FactorValue: TypeAlias = Any
 
 Alpha: TypeAlias = float | Literal["dim"] | None
 Mode = Literal["lowrank", "dense", "frozen"]
 Side = Literal["left", "right", "auto"]
+# A side, or the probability with which a link takes the left one.
+SideOrChance: TypeAlias = Side | float
 Sketch = Literal[
     "orthonormal", "gaussian", "rademacher", "coordinate", "block", "gaussian_raw"
 ]

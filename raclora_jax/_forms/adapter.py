@@ -16,10 +16,11 @@ from raclora_jax._core import paths, rounding
 from raclora_jax._core.keys import key_data, leaf_key
 from raclora_jax._core.lowrank import check_factor, lift_leaf
 from raclora_jax._core.plan import LeafPlan, plan_leaves
+from raclora_jax._core.sides import is_both, shapes, sketch_shapes, zero_trained
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.stamp import Stamp, check_stamp
-from raclora_jax._core.types import KeyLike, Leaf, Leaves, PyTree
+from raclora_jax._core.types import Drawn, KeyLike, Leaf, Leaves, PyTree
 
 
 @jax.tree_util.register_static
@@ -56,14 +57,14 @@ class AdapterChain(NamedTuple):
       link: int32 scalar, index of the running link.
       key_data: uint32 of shape (2,), all the randomness there is.
       sketches: ``{path: sketch}`` of the running link; empty under
-        ``Spec(cache=False)``.
+        ``Spec(cache=False)``. Where the side is drawn both sketches, and ``is_left``.
       stamps: Static; the facts of the run, so that no function of another spec goes on
         with the chain. Empty if made by hand.
     """
 
     link: Array
     key_data: Array
-    sketches: dict[str, Array]
+    sketches: dict[str, Drawn]
     stamps: Stamps = Stamps()
 
 
@@ -80,8 +81,8 @@ def init_adapter(
     Returns:
       ``(factors, chain)``. ``factors`` is the small trained tree, all zeros and at
       least float32: ``(batch..., rank, *axes of the other side)`` for an adapted leaf,
-      a difference of the leaf's shape for a dense one, ``optax.MaskedNode()`` for a
-      frozen one.
+      the pair ``left``, ``right`` of such where its side is drawn, a difference of the
+      leaf's shape for a dense one, ``optax.MaskedNode()`` for a frozen one.
 
     Raises:
       ValueError: If the spec does not fit, or asks for ``rounding="master"``.
@@ -252,7 +253,7 @@ def matched(
 ) -> tuple[Leaves, Any, dict[str, LeafPlan], Leaves]:
     """Base leaves, their treedef and plans, and the factors that belong to them."""
     leaves, treedef = paths.flatten(base_params, is_leaf=is_quantised)
-    values, _ = paths.flatten(factors)
+    values, _ = paths.flatten(factors, is_leaf=is_both)
     plans = plan_leaves(spec, leaves)
     _check_rounding(spec, plans)
     for path, stamp in chain.stamps.by_path:
@@ -274,15 +275,15 @@ def refuse_quantised(
             )
 
 
-def sketches_of(chain: AdapterChain, plans: dict[str, LeafPlan]) -> dict[str, Array]:
+def sketches_of(chain: AdapterChain, plans: dict[str, LeafPlan]) -> dict[str, Drawn]:
     """The sketches of the running link: the cached ones, or the same drawn again."""
     kept = {path: sketch for path, sketch in chain.sketches.items() if path in plans}
     for path, sketch in kept.items():
-        if jnp.shape(sketch) != plans[path].sketch_shape:
+        expected = sketch_shapes(plans[path])
+        if shapes(sketch) != expected:
             raise ValueError(
-                f"leaf {paths.show(path)}: expected a sketch of shape "
-                f"{plans[path].sketch_shape}, got {jnp.shape(sketch)}; use the spec the "
-                "chain was made with"
+                f"leaf {paths.show(path)}: expected a sketch of shape {expected}, got "
+                f"{shapes(sketch)}; use the spec the chain was made with"
             )
     missing = [plan for path, plan in plans.items() if path not in kept]
     return kept | draw_all(chain.key_data, chain.link, missing)
@@ -316,16 +317,14 @@ def _check_factors(values: Leaves, plans: dict[str, LeafPlan]) -> None:
 
 def _zeros(plans: dict[str, LeafPlan]) -> dict[str, Any]:
     return {
-        path: optax.MaskedNode()
-        if plan.mode == "frozen"
-        else jnp.zeros(plan.trained_shape, plan.wide_dtype)
+        path: optax.MaskedNode() if plan.mode == "frozen" else zero_trained(plan)
         for path, plan in plans.items()
     }
 
 
 def _cached(
     spec: Spec, data: Array, link: Array, plans: dict[str, LeafPlan]
-) -> dict[str, Array]:
+) -> dict[str, Drawn]:
     return draw_all(data, link, plans.values()) if spec.cache else {}
 
 

@@ -9,6 +9,7 @@ import optax
 from raclora_jax._chain.inner import as_rule, knowing, restarted
 from raclora_jax._core import paths
 from raclora_jax._core.plan import LeafPlan, plan_leaves
+from raclora_jax._core.sides import named
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import OptState, PyTree
 from raclora_jax._forms.adapter import is_quantised
@@ -69,7 +70,8 @@ def planned(
       >>> opt_state = planned(rule, W, 2).init(factors)
     """
     leaves, _ = paths.flatten(base_params, is_leaf=is_quantised)
-    plans = plan_leaves(as_spec(spec), leaves, whole=True)
+    whole = plan_leaves(as_spec(spec), leaves, whole=True)
+    plans = {name: one for plan in whole.values() for name, one in named(plan).items()}
     rule = as_rule(tx)
 
     def init(factors: PyTree) -> OptState:

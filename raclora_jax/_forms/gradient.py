@@ -25,8 +25,9 @@ from raclora_jax._chain.state import (
 from raclora_jax._core import paths
 from raclora_jax._core.lowrank import Factor
 from raclora_jax._core.plan import LeafPlan, plan_tree
+from raclora_jax._core.sides import in_link, switched, zero_trained
 from raclora_jax._core.spec import Spec, as_spec
-from raclora_jax._core.types import Leaf, PyTree
+from raclora_jax._core.types import FactorValue, Leaf, PyTree
 
 
 def value_and_grad(
@@ -110,21 +111,24 @@ def reporting(
             if plan.mode != "frozen"
         }
 
-        def value(trained: dict[str, Array]) -> tuple[Array, Any]:
-            def stand_in(path: str, leaf: Leaf) -> Leaf:
-                if plans[path].mode != "lowrank":
-                    return trained.get(path, leaf)
-                sketch, factor = sketches[path], trained[path]
-                return leaf_weight(leaf, plans[path], uses, sketch, factor)
+        def backward(plans: dict[str, LeafPlan], sketches: dict[str, Array]) -> PyTree:
+            def value(trained: dict[str, FactorValue]) -> tuple[Array, list[Array]]:
+                def stand_in(path: str, leaf: Leaf) -> Leaf:
+                    if plans[path].mode != "lowrank":
+                        return trained.get(path, leaf)
+                    factor = in_link(trained[path], plans[path])
+                    return leaf_weight(leaf, plans[path], uses, sketches[path], factor)
 
-            inputs = [stand_in(path, leaf) for path, leaf in leaves.items()]
-            loss, *aux = evaluate(staged.jaxpr, inputs)
-            # What stands beside the loss has no gradient.
-            out = staged.rebuilt([*arrays([loss], "output"), *constants(aux)])
-            return out if has_aux else (out, None)
+                inputs = [stand_in(path, leaf) for path, leaf in leaves.items()]
+                loss, *aux = evaluate(staged.jaxpr, inputs)
+                # What stands beside the loss has no gradient.
+                return arrays([loss], "output")[0], constants(aux)
 
-        (loss, aux), found = jax.value_and_grad(value, has_aux=True)(trained)
+            return jax.value_and_grad(value, has_aux=True)(trained)
+
+        (loss, aux), found = switched(plans, sketches, backward)
         report(uses)
+        out = staged.rebuilt([loss, *aux])
 
         def gradient(path: str) -> Leaf:
             plan = plans[path]
@@ -135,7 +139,7 @@ def reporting(
             return Factor(found[path], jnp.zeros((), plan.wide_dtype), plan.stamp)
 
         grads = paths.unflatten(treedef, {path: gradient(path) for path in leaves})
-        return ((loss, aux) if has_aux else loss), grads
+        return out, grads
 
     return compute
 
@@ -173,9 +177,9 @@ def grad(
     return compute
 
 
-def _zero_factor(plan: LeafPlan, leaf: Leaf) -> Array:
+def _zero_factor(plan: LeafPlan, leaf: Leaf) -> FactorValue:
     """Zero, and inside ``shard_map`` as varying as the leaf whose gradient it gets."""
-    return varying_as(jnp.zeros(plan.factor_shape, plan.wide_dtype), leaf)
+    return jax.tree.map(lambda zero: varying_as(zero, leaf), zero_trained(plan))
 
 
 def _loss_shape(out: PyTree, has_aux: bool) -> PyTree:

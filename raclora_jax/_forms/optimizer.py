@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -19,7 +20,15 @@ from raclora_jax._core.lowrank import Factor, add_lifted, check_factor, is_facto
 from raclora_jax._core.merge import merge_leaf
 from raclora_jax._core.plan import LeafPlan, plan_leaves
 from raclora_jax._core.spec import Spec, as_spec, kind
-from raclora_jax._core.types import KeyLike, Leaf, Leaves, Moments, PyTree, Scalar
+from raclora_jax._core.types import (
+    FactorValue,
+    KeyLike,
+    Leaf,
+    Leaves,
+    Moments,
+    PyTree,
+    Scalar,
+)
 
 
 def scale_by_raclora(
@@ -159,7 +168,10 @@ def raclora(
 
         def one(path: str, grad: Leaf) -> Leaf:
             plan = step.plans[path]
-            value = (descent * step.directions[path]).astype(plan.wide_dtype)
+            value = jax.tree.map(
+                lambda one: (descent * one).astype(plan.wide_dtype),
+                step.directions[path],
+            )
             # No JAX array: that nothing decays is to be known while tracing.
             decay: Array | np.ndarray = np.zeros((), plan.wide_dtype)
             if decaying.get(path):
@@ -341,10 +353,10 @@ def _low_keys(
     return leaf_keys(data, domain, low, count)
 
 
-def _like(grad: Factor, value: Array, decay: Array | np.ndarray) -> Factor:
+def _like(grad: Factor, value: FactorValue, decay: Array | np.ndarray) -> Factor:
     """A ``Factor`` in the dtypes of the gradient."""
     return Factor(
-        jnp.asarray(value, grad.value.dtype),
+        jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), value, grad.value),
         decay.astype(grad.decay.dtype),
         grad.stamp,
     )

@@ -16,9 +16,10 @@ from raclora_jax._core.lowrank import (
     project_leaf,
 )
 from raclora_jax._core.plan import LeafPlan, plan_leaves, plan_tree
+from raclora_jax._core.sides import is_both, shapes, sketch_shapes
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
-from raclora_jax._core.types import KeyLike, Leaf, PyTree
+from raclora_jax._core.types import Drawn, KeyLike, Leaf, PyTree
 
 
 def sample_sketch(
@@ -36,7 +37,8 @@ def sample_sketch(
       The same tree with the sketch ``(batch..., rank, *axes of the sketched side)``
       for each adapted leaf and ``optax.MaskedNode()`` elsewhere. Laws that pick rows give
       int32: ``"coordinate"`` the rows ``(batch..., rank)``, ``"block"`` a place
-      ``(batch...)``.
+      ``(batch...)``. Where the side is drawn, the sketches ``left`` and ``right``, and
+      ``is_left``, a bool scalar that says which of them the link uses.
 
     Raises:
       ValueError: If the spec does not fit the tree, or the key is no threefry key.
@@ -131,7 +133,9 @@ def lift(factors: PyTree, sketches: PyTree, params: PyTree, spec: Spec | int) ->
     leaves, _ = paths.flatten(params)
     plans = plan_leaves(as_spec(spec), leaves)
     drawn = _matched(sketches, plans)
-    values, treedef = paths.flatten(factors, is_leaf=is_factor)
+    values, treedef = paths.flatten(
+        factors, is_leaf=lambda node: is_factor(node) or is_both(node)
+    )
     for path, value in values.items():
         plan = plans.get(path)
         if plan is None:
@@ -143,16 +147,16 @@ def lift(factors: PyTree, sketches: PyTree, params: PyTree, spec: Spec | int) ->
     return paths.unflatten(treedef, values)
 
 
-def _matched(sketches: PyTree, plans: dict[str, LeafPlan]) -> dict[str, Array]:
-    drawn, _ = paths.flatten(sketches)
+def _matched(sketches: PyTree, plans: dict[str, LeafPlan]) -> dict[str, Drawn]:
+    drawn, _ = paths.flatten(sketches, is_leaf=is_both)
     for path, plan in plans.items():
         if plan.mode != "lowrank":
             continue
-        got = jnp.shape(drawn[path]) if path in drawn else None
-        if got != plan.sketch_shape:
+        got = shapes(drawn[path]) if path in drawn else None
+        if got != sketch_shapes(plan):
             raise ValueError(
                 f"leaf {paths.show(path)}: expected a sketch of shape "
-                f"{plan.sketch_shape}, got {got or 'none'}; draw it with sample_sketch "
+                f"{sketch_shapes(plan)}, got {got or 'none'}; draw it with sample_sketch "
                 "for this tree and this spec"
             )
     return drawn

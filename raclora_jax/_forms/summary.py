@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import DictKey
 
 from raclora_jax._autodiff.stage import abstracted
 from raclora_jax._autodiff.uses import Uses
 from raclora_jax._core import paths
 from raclora_jax._core.plan import LeafPlan, plan_tree
+from raclora_jax._core.sides import named
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaf, PyTree
 from raclora_jax._forms.gradient import reporting
@@ -30,7 +30,8 @@ class Cost:
       trained: Numbers trained.
       weight_bytes: Bytes of the weights.
       gradient_bytes: Bytes of the gradient, in factor coordinates where adapted.
-      state_bytes: Bytes of the inner rule's state, and of a master copy.
+      state_bytes: Bytes of the inner rule's state, of a master copy, and of what a
+        transformation in front keeps.
       sketch_bytes: Bytes of the cached sketches.
       traffic_bytes: Bytes a data-parallel all-reduce carries per step.
     """
@@ -53,7 +54,8 @@ class Row(Cost):
       mode: ``"lowrank"``, ``"dense"`` or ``"frozen"``.
       why: What decided the mode.
       rank: Rank of the sketch, 0 if not adapted.
-      side: Sketched side, empty if not adapted.
+      side: Sketched side, or the probability of the left one where it is drawn; empty
+        if not adapted.
       lam: Smallest eigenvalue of the mean projector, ``rank / dim``; 1 for dense.
     """
 
@@ -112,6 +114,7 @@ def summary(
     loss_fn: Callable[..., Any] | None = None,
     *args: Any,
     inner: optax.GradientTransformation | None = None,
+    before: optax.GradientTransformation | None = None,
     has_aux: bool = False,
 ) -> Summary:
     """Prices every leaf of a spec: view, rank, lambda, trained numbers and bytes.
@@ -125,6 +128,9 @@ def summary(
       loss_fn: ``loss_fn(params, *args)``, as for ``value_and_grad``.
       *args: What else the loss takes; abstract arrays are enough.
       inner: The rule whose state is counted; Adam by default.
+      before: A transformation in front of ``raclora`` whose state is counted with the
+        leaf it belongs to, such as ``estimators.page``, which keeps leaves at full size.
+        The compiled step is without it.
       has_aux: Whether ``loss_fn`` returns ``(loss, aux)``.
 
     Returns:
@@ -145,9 +151,11 @@ def summary(
     plans = plan_tree(spec, params)
     shapes = {p: _abstract(leaf) for p, leaf in leaves.items()}
     tx = raclora(0.0, spec, inner=inner, key=0)
-    state = jax.eval_shape(tx.init, paths.unflatten(treedef, shapes))
-    held = _bytes_by_path((state.inner_state, state.master))
-    sketches = _bytes_by_path(state.sketches)
+    shaped = paths.unflatten(treedef, shapes)
+    state = jax.eval_shape(tx.init, shaped)
+    in_front = () if before is None else jax.eval_shape(before.init, shaped)
+    held = _bytes_by_path((state.inner_state, state.master, in_front), plans)
+    sketches = _bytes_by_path(state.sketches, plans)
     rows = tuple(
         _row(plan, held.get(path, 0), sketches.get(path, 0))
         for path, plan in plans.items()
@@ -158,7 +166,6 @@ def summary(
     total = dataclasses.replace(total, state_bytes=total.state_bytes + counters)
     warnings, peak = _warnings(plans), None
     if loss_fn is not None:
-        shaped = paths.unflatten(treedef, shapes)
         peak, uses = _compiled(loss_fn, spec, has_aux, tx, shaped, state, args)
         warnings += tuple(
             f"leaf {paths.show(path)}: its gradient is formed in full by {operation}"
@@ -205,18 +212,21 @@ def _nbytes(array: Leaf) -> int:
     return int(array.size) * array.dtype.itemsize
 
 
-def _bytes_by_path(tree: PyTree) -> dict[str | None, int]:
-    """Bytes of a state by the leaf they belong to; counters under ``None``."""
+def _bytes_by_path(state: PyTree, plans: dict[str, LeafPlan]) -> dict[str | None, int]:
+    """Bytes of a state by the leaf whose path they end in; counters under ``None``."""
+    owners = {name: path for path, plan in plans.items() for name in named(plan)}
+    owners |= {path: path for path in plans}
     found: dict[str | None, int] = {}
-    for keypath, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        last = keypath[-1]
-        path = last.key if isinstance(last, DictKey) else None
-        found[path] = found.get(path, 0) + _nbytes(leaf)
+    for where, leaf in paths.flatten(state)[0].items():
+        parts = where.split("/")
+        ends = ("/".join(parts[start:]) for start in range(len(parts)))
+        owner = next((owners[end] for end in ends if end in owners), None)
+        found[owner] = found.get(owner, 0) + _nbytes(leaf)
     return found
 
 
 def _row(plan: LeafPlan, state_bytes: int, sketch_bytes: int) -> Row:
-    trained = math.prod(plan.trained_shape)
+    trained = plan.trained_size
     itemsize = plan.wide_dtype.itemsize if plan.mode == "lowrank" else _itemsize(plan)
     return Row(
         path=plan.path,
@@ -224,7 +234,7 @@ def _row(plan: LeafPlan, state_bytes: int, sketch_bytes: int) -> Row:
         mode=plan.mode,
         why=plan.reason,
         rank=plan.rank,
-        side=plan.side,
+        side=str(plan.side),
         lam={"lowrank": plan.lam, "dense": 1.0, "frozen": 0.0}[plan.mode],
         trained=trained,
         weight_bytes=math.prod(plan.shape) * _itemsize(plan),
@@ -276,8 +286,8 @@ def _lora(plans: dict[str, LeafPlan]) -> Cost:
     numbers = gradients = factors = 0
     for plan in plans.values():
         if plan.mode == "lowrank":
-            drawn = plan.rank * plan.dim * math.prod(plan.batch_shape)
-            pair = drawn + math.prod(plan.factor_shape)
+            sizes = plan.size_of(plan.rows) + plan.size_of(plan.cols)
+            pair = plan.rank * sizes * math.prod(plan.batch_shape)
             factors += pair
             numbers += pair
             gradients += pair * plan.wide_dtype.itemsize
@@ -312,12 +322,12 @@ def _warnings(plans: dict[str, LeafPlan]) -> tuple[str, ...]:
             else f"{first} and {len(members) - 1} more are"
         )
         said.append(f"{who} {why}")
-    for plan in plans.values():
-        if plan.sketch == "block" and plan.dim % plan.rank:
+    for one in (one for plan in plans.values() for one in plan.each):
+        if one.sketch == "block" and one.dim % one.rank:
             said.append(
-                f"leaf {paths.show(plan.path)}: blocks of {plan.rank} of {plan.dim} rows "
-                f"leave {plan.dim % plan.rank} out of each cycle of "
-                f"{plan.dim // plan.rank} links, others each time, and are gathered; a "
+                f"leaf {paths.show(one.path)}: blocks of {one.rank} of {one.dim} rows "
+                f"leave {one.dim % one.rank} out of each cycle of "
+                f"{one.dim // one.rank} links, others each time, and are gathered; a "
                 "rank that divides the rows slices, and leaves out none"
             )
     if not any(plan.adapted for plan in plans.values()):

@@ -15,6 +15,7 @@ from raclora_jax._autodiff.uses import Uses
 from raclora_jax._autodiff.weight import leaf_weight
 from raclora_jax._core import paths
 from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.sides import in_link, switched
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaf, PyTree
 from raclora_jax._forms.adapter import (
@@ -112,23 +113,28 @@ def unmerged(
         )
         uses = Uses()
 
-        def stand_in(path: str, leaf: Leaf) -> Leaf:
-            plan, dense = plans[path], dequantize if is_quantised(leaf) else None
-            if plan.mode == "lowrank":
-                factor, sketch = values[path], sketches[path]
-                return leaf_weight(
-                    leaf, plan, uses, sketch, factor, zero=False, read=dense
-                )
-            array = leaf if dense is None else dense(leaf)
-            if plan.mode == "frozen":
-                return array
-            wide = jnp.asarray(array, plan.wide_dtype) + values[path]
-            return wide.astype(plan.dtype)
+        def forward(
+            plans: dict[str, LeafPlan], sketches: dict[str, Array]
+        ) -> list[Array]:
+            def stand_in(path: str, leaf: Leaf) -> Leaf:
+                plan, dense = plans[path], dequantize if is_quantised(leaf) else None
+                if plan.mode == "lowrank":
+                    factor, sketch = in_link(values[path], plan), sketches[path]
+                    return leaf_weight(
+                        leaf, plan, uses, sketch, factor, zero=False, read=dense
+                    )
+                array = leaf if dense is None else dense(leaf)
+                if plan.mode == "frozen":
+                    return array
+                wide = jnp.asarray(array, plan.wide_dtype) + values[path]
+                return wide.astype(plan.dtype)
 
-        inputs = [stand_in(path, leaf) for path, leaf in leaves.items()]
-        out = staged.rebuilt(arrays(evaluate(staged.jaxpr, inputs), "output"))
+            inputs = [stand_in(path, leaf) for path, leaf in leaves.items()]
+            return arrays(evaluate(staged.jaxpr, inputs), "output")
+
+        out = switched(plans, sketches, forward)
         uses.warn()
-        return out
+        return staged.rebuilt(out)
 
     return loss
 

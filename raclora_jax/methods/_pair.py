@@ -72,6 +72,13 @@ def pair_method(
       A ``Method``.
     """
     spec, data = as_spec(spec), key_data(key)
+    for side in (spec.side, *(rule.side for rule in spec.rules)):
+        if isinstance(side, float):
+            raise ValueError(
+                f"side={side} draws the side for each link, but a pair has one "
+                "drawn and one zero factor for good; give side='left' or 'right', or "
+                "use methods.raclora"
+            )
     inner = optax.scale_by_adam() if inner is None else inner
     rule = as_rule(inner)
     groups = ("zero", "drawn", "dense") if train_drawn else ("zero", "dense")

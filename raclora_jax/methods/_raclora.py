@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import optax
@@ -42,7 +41,7 @@ def raclora(
 
     def trained(params: PyTree) -> int:
         plans = plan_tree(spec, params).values()
-        return sum(math.prod(plan.trained_shape) for plan in plans)
+        return sum(plan.trained_size for plan in plans)
 
     return from_transform(
         tx, trained=trained, moments=lambda opt_state: find_state(opt_state).inner_state

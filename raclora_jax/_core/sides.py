@@ -1,0 +1,151 @@
+"""Where a leaf's side is drawn: both factors are held, and each link uses one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.types import Drawn, FactorValue, Leaf
+
+T = TypeVar("T")
+
+
+class BothFactors(NamedTuple):
+    """The factors of both sides of a leaf; of a gradient, the one not in use is zero.
+
+    Attributes:
+      left: Array ``(batch..., rank, *axes of the columns)``.
+      right: Array ``(batch..., rank, *axes of the rows)``.
+    """
+
+    left: Array
+    right: Array
+
+
+class BothSketches(NamedTuple):
+    """The sketches of both sides of a leaf, and which of them the link uses.
+
+    Attributes:
+      left: The sketch of the rows.
+      right: The sketch of the columns.
+      is_left: Bool scalar.
+    """
+
+    left: Array
+    right: Array
+    is_left: Array
+
+
+def is_both(node: Leaf) -> bool:
+    """Whether a node holds something of both sides, for ``is_leaf``."""
+    return isinstance(node, BothFactors | BothSketches)
+
+
+def in_use(factors: BothFactors, is_left: Array) -> BothFactors:
+    """The factors with zero for the one that the link does not use."""
+    left, right = factors
+    return BothFactors(jnp.where(is_left, left, 0), jnp.where(is_left, 0, right))
+
+
+def in_link(value: Any, plan: LeafPlan) -> Array:
+    """Of a factor or a sketch what a plan of one side is about."""
+    return getattr(value, str(plan.side)) if is_both(value) else value
+
+
+def named(plan: LeafPlan) -> dict[str, LeafPlan]:
+    """``{path: plan}``, or ``{path/left: plan, path/right: plan}`` of its two sides.
+
+    No leaf has such a path: the leaf itself stands where its branch would begin.
+    """
+    if not plan.sides:
+        return {plan.path: plan}
+    return {f"{plan.path}/{one.side}".lstrip("/"): one for one in plan.sides}
+
+
+def apart(plan: LeafPlan, value: Any) -> dict[str, Array]:
+    """A factor or a sketch by the names of ``named``."""
+    return {name: in_link(value, one) for name, one in named(plan).items()}
+
+
+def joined(plan: LeafPlan, values: Mapping[str, Array]) -> FactorValue:
+    """The factor that ``apart`` took apart, from a dict of many."""
+    found = [values[name] for name in named(plan)]
+    return BothFactors(*found) if plan.sides else found[0]
+
+
+def shapes(value: Any) -> Any:
+    """The shape of an array, or the shapes of both."""
+    return jax.tree.map(jnp.shape, value)
+
+
+def factor_shapes(plan: LeafPlan) -> Any:
+    """``shapes`` of the factor of a leaf."""
+    found: list[Any] = [one.factor_shape for one in plan.each]
+    return BothFactors(*found) if plan.sides else found[0]
+
+
+def sketch_shapes(plan: LeafPlan) -> Any:
+    """``shapes`` of the sketch of a leaf."""
+    found: list[Any] = [one.sketch_shape for one in plan.each]
+    if not plan.sides:
+        return found[0]
+    scalar: Any = ()
+    return BothSketches(found[0], found[1], scalar)
+
+
+def zero_trained(plan: LeafPlan) -> FactorValue:
+    """What a leaf trains, at zero: the factor, both factors, or a dense difference."""
+    found = [jnp.zeros(one.trained_shape, one.wide_dtype) for one in plan.each]
+    return BothFactors(*found) if plan.sides else found[0]
+
+
+def zero_sketch(plan: LeafPlan) -> Drawn:
+    """A sketch of zeros, before anything is drawn."""
+    found = [jnp.zeros(one.sketch_shape, one.sketch_dtype) for one in plan.each]
+    if not plan.sides:
+        return found[0]
+    return BothSketches(found[0], found[1], jnp.asarray(False))
+
+
+def switched(
+    plans: Mapping[str, LeafPlan],
+    sketches: Mapping[str, Drawn],
+    one: Callable[[dict[str, LeafPlan], dict[str, Array]], T],
+) -> T:
+    """Calls a function of plans and sketches with the sides that the link uses.
+
+    One number is drawn for all leaves of a link, and a leaf is left if it is below the
+    leaf's chance. So k different chances have k + 1 cases, in order; the program holds
+    each of them and runs one.
+
+    Args:
+      plans: ``{path: plan}``.
+      sketches: ``{path: sketch}`` as ``draw_all`` gives them.
+      one: ``one(plans, sketches)`` of leaves with one side each; gives a tree of arrays.
+
+    Returns:
+      What ``one`` gave.
+    """
+    by_chance = {float(plan.side): path for path, plan in plans.items() if plan.sides}
+    if not by_chance:
+        return one(dict(plans), dict(sketches))
+    chances = sorted(by_chance, reverse=True)
+
+    def case(left: list[float]) -> Callable[[], T]:
+        def chosen(plan: LeafPlan) -> LeafPlan:
+            if not plan.sides:
+                return plan
+            return plan.sides[0] if plan.side in left else plan.sides[1]
+
+        own = {path: chosen(plan) for path, plan in plans.items()}
+        drawn = {path: in_link(sketch, own[path]) for path, sketch in sketches.items()}
+        return lambda: one(own, drawn)
+
+    cases = [case(chances[:count]) for count in range(len(chances) + 1)]
+    drawn_left = [sketches[path].is_left for path in by_chance.values()]
+    return lax.switch(jnp.sum(jnp.stack(drawn_left)), cases)
