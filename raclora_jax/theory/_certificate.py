@@ -32,9 +32,10 @@ class Certificate(NamedTuple):
       excess: ``{path: sum of share - lambda}`` over the links so far.
       variance: ``{path: sum of the variances}`` of these.
       z: ``{path: excess / sqrt(variance)}``, in standard deviations.
+      z_together: The same of all leaves as one, each in units of its lambda.
       finite: Whether every number of this link was.
       descends: Whether this link's loss fell as it should.
-      covers: Whether no z is at the threshold of -4 or below.
+      covers: Whether no z is at the threshold of -4 or below, nor that of all leaves.
     """
 
     links: Array
@@ -47,6 +48,7 @@ class Certificate(NamedTuple):
     excess: dict[str, Array]
     variance: dict[str, Array]
     z: dict[str, Array]
+    z_together: Array
     finite: Array
     descends: Array
     covers: Array
@@ -78,6 +80,8 @@ def certify(
     counts in standard deviations over the links so far, each with the variance it has
     given its gradient. A sketch that stays, or a law that leaves directions out, drives z
     down without end; a sound run is below -4 with a probability of about 3e-5 at a look.
+    Sketches of the leaves are independent, so their sum tells of a fault that all share
+    after a few links.
 
     Args:
       previous: The certificate of the link before, ``None`` for the first.
@@ -117,7 +121,7 @@ def certify(
     for name, value in (("learning_rate", learning_rate), ("noise", noise)):
         if not isinstance(value, jax.core.Tracer):
             check_not_negative(**{name: float(value)})
-    before, after = jnp.asarray(loss_before), jnp.asarray(loss_after)
+    before, after = _floating(loss_before), _floating(loss_after)
     guaranteed = jnp.asarray(learning_rate, seen.energy.dtype) / 2 * seen.energy
     size = jnp.maximum(jnp.abs(before), jnp.abs(after))
     ulps = _ULPS * float(jnp.finfo(before.dtype).eps) * size
@@ -127,6 +131,8 @@ def certify(
     finite = jnp.all(jnp.isfinite(numbers)) & jnp.all(jnp.array([*known.values()]))
     excess, variance = _summed(previous, seen, known)
     z = {path: excess[path] / jnp.sqrt(variance[path]) for path in excess}
+    together = _together(excess, variance, seen.lam)
+    scores = jnp.array([*z.values(), together])
     links = jnp.zeros((), jnp.int32) if previous is None else previous.links
     return Certificate(
         links=links + 1,
@@ -139,10 +145,16 @@ def certify(
         excess=excess,
         variance=variance,
         z=z,
+        z_together=together,
         finite=finite,
         descends=after - before <= tolerance - guaranteed.astype(before.dtype),
-        covers=jnp.all(jnp.array([score > THRESHOLD for score in z.values()])),
+        covers=jnp.all(scores > THRESHOLD),
     )
+
+
+def _floating(loss: Scalar) -> Array:
+    array = jnp.asarray(loss)
+    return array if jnp.issubdtype(array.dtype, jnp.floating) else array.astype(float)
 
 
 def _summed(
@@ -166,3 +178,12 @@ def _summed(
             excess[path] = previous.excess[path] + more
             variance[path] = previous.variance[path] + spread
     return excess, variance
+
+
+def _together(
+    excess: dict[str, Array], variance: dict[str, Array], lam: dict[str, Array]
+) -> Array:
+    """The score of all leaves: a sum of independent numbers, in units of lambda."""
+    total = jnp.array([excess[path] / lam[path] for path in excess])
+    spread = jnp.array([variance[path] / lam[path] ** 2 for path in variance])
+    return jnp.sum(total) / jnp.sqrt(jnp.sum(spread))

@@ -86,6 +86,12 @@ def _broken(link: Certificate) -> str:
         )
     if not link.covers:
         path, z = _lowest(link)
+        if z > THRESHOLD:
+            return (
+                f"link {number} does not cover: no leaf alone is out of range, but all "
+                f"together are at z = {float(link.z_together):.1f}; the sketches stay "
+                "the same, or their law leaves directions out"
+            )
         lam = float(link.lam[path])
         mean = lam + float(link.excess[path]) / number
         return (
