@@ -115,7 +115,8 @@ def against_bounds(
         for t in range(1, links + 1)
     ]
     row["pl_over_bound"] = float(np.max(mean[1:] / pl))
-    row["log_rate_over_lam"] = float(-np.log(mean[-1] / mean[0]) / links / lam)
+    rate = np.log(mean[-1] / mean[0]) / np.log(pl[-1] / known["gap"])
+    row["log_rate_over_bound"] = float(rate)
     if law == "block" and dim % rank == 0:
         turns = dim // rank
         cycles = range(1, links // turns + 1)
