@@ -32,6 +32,7 @@ docs: $(VENV)/.installed-docs
 bench: $(VENV)/.installed-benchmarks
 	$(BIN)/python -m benchmarks.counterexample
 	$(BIN)/python -m benchmarks.linear_regression
+	$(BIN)/python -m benchmarks.rates
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.laws
 	$(BIN)/python -m benchmarks.sides

@@ -10,12 +10,13 @@ import pathlib
 import re
 from collections.abc import Callable, Sequence
 
-from benchmarks import accuracy_tables, contest_tables
+from benchmarks import accuracy_tables, contest_tables, theory_tables
 from benchmarks.rows import RESULTS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = tuple(
-    ROOT / page for page in ("README.md", "docs/results.md", "docs/performance.md")
+    ROOT / page
+    for page in ("README.md", "docs/results.md", "docs/performance.md", "docs/theory.md")
 )
 
 
@@ -171,6 +172,9 @@ TABLES = {
     "data_parallel": data_parallel_table,
     "laws": laws_table,
     "gpu": gpu_table,
+    "rates": theory_tables.rates,
+    "estimators": theory_tables.estimators,
+    "certificates": theory_tables.certificates,
 }
 
 

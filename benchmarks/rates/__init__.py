@@ -1,0 +1,1 @@
+"""Runs measured against the bounds of ``raclora_jax.theory``."""

@@ -1,0 +1,112 @@
+"""What plain numbers must satisfy before a formula is worth computing."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any
+
+# A step computed from the same numbers may round to just above the largest one.
+_ROUNDING = 1e-9
+
+
+def real(name: str, value: Any) -> float:
+    """A value as a finite float, refused by name if it is none."""
+    try:
+        number = float(operator.pos(value))  # which, unlike float, refuses text
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name} must be a number, got {value!r} of type {type(value).__name__}"
+        ) from None
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return number
+
+
+def check_positive(**values: float) -> None:
+    """Refuses what is not above zero."""
+    for name, value in values.items():
+        if real(name, value) <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+def check_not_negative(**values: float) -> None:
+    """Refuses what is below zero."""
+    for name, value in values.items():
+        if real(name, value) < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+
+
+def check_probability(**values: float) -> None:
+    """Refuses what is outside [0, 1]."""
+    for name, value in values.items():
+        if not 0 <= real(name, value) <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value}")
+
+
+def check_fraction(**values: float) -> None:
+    """Refuses what is outside (0, 1]."""
+    for name, value in values.items():
+        if not 0 < real(name, value) <= 1:
+            raise ValueError(f"{name} must be in (0, 1], got {value}")
+
+
+def check_lam(lam: float, lam_max: float | None = None) -> float:
+    """The largest eigenvalue of the mean projector: ``lam`` where none is given."""
+    if not 0 < real("lam", lam) <= 1:
+        raise ValueError(
+            f"lam must be in (0, 1], got {lam}: it is the smallest eigenvalue of the "
+            "mean projector, and a law with lam = 0 never trains some direction"
+        )
+    if lam_max is None:
+        return lam
+    if not lam <= real("lam_max", lam_max) <= 1:
+        raise ValueError(f"lam_max must be between lam = {lam} and 1, got {lam_max}")
+    return lam_max
+
+
+def check_count(**values: int) -> None:
+    """Refuses what is no int of at least 1."""
+    for name, value in values.items():
+        try:
+            number = operator.index(value)
+        except TypeError:
+            raise TypeError(
+                f"{name} must be an int, got {value!r} of type {type(value).__name__}"
+            ) from None
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+
+
+def check_step(gamma: float, largest: float, name: str = "gamma") -> None:
+    """Refuses a step above what the bound allows."""
+    check_positive(**{name: gamma})
+    if gamma > largest * (1 + _ROUNDING):
+        raise ValueError(
+            f"{name} = {gamma:g} is above {largest:g}, the largest step for which this "
+            "bound holds"
+        )
+
+
+def check_sample_smoothness(smoothness: float, sample_smoothness: float) -> None:
+    """Refuses samples or clients that are smoother than their mean."""
+    check_positive(smoothness=smoothness, sample_smoothness=sample_smoothness)
+    if sample_smoothness < smoothness * (1 - _ROUNDING):
+        raise ValueError(
+            f"sample_smoothness = {sample_smoothness:g} is below smoothness = "
+            f"{smoothness:g}: a mean is at least as smooth as the root mean square of "
+            "its members"
+        )
+
+
+def check_pl(gamma: float, mu: float, smoothness: float | None) -> None:
+    """Refuses mu and L that contradict, and a step above 1 / L or 1 / mu."""
+    check_positive(mu=mu)
+    if smoothness is not None:
+        check_positive(smoothness=smoothness)
+        if mu > smoothness * (1 + _ROUNDING):
+            raise ValueError(
+                f"mu = {mu:g} is above smoothness = {smoothness:g}: no function has that"
+            )
+    # Without L: it is at least mu, so 1 / L is at most 1 / mu.
+    check_step(gamma, 1 / (mu if smoothness is None else smoothness))
