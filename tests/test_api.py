@@ -31,8 +31,12 @@ BELOW = {
     "_chain": {"_core"},
     "_forms": {"_core", "_autodiff", "_chain"},
 }
+# What a room imports that not everyone has installed.
+OPTIONAL = {"flax.py": {"flax"}, "_privacy.py": {"dp_accounting"}}
 STRANGERS = ({"sketch", "lowrank", "rounding"}, {"optimizer", "adapter"})
-NAMESPACES = ("flax", "methods")
+NAMESPACES = ("federated", "flax", "methods")
+# Namespaces that are folders: their rooms know each other.
+FOLDERS = ("federated", "methods")
 ALL_ROOMS = [(folder, room) for folder, rooms in ROOMS.items() for room in rooms.split()]
 
 
@@ -93,8 +97,8 @@ def test_folders_say_what_they_are_and_no_more():
 
 def test_nothing_imports_a_public_namespace():
     for path in PACKAGE.rglob("*.py"):
-        inside = "methods" in path.parts and path.name != "__init__.py"
-        own = {"methods"} if "methods" in path.parts else set()
+        own = {*FOLDERS} & {*path.parts}
+        inside = bool(own) and path.name != "__init__.py"
         tops = {name.partition(".")[0] for name in imported_rooms(path)}
         assert not tops & (set(NAMESPACES) - own), path
         assert not inside or "flax" not in tops
@@ -120,7 +124,7 @@ def test_only_flax_room_imports_flax():
 def test_core_needs_few_packages():
     allowed = {"jax", "numpy", "optax", "raclora_jax", *sys.stdlib_module_names}
     for path in PACKAGE.rglob("*.py"):
-        extra = {"flax"} if path.name == "flax.py" else set()
+        extra = OPTIONAL.get(path.name, set())
         assert imported_packages(path) <= allowed | extra, path.name
 
 
@@ -146,13 +150,15 @@ def modules():
 def public_functions():
     for name in rl.__all__:
         yield name, getattr(rl, name)
-    for name in rl.methods.__all__:
-        yield f"methods.{name}", getattr(rl.methods, name)
+    for folder in FOLDERS:
+        namespace = importlib.import_module(f"raclora_jax.{folder}")
+        for name in namespace.__all__:
+            yield f"{folder}.{name}", getattr(namespace, name)
     for name in ("to_tree", "value_and_grad", "apply_updates", "TrainState"):
         yield f"flax.{name}", getattr(rl.flax, name)
 
 
-for namespace in ("methods", "flax"):
+for namespace in NAMESPACES:
     importlib.import_module(f"raclora_jax.{namespace}")
 PUBLIC = list(public_functions())
 

@@ -7,7 +7,7 @@ import pytest
 
 import raclora_jax as rl
 from benchmarks import tables
-from raclora_jax import methods
+from raclora_jax import federated, methods
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -63,5 +63,5 @@ def test_commands_and_links_exist(page):
 def test_reference_has_every_public_name():
     reference = (ROOT / "docs" / "reference.md").read_text()
     shown = re.findall(r"auto(?:class|function):: (\w+)$", reference, re.MULTILINE)
-    public = {*rl.__all__, *methods.__all__, "to_tree", "TrainState"}
+    public = {*rl.__all__, *federated.__all__, *methods.__all__, "to_tree", "TrainState"}
     assert public - {*shown} == set(), "add them to docs/reference.md"
