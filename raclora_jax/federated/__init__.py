@@ -6,6 +6,16 @@ sends that. Simulated and real clients call the same functions.
 """
 
 from raclora_jax.federated._client import Local, client_update, client_updates
+from raclora_jax.federated._compression import (
+    Compression,
+    Sparse,
+    compress,
+    ef21,
+    estimate,
+    is_full,
+    marina,
+    qgd,
+)
 from raclora_jax.federated._messages import (
     Drop,
     Message,
@@ -36,11 +46,13 @@ from raclora_jax.federated._strategies import (
 )
 
 __all__ = [
+    "Compression",
     "Drop",
     "Local",
     "Message",
     "Privacy",
     "RoundLog",
+    "Sparse",
     "State",
     "Step",
     "Strategy",
@@ -49,15 +61,21 @@ __all__ = [
     "client_update",
     "client_updates",
     "combine",
+    "compress",
+    "ef21",
     "epsilon",
+    "estimate",
     "fedavg",
     "fedex",
     "fedit",
     "ffa_lora",
     "flexlora",
     "init",
+    "is_full",
+    "marina",
     "nbytes",
     "params_of",
+    "qgd",
     "raclora",
     "replay",
     "sample_clients",

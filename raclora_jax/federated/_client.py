@@ -165,28 +165,26 @@ def client_updates(
       (3, 2, 6)
     """
     clients = jnp.asarray(clients)
-    rows = _rows(jax.tree.map(lambda array: array[0], data))
-    counts = jnp.full(clients.shape, rows) if counts is None else jnp.asarray(counts)
     number = clients.shape[0]
-    for array in (*data, counts):
+    # Counts that are not given are known before the program runs: fewer orders to sort.
+    own = (data, clients) if counts is None else (data, clients, jnp.asarray(counts))
+    for array in jax.tree.leaves(own):
         if jnp.shape(array)[0] != number:
             raise ValueError(
                 f"{number} clients need data and counts with a leading axis of that "
                 f"size, got shape {jnp.shape(array)}"
             )
 
-    def many(
-        state: State, key: Array, data: tuple[Any, ...], clients: Array, counts: Array
-    ) -> Message:
-        def one(data: tuple[Any, ...], client: Array, count: Array) -> Message:
+    def many(state: State, key: Array, *own: Any) -> Message:
+        def one(data: Any, client: Array, count: Array | None = None) -> Message:
             return client_update(
                 strategy, state, data, local, client=client, count=count, key=key
             )
 
-        return jax.vmap(one)(data, clients, counts)
+        return jax.vmap(one)(*own)
 
     if mesh is None:
-        return many(state, key_data(key), data, clients, counts)
+        return many(state, key_data(key), *own)
     if len(mesh.axis_names) != 1 or number % mesh.size:
         raise ValueError(
             f"clients are spread over a mesh of one axis whose size divides their "
@@ -200,10 +198,9 @@ def client_updates(
         return many(state, key, *own)
 
     every, each = PartitionSpec(), PartitionSpec(axis)
-    run = jax.shard_map(
-        spread, mesh=mesh, in_specs=(every, every, each, each, each), out_specs=each
-    )
-    return run(state, key_data(key), data, clients, counts)
+    specs = (every, every, *(each for _ in own))
+    run = jax.shard_map(spread, mesh=mesh, in_specs=specs, out_specs=each)
+    return run(state, key_data(key), *own)
 
 
 def _rows(data: tuple[Any, ...]) -> int:
