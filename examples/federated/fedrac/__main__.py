@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import signal
 import tempfile
 
-# Trainers, server and simulation share a machine: on one kind of device, none takes all.
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+import jax
 
 from fedrac import simulation, task
 from fedrac.certificates import make_node_key
@@ -98,19 +96,24 @@ def hurt(options: argparse.Namespace, processes: Processes, link: int) -> None:
 
 
 def refused(federation: Federation) -> None:
-    """Shows what becomes of nodes that nobody registered.
+    """Shows what becomes of nodes that nobody registered, and of unsigned requests.
 
     Raises:
-      RuntimeError: If one is let in.
+      RuntimeError: If one is not refused.
     """
     make_node_key(federation.home, "stranger.key")
     for name, key in (("stranger", "stranger.key"), ("keyless", "")):
         federation.start_node(name, CLIENTS, key)
         federation.wait(lambda name=name: federation.processes.ended(name), timeout=120)
         said = federation.processes.said(name)
-        if "SuperNode ID" in said:
-            raise RuntimeError(f"{name} was let in:\n{said}")
-        print(f"{name} refused: {said.strip().splitlines()[-1]}", flush=True)
+        codes = [line for line in said.splitlines() if line.startswith("[code: ")]
+        if not codes:
+            raise RuntimeError(f"{name} was not refused:\n{said}")
+        print(f"{name} refused: {codes[0]}", flush=True)
+    status = federation.unsigned_request()
+    if status != 401:
+        raise RuntimeError(f"an unsigned request got the status {status}, not 401")
+    print("unsigned request for messages refused: 401", flush=True)
 
 
 def show(log: dict) -> None:
@@ -157,6 +160,7 @@ def main() -> None:
     options = parsed()
     # Ctrl-C already ends a program with an exception; so does a request to end.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    jax.config.update("jax_platforms", environment(pathlib.Path())["JAX_PLATFORMS"])
     with tempfile.TemporaryDirectory(prefix="fedrac-") as folder:
         home = pathlib.Path(folder)
         out = pathlib.Path(options.out or home / "out").resolve()

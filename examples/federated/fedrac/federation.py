@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import os
 import pathlib
 import socket
+import ssl
 import sys
 import time
 from collections.abc import Callable
@@ -25,6 +28,10 @@ def environment(home: pathlib.Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        # Trainers, server and simulation share a machine: none may take all of a GPU.
+        "JAX_PLATFORMS": "cpu",
+        "NO_PROXY": _HOST,
+        "no_proxy": _HOST,
         "PATH": f"{_BIN}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONPATH": f"{APP}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
         "PYTHONUNBUFFERED": "1",
@@ -94,6 +101,15 @@ class Federation:
             *("--host", _HOST, "--port", str(free_ports(1)[0])),
             *("--node-config", words),
         )
+
+    def unsigned_request(self) -> int:
+        """The status of a request for a node's messages that no key has signed."""
+        trusted = ssl.create_default_context(cafile=self.home / "ca.pem")
+        server = http.client.HTTPSConnection(_HOST, self._port, context=trusted)
+        headers = {"Content-Type": "application/x-protobuf"}
+        with contextlib.closing(server):
+            server.request("POST", "/v1/fleet/pull-messages", b"", headers)
+            return server.getresponse().status
 
     def submit(self, **config: int | float | str) -> None:
         """Starts the app; it runs by itself."""

@@ -20,6 +20,8 @@ from raclora_jax import federated as fed
 
 app = ServerApp()
 
+POLL = 1.0  # seconds between two looks for replies or nodes
+
 # Flower's error codes that are no fault of a program.
 _REASONS = {3: "late", 4: "late", 5: "gone", REFUSED: "refused"}
 
@@ -88,8 +90,10 @@ class Server:
             )
             for node, question in questions.items()
         ]
-        replies = grid.send_and_receive(messages, timeout=timeout)
-        answers, dropped = self._sorted(replies, nodes)
+        ids = zip(grid.push_messages(messages), nodes, strict=True)
+        asked = {sent: node for sent, node in ids if sent}  # none if it was not sent
+        replies = collect(grid, set(asked), timeout)
+        answers, dropped = self._sorted(replies, asked, nodes)
         step, log = fed.aggregate(task.STRATEGY, self.state, answers)
         self.state, _, step = fed.server_step(task.STRATEGY, self.state, step)
         self.steps.append(step)
@@ -114,19 +118,22 @@ class Server:
         return Question(self.seed, self.link, self.stamp, since, factors)
 
     def _sorted(
-        self, replies: Iterable[Message], nodes: list[int]
+        self, replies: Iterable[Message], asked: dict[str, int], nodes: list[int]
     ) -> tuple[list[fed.Message], list[fed.Drop]]:
         """(what may go to ``aggregate``, what may not and why)."""
         answers: list[fed.Message] = []
         dropped: list[fed.Drop] = []
-        silent = set(nodes)
+        silent = dict.fromkeys(nodes)
         for reply in replies:
-            node = reply.metadata.src_node_id
-            silent.discard(node)
-            if node not in nodes or reply.metadata.group_id != str(self.link):
-                line = f"node {node} answers what it was not asked"
+            sender = reply.metadata.src_node_id
+            node = asked.get(reply.metadata.reply_to_message_id)
+            # What the SuperLink says for a node that cannot has its own sender.
+            if node is None or not (reply.has_error() or sender == node):
+                line = f"node {sender} answers what it was not asked"
                 dropped.append(fed.Drop(None, "unasked", line))
-            elif reply.has_error():
+                continue
+            silent.pop(node, None)
+            if reply.has_error():
                 dropped.append(self._failed(node, reply.error.code, reply.error.reason))
             elif not len(reply.content):
                 dropped.append(self._drop(node, "nothing", "sent nothing"))
@@ -135,9 +142,8 @@ class Server:
                     answers.append(self._message(node, reply))
                 except NotOursError as error:
                     dropped.append(self._drop(node, "not ours", str(error)))
-        dropped += [
-            self._drop(node, "late", "did not answer in time") for node in sorted(silent)
-        ]
+        late = "did not answer in time"
+        dropped += [self._drop(node, "late", late) for node in silent]
         return answers, dropped
 
     def _message(self, node: int, reply: Message) -> fed.Message:
@@ -171,8 +177,20 @@ def present(grid: Grid, least: int, timeout: float) -> list[int]:
     """The nodes that are there, once there are ``least`` of them or time is up."""
     until = time.monotonic() + timeout
     while len(nodes := sorted(grid.get_node_ids())) < least and time.monotonic() < until:
-        time.sleep(1)
+        time.sleep(POLL)
     return nodes
+
+
+def collect(grid: Grid, waiting: set[str], timeout: float) -> list[Message]:
+    """The replies to messages, by their ids, that come in time."""
+    until, replies = time.monotonic() + timeout, []
+    while waiting and time.monotonic() < until:
+        come = list(grid.pull_messages(waiting))
+        replies += come
+        waiting = waiting - {reply.metadata.reply_to_message_id for reply in come}
+        if waiting:
+            time.sleep(POLL)
+    return replies
 
 
 def save(folder: pathlib.Path, server: Server, log: LinkLog) -> None:
