@@ -106,7 +106,7 @@ class Federation:
         """The status of a request for a node's messages that no key has signed."""
         trusted = ssl.create_default_context(cafile=self.home / "ca.pem")
         server = http.client.HTTPSConnection(_HOST, self._port, context=trusted)
-        headers = {"Content-Type": "application/x-protobuf"}
+        headers = {"Content-Type": "application/protobuf"}
         with contextlib.closing(server):
             server.request("POST", "/v1/fleet/pull-messages", b"", headers)
             return server.getresponse().status
