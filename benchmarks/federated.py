@@ -28,6 +28,7 @@ from jax import Array
 
 import raclora_jax as rl
 from benchmarks import rows as result_rows
+from benchmarks.federated_report import draw
 from benchmarks.finetune import data as images
 from raclora_jax import federated as fed
 
@@ -336,6 +337,8 @@ def main() -> None:
                 for seed in SEEDS[:1] if options.quick else SEEDS:
                     final = {**study, "judged": "test"}
                     book.row(final, best._replace(seed=seed), job)
+    if not options.quick:
+        draw(options.out / f"{name}.png", book.rows)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import re
 import statistics
 from collections.abc import Callable, Sequence
 
+from benchmarks import federated_report
 from benchmarks.rows import RESULTS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -195,6 +196,35 @@ def language_times_table() -> str:
     return "\n".join(lines)
 
 
+def federated_table() -> str:
+    """Every rule at its best setting, by number of clients and start."""
+    rows = json.loads((RESULTS / "federated_mnist.json").read_text())["rows"]
+    lines = [
+        "| clients | start | rule | rank | local steps | local rate | rounds "
+        "| KiB up, per client | KiB down | test accuracy, % |",
+        "|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for (clients, start, rule), own in federated_report.finals(rows).items():
+        if len(own) < 3:
+            continue
+        right = [100 * row["accuracy"] for row in own]
+        row = own[0]
+        cells = (
+            str(clients),
+            start,
+            rule,
+            "-" if rule == "FedAvg" else str(row["rank"]),
+            str(row["steps"]),
+            f"{row['rate']:g}",
+            str(row["exchanges"]),
+            f"{row['bytes_up'] / 1024:,.0f}",
+            f"{row['bytes_down'] / 1024:,.0f}",
+            f"{statistics.mean(right):.2f} ± {statistics.stdev(right):.2f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 TABLES = {
     "digits": lambda: finetune_table("digits"),
     "mnist": lambda: finetune_table("mnist"),
@@ -210,6 +240,7 @@ TABLES = {
     "language_explored": lambda: language_table("explored"),
     "laws": laws_table,
     "gpu": gpu_table,
+    "federated": federated_table,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from raclora_jax._core import paths
@@ -30,24 +31,31 @@ class Expected:
         if not isinstance(message, Message):
             line = f"a client sent a {type(message).__name__}, no Message"
             return Drop(None, "nothing", line)
-        client = int(message.client)
+        client = _number(message.client)
+        if client is None or not client.is_integer():
+            line = f"a message names {message.client!r} as its client, no number"
+            return Drop(None, "nothing", line)
+        return self._refuses(message, int(client), kept)
 
+    def _refuses(
+        self, message: Message, client: int, kept: dict[int, Message]
+    ) -> Drop | None:
         def drop(reason: str, line: str) -> Drop:
             return Drop(client, reason, f"client {client} {line}")
 
         if message.stamp != self.stamp:
             return drop("stamp", f"has stamp {message.stamp}, this run {self.stamp}")
-        if int(message.round) != self.round:
-            line = f"answers round {int(message.round)}, this is round {self.round}"
+        if _number(message.round) != self.round:
+            line = f"answers round {message.round}, this is round {self.round}"
             return drop("round", line)
         if client in kept:
             return drop("twice", "sent a second message in this round")
         wrong = self._wrong_shape(message.trained)
         if wrong:
             return drop("shape", wrong)
-        count = float(message.count)
-        if not (np.isfinite(count) and count >= 0):
-            return drop("weight", f"has weight {count:g}; it must be 0 or more")
+        count = _number(message.count)
+        if count is None or not (np.isfinite(count) and count >= 0):
+            return drop("weight", f"has weight {message.count}; it must be 0 or more")
         for path, array in self._leaves(message.trained):
             if not np.isfinite(np.asarray(array)).all():
                 return drop("not finite", f"sent NaN or infinity in {paths.show(path)}")
@@ -76,14 +84,19 @@ class Expected:
         )
 
     def _wrong_shape(self, trained: Any) -> str:
-        if not isinstance(trained, Trained):
-            return f"sent a {type(trained).__name__} in the place of Trained"
+        if not (
+            isinstance(trained, Trained)
+            and all(isinstance(arrays, dict) for arrays in trained)
+        ):
+            return "sent no Trained with two dicts of arrays"
         for own, whole in zip(trained, self.start, strict=True):
             if set(own) != set(whole):
                 odd = sorted(set(own) ^ set(whole))[0]
                 return f"{'lacks' if odd in whole else 'has no place for'} {odd!r}"
         for own, whole in zip(trained, self.start, strict=True):
             for path, array in own.items():
+                if not jnp.issubdtype(np.asarray(array).dtype, jnp.floating):
+                    return f"sent {path!r} of dtype {np.asarray(array).dtype}, no float"
                 shape, plan = np.shape(array), self.plans[path]
                 if not self._fits(shape, np.shape(whole[path]), plan):
                     expected = np.shape(whole[path])
@@ -104,6 +117,13 @@ class Expected:
 
     def _leaves(self, trained: Trained) -> list[tuple[str, Any]]:
         return [*trained.factors.items(), *trained.sketches.items()]
+
+
+def _number(value: Any) -> float | None:
+    """A scalar of a message, if it is one."""
+    array = np.asarray(value)
+    known = array.ndim == 0 and np.issubdtype(array.dtype, np.number)
+    return float(array) if known else None
 
 
 def check_step(step: Step, state: State, stamp: str) -> None:

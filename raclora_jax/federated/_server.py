@@ -26,7 +26,7 @@ from raclora_jax.federated._messages import (
 )
 from raclora_jax.federated._privacy import Privacy, private_mean
 from raclora_jax.federated._state import advance, rule_of, stamp_of, start_of
-from raclora_jax.federated._strategies import Strategy
+from raclora_jax.federated._strategies import Strategy, mean_rule
 
 
 def sample_clients(clients: int, take: int, *, round: Array | int, key: KeyLike) -> Array:
@@ -74,11 +74,15 @@ def aggregate(
       strategy: The strategy of the run.
       state: Where the run stands.
       messages: What came in, in any order: it is summed in the order of the clients.
-      privacy: Clip and noise on what the clients trained; then all weigh the same.
+      privacy: Clip and noise on what the clients trained; then all weigh the same. For
+        strategies whose step is the mean of that, so not FedEx-LoRA and FlexLoRA.
 
     Returns:
       ``(step, log)``. ``step`` is ``None`` if no message is left, or all that are left
       weigh nothing.
+
+    Raises:
+      ValueError: If ``privacy`` is given with a strategy that sends more than the mean.
 
     Example:
       >>> import jax.numpy as jnp
@@ -91,6 +95,11 @@ def aggregate(
       round 0: 0 in the mean, 1 dropped, 0 bytes up
       a client sent nothing
     """
+    if privacy is not None and strategy.combine is not mean_rule:
+        raise ValueError(
+            f"privacy covers the mean of what clients train, and {strategy.name} sends "
+            "down more than that; use raclora, ffa_lora, fedit or fedavg"
+        )
     expected = Expected(strategy, state)
     kept: dict[int, Message] = {}
     dropped: list[Drop] = []
@@ -157,7 +166,8 @@ def combine(
     """
     start = start_of(strategy, state)
     stacked = messages.trained
-    weights = jnp.asarray(messages.count if weights is None else weights, jnp.float32)
+    wide = jnp.result_type(jnp.float32, *jax.tree.leaves(stacked))
+    weights = jnp.asarray(messages.count if weights is None else weights).astype(wide)
     finite = jnp.ones(weights.shape, bool)
     for leaf in jax.tree.leaves(stacked):
         finite &= jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
@@ -169,8 +179,7 @@ def combine(
         return jnp.where(finite.reshape(shape), leaf, start)
 
     stacked = jax.tree.map(clean, stacked, start)
-    wide = jnp.result_type(jnp.float32, *jax.tree.leaves(stacked))
-    shares = weights.astype(wide) / jnp.where(total > 0, total, 1).astype(wide)
+    shares = weights / jnp.where(total > 0, total, 1)
     plans = plan_tree(strategy.spec, state.base_params)
     mean, missed = strategy.combine(plans, stacked, shares)
     mean = jax.tree.map(lambda m, s: jnp.where(total > 0, m, s), mean, start)
@@ -227,7 +236,7 @@ def server_step(
       ``(state, opt_state, step)``: the next round, and what to send to the clients.
 
     Raises:
-      ValueError: If the step is of another round or stamp.
+      ValueError: If the step is of another round or stamp, or ``tx`` has no state.
 
     Example:
       >>> import jax.numpy as jnp
@@ -242,6 +251,11 @@ def server_step(
     if step is None:
         step = Step(None, {}, state.round, stamp)
     check_step(step, state, stamp)
+    if tx is not None and opt_state is None:
+        raise ValueError(
+            "server_step: tx needs its state; pass opt_state=server_init(strategy, "
+            "state, tx), then what server_step returned"
+        )
     if tx is not None and step.trained is not None:
         start = start_of(strategy, state)
         away = jax.tree.map(lambda s, m: s - jnp.asarray(m), start, step.trained)

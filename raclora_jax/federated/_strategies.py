@@ -74,7 +74,7 @@ def raclora(spec: Spec | int, *, rounds_per_link: int = 1) -> Strategy:
         raise TypeError(f"rounds_per_link must be an int, got {rounds_per_link!r}")
     if rounds_per_link < 1:
         raise ValueError(f"rounds_per_link must be at least 1, got {rounds_per_link}")
-    return Strategy("raclora", as_spec(spec), _mean, rounds_per_link, pair=False)
+    return Strategy("raclora", as_spec(spec), mean_rule, rounds_per_link, pair=False)
 
 
 def fedavg(spec: Spec | int) -> Strategy:
@@ -97,7 +97,7 @@ def fedavg(spec: Spec | int) -> Strategy:
     spec = as_spec(spec)
     frozen = [rule for rule in spec.rules if rule.mode == "frozen"]
     spec = dataclasses.replace(spec, rules=[*frozen, Rule(".*", mode="dense")])
-    return Strategy("fedavg", spec, _mean, 1, pair=False)
+    return Strategy("fedavg", spec, mean_rule, 1, pair=False)
 
 
 def ffa_lora(spec: Spec | int) -> Strategy:
@@ -119,7 +119,7 @@ def ffa_lora(spec: Spec | int) -> Strategy:
       Sun et al., `Improving LoRA in Privacy-preserving Federated Learning
       <https://arxiv.org/abs/2403.12313>`_, 2024.
     """
-    return Strategy("ffa_lora", as_spec(spec), _mean, None, pair=False)
+    return Strategy("ffa_lora", as_spec(spec), mean_rule, None, pair=False)
 
 
 def fedit(spec: Spec | int) -> Strategy:
@@ -145,7 +145,7 @@ def fedit(spec: Spec | int) -> Strategy:
       Zhang et al., `Towards Building the Federated GPT
       <https://arxiv.org/abs/2305.05644>`_, 2023.
     """
-    return Strategy("fedit", _pair_spec(spec), _mean, None, pair=True)
+    return Strategy("fedit", _pair_spec(spec), mean_rule, None, pair=True)
 
 
 def fedex(spec: Spec | int) -> Strategy:
@@ -213,7 +213,7 @@ def _pair_spec(spec: Spec | int) -> Spec:
     return dataclasses.replace(spec, cache=True)
 
 
-def _mean(plans: Plans, stacked: Trained, weights: Array) -> tuple[Trained, Arrays]:
+def mean_rule(plans: Plans, stacked: Trained, weights: Array) -> tuple[Trained, Arrays]:
     def mean(array: Array) -> Array:
         dims = (((0,), (0,)), ((), ()))
         return lax.dot_general(
@@ -226,7 +226,7 @@ def _mean(plans: Plans, stacked: Trained, weights: Array) -> tuple[Trained, Arra
 def _mean_and_residual(
     plans: Plans, stacked: Trained, weights: Array
 ) -> tuple[Trained, Arrays]:
-    mean, _ = _mean(plans, stacked, weights)
+    mean, _ = mean_rule(plans, stacked, weights)
     centred = jax.tree.map(lambda all_, one: all_ - one, stacked, mean)
     missed = {
         path: residual(centred.factors[path], sketches, weights, plans[path])
@@ -236,7 +236,7 @@ def _mean_and_residual(
 
 
 def _truncated(plans: Plans, stacked: Trained, weights: Array) -> tuple[Trained, Arrays]:
-    mean, _ = _mean(plans, stacked, weights)
+    mean, _ = mean_rule(plans, stacked, weights)
     factors, sketches = dict(mean.factors), {}
     for path, drawn in stacked.sketches.items():
         factors[path], sketches[path] = truncated(
