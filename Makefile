@@ -8,10 +8,13 @@ $(VENV)/.installed-%: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
 
-.PHONY: finetune test check format docs bench clean
+.PHONY: finetune federated test check format docs bench clean
 
 finetune: $(VENV)/.installed-benchmarks
 	$(BIN)/python -m benchmarks.finetune $(ARGS)
+
+federated: $(VENV)/.installed-federated
+	PYTHONPATH=examples/federated $(BIN)/python -m fedrac $(ARGS)
 
 test: $(VENV)/.installed-tests
 	$(BIN)/python -m pytest -n 2 $(ARGS)

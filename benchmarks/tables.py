@@ -10,7 +10,12 @@ import pathlib
 import re
 from collections.abc import Callable, Sequence
 
-from benchmarks import accuracy_tables, contest_tables, theory_tables
+from benchmarks import (
+    accuracy_tables,
+    contest_tables,
+    federated_report,
+    theory_tables,
+)
 from benchmarks.rows import RESULTS
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -172,6 +177,7 @@ TABLES = {
     "rates": theory_tables.rates,
     "estimators": theory_tables.estimators,
     "certificates": theory_tables.certificates,
+    "federated": federated_report.table,
 }
 
 

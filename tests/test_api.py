@@ -34,10 +34,14 @@ BELOW = {
     "_forms": {"_core", "_autodiff", "_chain"},
     "theory": {"_core", "_forms"},
 }
+# What a room imports that not everyone has installed.
+OPTIONAL = {
+    "flax.py": {"flax"},
+    "_privacy.py": {"dp_accounting"},
+    "_report.py": {"matplotlib"},
+}
 STRANGERS = ({"sketch", "lowrank", "rounding"}, {"optimizer", "adapter"})
-NAMESPACES = ("estimators", "flax", "methods", "theory")
-# Packages that one room alone may import.
-EXTRA = {"flax.py": {"flax"}, "_report.py": {"matplotlib"}}
+NAMESPACES = ("estimators", "federated", "flax", "methods", "theory")
 ALL_ROOMS = [(folder, room) for folder, rooms in ROOMS.items() for room in rooms.split()]
 
 
@@ -123,7 +127,7 @@ def test_only_flax_room_imports_flax():
 def test_core_needs_few_packages():
     allowed = {"jax", "numpy", "optax", "raclora_jax", *sys.stdlib_module_names}
     for path in PACKAGE.rglob("*.py"):
-        extra = EXTRA.get(path.name, set())
+        extra = OPTIONAL.get(path.name, set())
         assert imported_packages(path) <= allowed | extra, path.name
 
 
@@ -149,9 +153,10 @@ def modules():
 def public_functions():
     for name in rl.__all__:
         yield name, getattr(rl, name)
-    for namespace in (rl.methods, rl.estimators, rl.theory):
+    for folder in ("estimators", "federated", "methods", "theory"):
+        namespace = importlib.import_module(f"raclora_jax.{folder}")
         for name in namespace.__all__:
-            yield f"{namespace.__name__.split('.')[-1]}.{name}", getattr(namespace, name)
+            yield f"{folder}.{name}", getattr(namespace, name)
     for name in ("to_tree", "value_and_grad", "apply_updates", "TrainState"):
         yield f"flax.{name}", getattr(rl.flax, name)
 

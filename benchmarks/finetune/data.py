@@ -42,15 +42,20 @@ def digits() -> tuple[Task, Task]:
 
 def mnist(folder: pathlib.Path) -> tuple[Task, Task]:
     """MNIST's idx files: the tasks 0-4 and 5-9, with the last 3000 for validation."""
-    names = ("train", "t10k")
-    parts = [
+    parts = all_mnist(folder)
+    return _mnist_task(*parts, first=0), _mnist_task(*parts, first=5)
+
+
+def all_mnist(folder: pathlib.Path) -> tuple[Split, Split]:
+    """MNIST as its files have it, bytes and all ten digits: training and test part."""
+    train, test = (
         Split(
             _idx(folder / f"{name}-images-idx3-ubyte.gz", header=16, width=784),
             _idx(folder / f"{name}-labels-idx1-ubyte.gz", header=8),
         )
-        for name in names
-    ]
-    return _mnist_task(*parts, first=0), _mnist_task(*parts, first=5)
+        for name in ("train", "t10k")
+    )
+    return train, test
 
 
 def _digits_task(images: np.ndarray, labels: np.ndarray, first: int) -> Task:
@@ -70,11 +75,9 @@ def _stratified(
 
 
 def _mnist_task(train: Split, test: Split, first: int) -> Task:
-    mean, deviation = 0.1307, 0.3081
-
     def scaled(part: Split) -> Split:
         images, labels = _five(part.images, part.labels, first)
-        return Split(((images / 255 - mean) / deviation).astype(np.float32), labels)
+        return Split(standardised(images), labels)
 
     images, labels = scaled(train)
     head, tail = (
@@ -82,6 +85,12 @@ def _mnist_task(train: Split, test: Split, first: int) -> Task:
         Split(images[-3000:], labels[-3000:]),
     )
     return Task(head, tail, scaled(test))
+
+
+def standardised(images: np.ndarray) -> np.ndarray:
+    """MNIST's bytes with the training part's mean 0 and deviation 1."""
+    mean, deviation = 0.1307, 0.3081
+    return ((images / 255 - mean) / deviation).astype(np.float32)
 
 
 def _five(images: np.ndarray, labels: np.ndarray, first: int) -> Split:

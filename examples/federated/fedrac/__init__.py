@@ -1,0 +1,1 @@
+"""Fed-RAC-LoRA on Flower: a server, its clients, and a federation on loopback."""

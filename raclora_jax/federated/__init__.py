@@ -1,0 +1,85 @@
+"""Fed-RAC-LoRA and its rivals: pure functions for clients and server, one interface.
+
+A round is one exchange. In Fed-RAC-LoRA it is a link of the chain: all clients draw the
+same sketch from (key, link), train the factor and send it; the server merges the mean and
+sends that. Simulated and real clients call the same functions.
+"""
+
+from raclora_jax.federated._client import Local, client_update, client_updates
+from raclora_jax.federated._compression import (
+    Compression,
+    Sparse,
+    compress,
+    ef21,
+    estimate,
+    is_full,
+    marina,
+    qgd,
+)
+from raclora_jax.federated._messages import (
+    Drop,
+    Message,
+    RoundLog,
+    State,
+    Step,
+    Trained,
+    nbytes,
+)
+from raclora_jax.federated._privacy import Privacy, epsilon
+from raclora_jax.federated._server import (
+    aggregate,
+    combine,
+    replay,
+    sample_clients,
+    server_init,
+    server_step,
+)
+from raclora_jax.federated._state import init, params_of, stamp_of
+from raclora_jax.federated._strategies import (
+    Strategy,
+    fedavg,
+    fedex,
+    fedit,
+    ffa_lora,
+    flexlora,
+    raclora,
+)
+
+__all__ = [
+    "Compression",
+    "Drop",
+    "Local",
+    "Message",
+    "Privacy",
+    "RoundLog",
+    "Sparse",
+    "State",
+    "Step",
+    "Strategy",
+    "Trained",
+    "aggregate",
+    "client_update",
+    "client_updates",
+    "combine",
+    "compress",
+    "ef21",
+    "epsilon",
+    "estimate",
+    "fedavg",
+    "fedex",
+    "fedit",
+    "ffa_lora",
+    "flexlora",
+    "init",
+    "is_full",
+    "marina",
+    "nbytes",
+    "params_of",
+    "qgd",
+    "raclora",
+    "replay",
+    "sample_clients",
+    "server_init",
+    "server_step",
+    "stamp_of",
+]
