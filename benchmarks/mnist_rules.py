@@ -18,7 +18,6 @@ import functools
 import itertools
 import json
 import multiprocessing
-import os
 import pathlib
 import statistics
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from benchmarks.contenders import factor_form
 from benchmarks.contest import search
 from benchmarks.finetune import data, entries, training
 from benchmarks.finetune import study as finetune
-from benchmarks.language import ONE_CORE
+from benchmarks.standings import use_one_core
 from raclora_jax import methods
 
 EPOCHS = 20
@@ -157,7 +156,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, default=result_rows.RESULTS)
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")
     options = parser.parse_args()
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_CORE}"
+    use_one_core()
     path, commit = options.out / "mnist_rules.json", result_rows.provenance()["commit"]
     rows = _saved(path)
     spawn = multiprocessing.get_context("spawn")
