@@ -65,13 +65,23 @@ class Results:
         workers: int,
     ) -> None:
         """Adds ``work(**job)`` for every job, several side by side, and prints it."""
+        waiting = list(jobs)
+        # Compiled programs stay in memory, so processes make a few rows and are replaced:
+        # all at once, since a pool that replaces its own by and by may stand still.
+        while waiting:
+            now, waiting = waiting[: 4 * workers], waiting[4 * workers :]
+            self._fill(work, now, workers)
+
+    def _fill(
+        self,
+        work: Callable[..., dict[str, Any]],
+        jobs: list[dict[str, Any]],
+        workers: int,
+    ) -> None:
         spawn = multiprocessing.get_context("spawn")
-        # Compiled programs stay in memory, so a process makes a few rows, then goes.
-        with concurrent.futures.ProcessPoolExecutor(
-            workers, spawn, max_tasks_per_child=4
-        ) as pool:
-            waiting = [pool.submit(work, **job) for job in jobs]
-            for done in concurrent.futures.as_completed(waiting):
+        with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
+            running = [pool.submit(work, **job) for job in jobs]
+            for done in concurrent.futures.as_completed(running):
                 row = done.result()
                 self.add(row)
                 print(
