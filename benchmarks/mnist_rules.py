@@ -12,12 +12,10 @@ saved as they come and, if there are rows already, the missing ones are added.
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import json
-import multiprocessing
 import pathlib
 import statistics
 from collections.abc import Callable
@@ -34,7 +32,7 @@ from benchmarks.contenders import factor_form
 from benchmarks.contest import search
 from benchmarks.finetune import data, entries, training
 from benchmarks.finetune import study as finetune
-from benchmarks.standings import use_one_core
+from benchmarks.standings import side_by_side, use_one_core
 from raclora_jax import methods
 
 EPOCHS = 20
@@ -159,26 +157,21 @@ def main() -> None:
     use_one_core()
     path, commit = options.out / "mnist_rules.json", result_rows.provenance()["commit"]
     rows = _saved(path)
-    spawn = multiprocessing.get_context("spawn")
-    # Compiled programs stay in memory, so a process makes some rows and is replaced.
-    with concurrent.futures.ProcessPoolExecutor(
-        options.workers, spawn, max_tasks_per_child=16
-    ) as pool:
-        missing = [cell for cell in cells() if cell not in rows]
-        waiting = {pool.submit(row_of, options.data_dir, cell): cell for cell in missing}
-        for done in concurrent.futures.as_completed(waiting):
-            row = rows[waiting[done]] = done.result() | {"commit": commit}
-            words = " ".join(str(word) for word in waiting[done])
-            mean, spread = row["accuracy_mean"], row["accuracy_std"]
-            print(f"{words:48} {mean:.2f} ± {spread:.2f}", row["tried"], flush=True)
-            result_rows.save(
-                path,
-                "python -m benchmarks.mnist_rules",
-                [rows[cell] for cell in cells() if cell in rows],
-                seeds=SEEDS,
-                epochs=EPOCHS,
-                batch=128,
-            )
+    missing = [cell for cell in cells() if cell not in rows]
+    work = functools.partial(row_of, options.data_dir)
+    for cell, row in side_by_side(work, missing, options.workers, each=16):
+        rows[cell] = row | {"commit": commit}
+        words = " ".join(str(word) for word in cell)
+        mean, spread = row["accuracy_mean"], row["accuracy_std"]
+        print(f"{words:48} {mean:.2f} ± {spread:.2f}", row["tried"], flush=True)
+        result_rows.save(
+            path,
+            "python -m benchmarks.mnist_rules",
+            [rows[cell] for cell in cells() if cell in rows],
+            seeds=SEEDS,
+            epochs=EPOCHS,
+            batch=128,
+        )
 
 
 def _saved(path: pathlib.Path) -> dict[Cell, dict[str, Any]]:

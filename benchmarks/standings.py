@@ -7,8 +7,8 @@ import json
 import multiprocessing
 import os
 import pathlib
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 from benchmarks import rows as result_rows
 
@@ -65,32 +65,41 @@ class Results:
         workers: int,
     ) -> None:
         """Adds ``work(**job)`` for every job, several side by side, and prints it."""
-        waiting = list(jobs)
-        # Compiled programs stay in memory, so processes make a few rows and are replaced:
-        # all at once, since a pool that replaces its own by and by may stand still.
-        while waiting:
-            now, waiting = waiting[: 4 * workers], waiting[4 * workers :]
-            self._fill(work, now, workers)
-
-    def _fill(
-        self,
-        work: Callable[..., dict[str, Any]],
-        jobs: list[dict[str, Any]],
-        workers: int,
-    ) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
-            running = [pool.submit(work, **job) for job in jobs]
-            for done in concurrent.futures.as_completed(running):
-                row = done.result()
-                self.add(row)
-                print(
-                    f"{row['study']:16} {row['method']:44} {row['steps']:5} steps "
-                    f"rate {row['rate']:<8g} {row['loss_mean']:.3f} "
-                    f"± {row['loss_std'] or 0:.3f}  {row['seconds']} s",
-                    flush=True,
-                )
+        for _, row in side_by_side(_Keywords(work), list(jobs), workers):
+            self.add(row)
+            print(
+                f"{row['study']:16} {row['method']:44} {row['steps']:5} steps "
+                f"rate {row['rate']:<8g} {row['loss_mean']:.3f} "
+                f"± {row['loss_std'] or 0:.3f}  {row['seconds']} s",
+                flush=True,
+            )
 
     @staticmethod
     def _name(row: dict[str, Any]) -> tuple[str, str]:
         return row["study"], row["method"]
+
+
+class _Keywords(NamedTuple):
+    """A function of a dict of its arguments, which another process can be sent."""
+
+    work: Callable[..., Any]
+
+    def __call__(self, job: dict[str, Any]) -> Any:
+        return self.work(**job)
+
+
+def side_by_side(
+    work: Callable[[Any], Any], jobs: list[Any], workers: int, each: int = 4
+) -> Iterator[tuple[Any, Any]]:
+    """``(job, work(job))`` of every job as they come, in processes of their own.
+
+    Compiled programs stay in memory, so processes take ``each`` jobs and are replaced:
+    all at once, since a pool that replaces its own one by one may stand still.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    for start in range(0, len(jobs), each * workers):
+        with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
+            now = jobs[start : start + each * workers]
+            running = {pool.submit(work, job): job for job in now}
+            for done in concurrent.futures.as_completed(running):
+                yield running[done], done.result()
