@@ -41,9 +41,9 @@ def draw(path: pathlib.Path, rows: list[dict]) -> None:
     figure.savefig(path, dpi=150)
 
 
-def table() -> str:
+def table(name: str) -> str:
     """Every rule at its best setting, by number of clients and start."""
-    rows = json.loads((RESULTS / "federated_mnist.json").read_text())["rows"]
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
     lines = [
         "| clients | start | rule | rank | local steps | local rate | rounds "
         "| KiB up, per client | KiB down | test accuracy, % |",

@@ -177,7 +177,8 @@ TABLES = {
     "rates": theory_tables.rates,
     "estimators": theory_tables.estimators,
     "certificates": theory_tables.certificates,
-    "federated": federated_report.table,
+    "federated": lambda: federated_report.table("federated_mnist"),
+    "federated_clipped": lambda: federated_report.table("federated_mnist_clipped"),
 }
 
 

@@ -23,8 +23,8 @@ ROOMS = {
     "output picked consume join interpret watch",
     "_chain": "inner orthogonal state step",
     "_forms": "pure optimizer gradient adapter factor_rules unmerged trace summary",
-    "theory": "_numbers _descent _estimators _local _steps _lambda _lazy _smoothness "
-    "_captured _certificate _report",
+    "theory": "_numbers _descent _variance_reduced _compressed _local _steps _lambda "
+    "_lazy _smoothness _captured _certificate _report",
 }
 # What each folder stands on; strangers do not know each other.
 BELOW = {

@@ -9,6 +9,7 @@ and ``block_pl``. ``lambdas``, ``smoothness`` and ``lazy_check`` measure what th
 
 from raclora_jax.theory._captured import Captured, captured, captured_by_probe, probe
 from raclora_jax.theory._certificate import Certificate, certify
+from raclora_jax.theory._compressed import ef21, ef21_step, marina, marina_step
 from raclora_jax.theory._descent import (
     gamma_of,
     gd_nonconvex,
@@ -18,16 +19,6 @@ from raclora_jax.theory._descent import (
     sgd_nonconvex,
     sgd_pl,
     sgd_step,
-)
-from raclora_jax.theory._estimators import (
-    ef21,
-    ef21_step,
-    marina,
-    marina_step,
-    mvr,
-    mvr_step,
-    page,
-    page_step,
 )
 from raclora_jax.theory._lambda import (
     bernoulli_lambda,
@@ -40,6 +31,7 @@ from raclora_jax.theory._local import fed_link, fed_nonconvex, fed_step
 from raclora_jax.theory._report import report
 from raclora_jax.theory._smoothness import smoothness
 from raclora_jax.theory._steps import block_pl, orthogonal_nonconvex, orthogonal_step
+from raclora_jax.theory._variance_reduced import mvr, mvr_step, page, page_step
 
 __all__ = [
     "Captured",
