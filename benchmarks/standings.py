@@ -33,13 +33,17 @@ class Results:
     def __init__(self, path: pathlib.Path | None, program: str, **settings: Any):
         self.path, self.rows = path, []
         self._program, self._settings = f"python -m benchmarks.{program}", settings
-        self._commit = result_rows.provenance()["commit"]
+        made = result_rows.provenance()
+        # Rows of one file may come from several runs.
+        self._made = {"commit": made["commit"], "device": made["device"]} | {
+            "jax": made["versions"]["jax"]
+        }
         if path is not None and path.exists():
             self.rows = json.loads(path.read_text())["rows"]
 
     def add(self, row: dict[str, Any]) -> None:
         """In the place of the row of the same study and method, if there is one."""
-        row = row | {"commit": self._commit}
+        row = row | self._made
         same = [self._name(row) == self._name(old) for old in self.rows]
         if any(same):
             self.rows[same.index(True)] = row
