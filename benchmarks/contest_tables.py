@@ -59,6 +59,7 @@ def rates() -> str:
     rows = [row for row in _rows("language") if row["study"] == "one rate"]
     for rule in ("orthogonal", "Adam"):
         own = [row for row in rows if row["method"].endswith(rule)]
+        own.sort(key=_side_and_rank)
         least = min((row["rate"] for row in own), default=1.0)
         for row in own:
             each = ", ".join(f"{rate:.2g}" for rate in row["fitted_rates"])
@@ -67,6 +68,12 @@ def rates() -> str:
                 f"| {row['rate'] / least:.2f} |"
             )
     return "\n".join(lines)
+
+
+def _side_and_rank(row: dict) -> tuple[str, int]:
+    """Of a method named like ``RAC r16, side left, Adam``."""
+    rank, side, _ = row["method"].split(", ")
+    return side, int(rank.removeprefix("RAC r"))
 
 
 def polynomials() -> str:

@@ -169,6 +169,7 @@ TABLES = {
     "language_time": lambda: contest_tables.losses("language", "equal time"),
     "language_decoder": lambda: contest_tables.losses("language", "equal decoder time"),
     "language_explored": lambda: contest_tables.losses("language", "explored"),
+    "language_rates": contest_tables.rates,
     "polynomials": contest_tables.polynomials,
     "sentiment_steps": lambda: contest_tables.losses("sentiment", "equal steps"),
     "data_parallel": data_parallel_table,
