@@ -5,7 +5,7 @@ the weights sets the scale; every other rule may send 1/20 of its bytes up. All 
 tuned over the same rates, local steps and ranks, on validation images with seeds of
 their own: the rates at the middle setting, then steps and ranks at the best rate.
 
-    python -m benchmarks.federated [--data-dir DIR] [--quick]
+    python -m benchmarks.federated [--data-dir DIR] [--explore] [--quick]
 
 Rows are saved after each run, and a run that has its row is not repeated.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Callable, Iterable
@@ -43,12 +44,26 @@ BATCH, HIDDEN, CLASSES = 32, 64, 10
 POINTS = 8  # of a curve
 
 
-def _left(make: Callable[[rl.Spec], fed.Strategy]) -> Callable[[int], fed.Strategy]:
+class Rule(NamedTuple):
+    """One way to train together.
+
+    Attributes:
+      make: ``make(rank)``, the strategy.
+      inner: What a client does to a local gradient.
+      rates: Local rates to try.
+    """
+
+    make: Callable[[int], fed.Strategy]
+    inner: optax.GradientTransformation = optax.clip_by_global_norm(CLIP)
+    rates: tuple[float, ...] = RATES
+
+
+def _left(make: Callable[[rl.Spec], fed.Strategy]) -> Rule:
     """A rule with the sketch, or the factor that starts random, at the input."""
-    return lambda rank: make(rl.Spec(rank, side="left"))
+    return Rule(lambda rank: make(rl.Spec(rank, side="left")))
 
 
-RULES: dict[str, Callable[[int], fed.Strategy]] = {
+RULES: dict[str, Rule] = {
     "FedAvg": _left(fed.fedavg),
     "Fed-RAC-LoRA": _left(fed.raclora),
     "FedEx-LoRA": _left(fed.fedex),
@@ -56,6 +71,27 @@ RULES: dict[str, Callable[[int], fed.Strategy]] = {
     "FlexLoRA": _left(fed.flexlora),
     "FFA-LoRA": _left(fed.ffa_lora),
 }
+# Fed-RAC-LoRA otherwise; see ``--explore``.
+EXPLORED: dict[str, Rule] = {
+    "blocks": Rule(lambda rank: fed.raclora(rl.Spec(rank, side="left", sketch="block"))),
+    "the smaller side": Rule(lambda rank: fed.raclora(rl.Spec(rank))),
+    "the other side": Rule(lambda rank: fed.raclora(rl.Spec(rank, side="right"))),
+    "sides by a coin": Rule(lambda rank: fed.raclora(rl.Spec(rank, side=0.5))),
+    "orthogonal local steps": Rule(
+        lambda rank: fed.raclora(rl.Spec(rank, side="left", alpha="dim")),
+        rl.orthogonal(),
+        tuple(rate / 100 for rate in RATES),
+    ),
+    "local momentum 0.9": Rule(
+        lambda rank: fed.raclora(rl.Spec(rank, side="left")),
+        optax.chain(optax.clip_by_global_norm(CLIP), optax.trace(0.9)),
+    ),
+}
+
+
+def rule_of(name: str) -> Rule:
+    """By its name in the rows."""
+    return (RULES | EXPLORED)[name]
 
 
 class Task(NamedTuple):
@@ -179,9 +215,12 @@ def task(folder: pathlib.Path | None, clients: int, start: str) -> Task:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("strategy", "steps", "rounds", "take"))
+@functools.partial(
+    jax.jit, static_argnames=("strategy", "inner", "steps", "rounds", "take")
+)
 def some_rounds(
     strategy: fed.Strategy,
+    inner: optax.GradientTransformation,
     steps: int,
     rounds: int,
     take: int,
@@ -196,8 +235,7 @@ def some_rounds(
     def decayed(round: Array) -> Array:
         return rate * (1 + jnp.cos(jnp.pi * round / last)) / 2
 
-    clip = optax.clip_by_global_norm(CLIP)
-    local = fed.Local(loss_fn, decayed, batch_size=BATCH, steps=steps, inner=clip)
+    local = fed.Local(loss_fn, decayed, batch_size=BATCH, steps=steps, inner=inner)
     number = clients[1].shape[0]
 
     def one(state: fed.State, _: None) -> tuple[fed.State, None]:
@@ -231,12 +269,13 @@ def traffic(strategy: fed.Strategy, task: Task, params: Any) -> tuple[int, int]:
 
 def run(setting: Setting, task: Task, judged: tuple[Array, Array]) -> dict[str, Any]:
     """One run: what it sent, and the accuracy at some points of it."""
-    strategy = RULES[setting.rule](setting.rank)
+    rule = rule_of(setting.rule)
+    strategy = rule.make(setting.rank)
     params = task.start(setting.seed)
     up, down = traffic(strategy, task, params)
     rounds = setting.rounds
     if setting.rule != "FedAvg":
-        rounds = setting.rounds * traffic(RULES["FedAvg"](1), task, params)[0]
+        rounds = setting.rounds * traffic(RULES["FedAvg"].make(1), task, params)[0]
         rounds //= SHARE * up
     points = min(POINTS, rounds)
     each = rounds // points
@@ -249,6 +288,7 @@ def run(setting: Setting, task: Task, judged: tuple[Array, Array]) -> dict[str, 
     for point in range(1, points + 1):
         state = some_rounds(
             strategy,
+            rule.inner,
             setting.steps,
             each,
             task.take,
@@ -302,7 +342,7 @@ def tuned(
 
     ranks = RANKS[:1] if rule == "FedAvg" else RANKS
     middle = Setting(rule, RANKS[0], STEPS[0], 0.0, rounds, 0)
-    rate = best(middle._replace(rate=rate) for rate in RATES).rate
+    rate = best(middle._replace(rate=rate) for rate in rule_of(rule).rates).rate
     return best(
         Setting(rule, rank, steps, rate, rounds, 0) for rank in ranks for steps in STEPS
     )
@@ -314,9 +354,14 @@ def main() -> None:
     parser.add_argument("--data-dir", type=pathlib.Path)
     parser.add_argument("--out", type=pathlib.Path, default=result_rows.RESULTS)
     parser.add_argument("--rounds", type=int, default=40, help="of FedAvg")
+    parser.add_argument("--explore", action="store_true", help="Fed-RAC-LoRA otherwise")
     parser.add_argument("--quick", action="store_true", help="a few rounds of each rule")
     options = parser.parse_args()
     name = "federated_digits" if options.data_dir is None else "federated_mnist"
+    panels = list(itertools.product((10, 100), ("scratch", "pretrained")))
+    rules = RULES
+    if options.explore:
+        name, panels, rules = f"{name}_explored", [(10, "scratch")], EXPLORED
     grid = {
         "rates": RATES,
         "steps": STEPS,
@@ -332,19 +377,18 @@ def main() -> None:
         **grid,
     )
     rounds = 4 if options.quick else options.rounds
-    for clients in (10, 100):
-        for start in ("scratch", "pretrained"):
-            job = task(options.data_dir, clients, start)
-            study = {"clients": clients, "start": start}
-            for rule in RULES:
-                # 100 clients keep what was best for 10.
-                few = {**study, "clients": 10}
-                tuning = job if clients == 10 else task(options.data_dir, 10, start)
-                best = tuned(book, few, tuning, rule, rounds)
-                for seed in SEEDS[:1] if options.quick else SEEDS:
-                    final = {**study, "judged": "test"}
-                    book.row(final, best._replace(seed=seed), job)
-    if not options.quick:
+    for clients, start in panels:
+        job = task(options.data_dir, clients, start)
+        study = {"clients": clients, "start": start}
+        for rule in rules:
+            # 100 clients keep what was best for 10.
+            few = {**study, "clients": 10}
+            tuning = job if clients == 10 else task(options.data_dir, 10, start)
+            best = tuned(book, few, tuning, rule, rounds)
+            for seed in SEEDS[:1] if options.quick else SEEDS:
+                final = {**study, "judged": "test"}
+                book.row(final, best._replace(seed=seed), job)
+    if not options.quick and not options.explore:
         draw(options.out / f"{name}.png", book.rows)
 
 
