@@ -179,7 +179,6 @@ TABLES = {
     "estimators": theory_tables.estimators,
     "certificates": theory_tables.certificates,
     "federated": lambda: federated_report.table("federated_mnist"),
-    "federated_clipped": lambda: federated_report.table("federated_mnist_clipped"),
 }
 
 

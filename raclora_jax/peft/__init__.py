@@ -1,0 +1,30 @@
+"""To and from the formats of PEFT and Transformers: adapters and whole models.
+
+A change of the weights is an ``Adapter``: of one link (``of_link``), of several, exactly
+(``summed``), or the best of a rank for what a whole chain did (``best``).
+``save_adapter`` and ``save_model`` write it, or the merged weights, for the rest of the
+world to load.
+"""
+
+from raclora_jax.peft._best import Kept, best
+from raclora_jax.peft._models import load_model, save_model
+from raclora_jax.peft._pairs import Adapter, Pair, merged, of_link, summed
+from raclora_jax.peft._read import load_adapter
+from raclora_jax.peft._targets import Target, targets
+from raclora_jax.peft._write import save_adapter
+
+__all__ = [
+    "Adapter",
+    "Kept",
+    "Pair",
+    "Target",
+    "best",
+    "load_adapter",
+    "load_model",
+    "merged",
+    "of_link",
+    "save_adapter",
+    "save_model",
+    "summed",
+    "targets",
+]

@@ -1,0 +1,170 @@
+"""Whole models: weights read from a folder of the hub's layout, and written as one."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from raclora_jax._core import paths
+from raclora_jax._core.spec import Spec
+from raclora_jax._core.types import PyTree
+from raclora_jax.peft._files import Tensors, new_folder, save_sharded
+from raclora_jax.peft._targets import Target, from_torch, to_torch, torch_shapes, views
+
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx"}
+
+
+def load_model(
+    directory: str | os.PathLike[str],
+    like: PyTree,
+    spec: Spec | int,
+    names: Mapping[str, Target],
+) -> PyTree:
+    """The weights of a folder with ``model.safetensors``, or its shards, as a tree.
+
+    Parameters of the folder that no leaf is named after are left out.
+
+    Args:
+      directory: The folder.
+      like: The weights, or their shapes and dtypes: the tree to fill.
+      spec: Says the views of the leaves.
+      names: ``{path: Target}`` of every leaf; see ``targets``.
+
+    Returns:
+      The tree of ``like``, in its dtypes.
+
+    Raises:
+      FileNotFoundError: If there are no such files; pickled ones are never loaded.
+      ValueError: If a leaf has no name, or a parameter is missing or of another shape.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp
+      >>> W = {"kernel": jnp.arange(6.0).reshape(3, 2)}
+      >>> names = {"kernel": Target("head.weight")}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_model(f"{folder}/model", W, 1, names)
+      ...     again = load_model(f"{folder}/model", W, 1, names)
+      >>> bool((again["kernel"] == W["kernel"]).all())
+      True
+    """
+    leaves, treedef = paths.flatten(like)
+    found = views(like, spec, names)
+    read = Tensors(pathlib.Path(directory), "model")
+
+    def one(path: str) -> jax.Array:
+        if path not in names:
+            raise ValueError(
+                f"leaf {paths.show(path)} has no name in the folder; add it to names"
+            )
+        leaf = from_torch(read, path, found[path], names[path])
+        return jnp.asarray(leaf, leaves[path].dtype)
+
+    return paths.unflatten(treedef, {path: one(path) for path in leaves})
+
+
+def save_model(
+    directory: str | os.PathLike[str],
+    params: PyTree,
+    spec: Spec | int,
+    names: Mapping[str, Target],
+    *,
+    like: str | os.PathLike[str] | None = None,
+    most_bytes: int = 5 * 10**9,
+) -> None:
+    """Writes merged weights as a folder that ``from_pretrained`` loads.
+
+    What ``like`` holds beside weights (config, tokenizer) is copied, and parameters of it
+    that no leaf is named after are taken over, so that none is missing. All is written
+    beside, read back and compared, and only then gets its name.
+
+    Args:
+      directory: The folder to make.
+      params: The weights.
+      spec: Says the views of the leaves.
+      names: ``{path: Target}`` of every leaf; see ``targets``.
+      like: The folder the model came from.
+      most_bytes: Of one file.
+
+    Raises:
+      FileExistsError: If the folder exists.
+      ValueError: If a leaf has no name, two leaves have one, or ``like`` has another
+        shape for a parameter.
+
+    Example:
+      See ``load_model``.
+    """
+    tensors = _Written(params, spec, names, like)
+    with new_folder(pathlib.Path(directory)) as folder:
+        if like is not None:
+            for file in sorted(pathlib.Path(like).iterdir()):
+                if file.is_file() and not _is_weights(file):
+                    shutil.copy(file, folder / file.name)
+        save_sharded(folder, tensors, most_bytes)
+        _compare(tensors, Tensors(folder, "model"))
+
+
+def _is_weights(file: pathlib.Path) -> bool:
+    return bool(_WEIGHTS & set(file.suffixes))
+
+
+def _compare(written: Mapping[str, np.ndarray], read: Mapping[str, np.ndarray]) -> None:
+    for name in written:
+        if not np.array_equal(written[name], read[name], equal_nan=False):
+            raise ValueError(
+                f"{name} came back from its file as something else, or holds NaN; "
+                "nothing was kept"
+            )
+
+
+class _Written(Mapping[str, np.ndarray]):
+    """The parameters to write, each made when it is asked for."""
+
+    def __init__(
+        self,
+        params: PyTree,
+        spec: Spec | int,
+        names: Mapping[str, Target],
+        like: str | os.PathLike[str] | None,
+    ) -> None:
+        self._leaves, _ = paths.flatten(params)
+        self._views, self._names = views(params, spec, names), names
+        self._base = Tensors(None if like is None else pathlib.Path(like), "model")
+        self._owner: dict[str, str] = {}
+        for path, leaf in self._leaves.items():
+            if path not in names:
+                raise ValueError(
+                    f"leaf {paths.show(path)} has no name in the folder; add it to names"
+                )
+            view = self._views[path]
+            for name, shape in torch_shapes(view, names[path]).items():
+                if name in self._owner:
+                    raise ValueError(
+                        f"leaves {paths.show(self._owner[name])} and {paths.show(path)} "
+                        f"are both named {name}; a tied weight is one leaf"
+                    )
+                if name in self._base and self._base.shape(name) != shape:
+                    raise ValueError(
+                        f"leaf {paths.show(path)} of shape {leaf.shape} gives {name} the "
+                        f"shape {shape}, and the folder has {self._base.shape(name)}"
+                    )
+                self._owner[name] = path
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self._owner:
+            return self._base[name]
+        path = self._owner[name]
+        leaf = np.asarray(jax.device_get(self._leaves[path]))
+        return to_torch(leaf, self._views[path], self._names[path], name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._owner
+        yield from (name for name in self._base if name not in self._owner)
+
+    def __len__(self) -> int:
+        return len(set(self._owner) | set(self._base))

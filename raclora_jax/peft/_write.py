@@ -1,0 +1,223 @@
+"""Adapters written as PEFT reads them."""
+
+from __future__ import annotations
+
+import collections
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from raclora_jax._core import paths
+from raclora_jax._core.spec import Spec
+from raclora_jax._core.types import PyTree
+from raclora_jax.peft._files import new_folder, save
+from raclora_jax.peft._format import CONFIG, FILE, PREFIX, keys, modules
+from raclora_jax.peft._pairs import Adapter, Pair
+from raclora_jax.peft._read import load_adapter
+from raclora_jax.peft._targets import (
+    Target,
+    View,
+    to_torch,
+    torch_shapes,
+    views,
+    window_last,
+)
+
+_TOLERANCE = 1e-5  # of a change read back, over its largest entry
+
+
+def save_adapter(
+    directory: str | os.PathLike[str],
+    adapter: Adapter,
+    params: PyTree,
+    spec: Spec | int,
+    names: Mapping[str, Target],
+    *,
+    base_model: str | None = None,
+    task_type: str | None = None,
+) -> None:
+    """Writes an adapter as PEFT reads it: ``adapter_config.json`` and its safetensors.
+
+    ``lora_alpha = r``, so that the factors stand as they are; a module of another rank
+    has its own in ``rank_pattern`` and ``alpha_pattern``. Leaves changed in full become
+    ``modules_to_save``, or the bias of ``lora_B`` beside an adapted matrix. The files
+    are written beside, read back and compared, and only then get their name.
+
+    Args:
+      directory: The folder to make.
+      adapter: What to write.
+      params: The weights that it changes; leaves changed in full are saved whole.
+      spec: Says the views of the leaves.
+      names: ``{path: Target}`` of the leaves that are changed; see ``targets``.
+      base_model: ``base_model_name_or_path`` of the config.
+      task_type: Such as ``"CAUSAL_LM"`` or ``"SEQ_CLS"``.
+
+    Raises:
+      FileExistsError: If the folder exists.
+      ValueError: If a changed leaf has no name or PEFT has no place for it.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp
+      >>> W, names = {"kernel": jnp.ones((6, 4))}, {"kernel": Target("head.weight")}
+      >>> change = Adapter({"kernel": Pair(jnp.ones((2, 6)), jnp.ones((2, 4)))})
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save_adapter(f"{folder}/adapter", change, W, 2, names)
+      ...     again = load_adapter(f"{folder}/adapter", W, 2, names)
+      >>> again.pairs["kernel"].rank
+      2
+    """
+    leaves, _ = paths.flatten(params)
+    for path in (*adapter.pairs, *adapter.dense):
+        if path not in names:
+            raise ValueError(
+                f"leaf {paths.show(path)} is changed and has no name; add it to names"
+            )
+    found = views(params, spec, {p: names[p] for p in _changed(adapter)})
+    tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
+    fused: list[str] = []
+    for path, pair in adapter.pairs.items():
+        target = names[path]
+        if target.kind == "plain":
+            raise ValueError(
+                f"leaf {paths.show(path)} is adapted, but {target.name} is said to be "
+                "plain: name its kind"
+            )
+        if target.kind == "experts":
+            fused.append(target.name)
+        ranks |= dict.fromkeys(modules(found[path], target), pair.rank)
+        tensors |= _factors(pair, found[path], target)
+    kept = _dense(adapter, leaves, found, names, set(ranks), tensors)
+    transposed = any(names[path].kind == "transposed" for path in adapter.pairs)
+    biased = any(key.endswith(".lora_B.bias") for key in tensors)
+    config = _config(ranks, fused, kept, transposed, biased, base_model, task_type)
+    with new_folder(pathlib.Path(directory)) as folder:
+        save(folder / f"{FILE}.safetensors", tensors)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        own = {path: names[path] for path in _changed(adapter)}
+        _compare(adapter, load_adapter(folder, params, spec, own))
+
+
+def _changed(adapter: Adapter) -> Iterable[str]:
+    return (*adapter.pairs, *adapter.dense)
+
+
+def _factors(pair: Pair, view: View, target: Target) -> dict[str, np.ndarray]:
+    """``lora_A`` and ``lora_B`` of every module of a leaf."""
+    batch = view.sizes(view.batch)
+    down, up = (
+        np.asarray(jax.device_get(side), np.float32).reshape(*batch, pair.rank, -1)
+        for side in (pair.down, pair.up)
+    )
+    if target.kind == "experts":
+        # Experts are the slow axis of the rows of A, and the fast one of B's columns.
+        first, second = keys(target.name, "experts")
+        return {
+            first: down.reshape(-1, down.shape[-1]),
+            second: np.moveaxis(up, 2, 0).transpose(0, 2, 1).reshape(up.shape[-1], -1),
+        }
+    tensors = {}
+    for index, module in zip(view.indices, modules(view, target), strict=True):
+        first, second = keys(module, target.kind)
+        tensors[first], tensors[second] = down[index], up[index].T
+        if target.kind == "conv":
+            ones = (1,) * (len(view.rows) - 1)
+            tensors[first] = window_last(down[index], view)
+            tensors[second] = up[index].T.reshape(-1, pair.rank, *ones)
+    return tensors
+
+
+def _dense(
+    adapter: Adapter,
+    leaves: Mapping[str, Any],
+    found: Mapping[str, View],
+    names: Mapping[str, Target],
+    adapted: set[str],
+    tensors: dict[str, np.ndarray],
+) -> list[str]:
+    """Adds what is changed in full; returns the modules that are saved whole."""
+    kept: dict[str, None] = {}
+    for path, change in adapter.dense.items():
+        view, target = found[path], names[path]
+        exact = np.asarray(jax.device_get(change), np.float32)
+        for name in torch_shapes(view, target):
+            module, _, kind = name.rpartition(".")
+            if module not in adapted:
+                whole = exact + np.asarray(jax.device_get(leaves[path]), np.float32)
+                tensors[PREFIX + name] = to_torch(whole, view, target, name)
+                kept[module] = None
+            elif kind == "bias":
+                key = f"{PREFIX}{module}.lora_B.bias"
+                tensors[key] = to_torch(exact, view, target, name)
+            else:
+                raise ValueError(
+                    f"leaf {paths.show(path)} is changed in full, and {module} is "
+                    f"adapted: PEFT has no place for {name}; freeze the leaf in the spec"
+                )
+    return list(kept)
+
+
+def _config(
+    ranks: Mapping[str, int],
+    fused: list[str],
+    kept: list[str],
+    transposed: bool,
+    biased: bool,
+    base_model: str | None,
+    task_type: str | None,
+) -> dict[str, Any]:
+    counts = collections.Counter(ranks.values())
+    rank = counts.most_common(1)[0][0] if counts else 1
+    others = {module: own for module, own in ranks.items() if own != rank}
+    return {
+        "alpha_pattern": others,
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": transposed,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "lora_alpha": rank,
+        "lora_bias": biased,
+        "lora_dropout": 0.0,
+        "modules_to_save": kept or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": others,
+        "target_modules": [module for module in ranks if module not in fused],
+        "target_parameters": fused or None,
+        "task_type": task_type,
+        "use_dora": False,
+        "use_rslora": False,
+    }
+
+
+def _compare(written: Adapter, read: Adapter) -> None:
+    """Refuses to keep a file that says anything else."""
+    for path, pair in written.pairs.items():
+        again = read.pairs[path]
+        _same(path, _product(pair), _product(again))
+    for path, change in written.dense.items():
+        _same(path, np.asarray(change, np.float64), np.asarray(read.dense[path]))
+
+
+def _product(pair: Pair) -> np.ndarray:
+    """The change, its row and column axes flattened."""
+    sides = [np.asarray(jax.device_get(side), np.float64) for side in pair[:2]]
+    down, up = (side.reshape(*side.shape[: pair.batch + 1], -1) for side in sides)
+    return np.swapaxes(down, -1, -2) @ up
+
+
+def _same(path: str, wrote: np.ndarray, read: np.ndarray) -> None:
+    # A leaf changed in full is saved as a sum, in float32, and read as a difference.
+    most = float(np.max(np.abs(wrote), initial=0.0))
+    off = float(np.max(np.abs(wrote - read), initial=0.0))
+    if not off <= _TOLERANCE * max(most, 1.0):
+        raise ValueError(
+            f"leaf {paths.show(path)}: its change came back {off:.2e} off, or holds NaN; "
+            "nothing was kept"
+        )
