@@ -23,6 +23,7 @@ ROOMS = {
     "output picked consume join interpret watch",
     "_chain": "inner orthogonal state step",
     "_forms": "pure optimizer gradient adapter factor_rules unmerged trace summary",
+    "peft": "_files _targets _pairs _best _format _read _write _models",
     "theory": "_numbers _descent _variance_reduced _compressed _local _steps _lambda "
     "_lazy _smoothness _captured _certificate _report",
 }
@@ -32,6 +33,7 @@ BELOW = {
     "_autodiff": {"_core"},
     "_chain": {"_core"},
     "_forms": {"_core", "_autodiff", "_chain"},
+    "peft": {"_core", "_forms"},
     "theory": {"_core", "_forms"},
 }
 # What a room imports that not everyone has installed.
@@ -39,9 +41,10 @@ OPTIONAL = {
     "flax.py": {"flax"},
     "_privacy.py": {"dp_accounting"},
     "_report.py": {"matplotlib"},
+    "_files.py": {"safetensors"},
 }
 STRANGERS = ({"sketch", "lowrank", "rounding"}, {"optimizer", "adapter"})
-NAMESPACES = ("estimators", "federated", "flax", "methods", "theory")
+NAMESPACES = ("estimators", "federated", "flax", "methods", "peft", "theory")
 ALL_ROOMS = [(folder, room) for folder, rooms in ROOMS.items() for room in rooms.split()]
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from raclora_jax._core import paths
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import PyTree
 from raclora_jax.peft._files import Tensors, read_json
-from raclora_jax.peft._format import CONFIG, FILE, PREFIX, keys, modules
+from raclora_jax.peft._format import CONFIG, FILE, PREFIX, keys, modules, wrapper
 from raclora_jax.peft._pairs import Adapter, Pair
 from raclora_jax.peft._targets import (
     Target,
@@ -69,7 +69,7 @@ def load_adapter(
     tensors = dict(Tensors(folder, FILE))
     leaves, _ = paths.flatten(params)
     found = views(params, spec, names)
-    reader = _Reader(tensors, config)
+    reader = _Reader(tensors, config, names.values())
     adapter = Adapter(
         {
             path: pair
@@ -113,8 +113,22 @@ def _check_config(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
 class _Reader:
     """The arrays of an adapter, and which of them were asked for."""
 
-    def __init__(self, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any]):
+    def __init__(
+        self,
+        tensors: Mapping[str, np.ndarray],
+        config: Mapping[str, Any],
+        names: Iterable[Target],
+    ) -> None:
         self._tensors, self._config = tensors, config
+        self._fused = [
+            target
+            for target in names
+            if target.kind == "experts"
+            and any(
+                f".{target.name}".endswith(f".{key}")
+                for key in config.get("target_parameters") or ()
+            )
+        ]
         self.used: set[str] = set()
 
     def pair(self, path: str, view: View, target: Target) -> Pair | None:
@@ -196,7 +210,9 @@ class _Reader:
         return first, second
 
     def _experts(self, path: str, view: View, target: Target) -> Pair | None:
-        read = self._both(path, target.name, "experts")
+        if target not in self._fused:
+            return None
+        read = self._both(path, wrapper(target, self._fused), "experts")
         if read is None:
             return None
         (experts,) = view.sizes(view.batch)

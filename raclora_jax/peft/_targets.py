@@ -39,6 +39,8 @@ class Target:
       name: Its name, such as ``"encoder.layer.0.output.dense.weight"``. A stacked leaf
         has a ``{}`` for the index along each of its batch axes, but for experts.
       kind: How its axes lie, from the table.
+      order: Of experts: its place among such parameters of its module, in the order in
+        which the module has them.
 
     Raises:
       ValueError: If the kind is unknown, or a name of a matrix does not end with
@@ -51,6 +53,7 @@ class Target:
 
     name: str
     kind: Kind = "linear"
+    order: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -119,7 +122,7 @@ def targets(
       ...     (r"h/(\\d+)/bias", r"h.\\1.bias", "plain"),
       ... ]
       >>> targets(params, rules)["h/0/kernel"]
-      Target(name='h.0.weight', kind='linear')
+      Target(name='h.0.weight', kind='linear', order=0)
     """
     leaves, _ = paths.flatten(params)
     rules, used, found = list(rules), set(), {}
@@ -127,7 +130,8 @@ def targets(
         for index, (expression, name, *kind) in enumerate(rules):
             if re.fullmatch(expression, path):
                 used.add(index)
-                found[path] = Target(re.sub(expression, name, path), *kind)
+                own = re.sub(expression, name, path)
+                found[path] = Target(own, kind[0] if kind else "linear")
                 break
         else:
             raise ValueError(

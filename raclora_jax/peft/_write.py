@@ -6,7 +6,7 @@ import collections
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from raclora_jax._core import paths
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import PyTree
 from raclora_jax.peft._files import new_folder, save
-from raclora_jax.peft._format import CONFIG, FILE, PREFIX, keys, modules
+from raclora_jax.peft._format import CONFIG, FILE, PREFIX, keys, modules, wrapper
 from raclora_jax.peft._pairs import Adapter, Pair
 from raclora_jax.peft._read import load_adapter
 from raclora_jax.peft._targets import (
@@ -80,7 +80,7 @@ def save_adapter(
     found = views(params, spec, {p: names[p] for p in _changed(adapter)})
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
-    fused: list[str] = []
+    fused = [names[p] for p in adapter.pairs if names[p].kind == "experts"]
     for path, pair in adapter.pairs.items():
         target = names[path]
         if target.kind == "plain":
@@ -88,10 +88,11 @@ def save_adapter(
                 f"leaf {paths.show(path)} is adapted, but {target.name} is said to be "
                 "plain: name its kind"
             )
-        if target.kind == "experts":
-            fused.append(target.name)
         ranks |= dict.fromkeys(modules(found[path], target), pair.rank)
-        tensors |= _factors(pair, found[path], target)
+        if target.kind == "experts":
+            tensors |= _experts(pair, found[path], wrapper(target, fused))
+        else:
+            tensors |= _factors(pair, found[path], target)
     kept = _dense(adapter, leaves, found, names, set(ranks), tensors)
     transposed = any(names[path].kind == "transposed" for path in adapter.pairs)
     biased = any(key.endswith(".lora_B.bias") for key in tensors)
@@ -107,20 +108,19 @@ def _changed(adapter: Adapter) -> Iterable[str]:
     return (*adapter.pairs, *adapter.dense)
 
 
-def _factors(pair: Pair, view: View, target: Target) -> dict[str, np.ndarray]:
-    """``lora_A`` and ``lora_B`` of every module of a leaf."""
+def _flat(pair: Pair, view: View) -> tuple[np.ndarray, np.ndarray]:
+    """``(batch..., rank, in)`` and ``(batch..., rank, out)``."""
     batch = view.sizes(view.batch)
     down, up = (
         np.asarray(jax.device_get(side), np.float32).reshape(*batch, pair.rank, -1)
         for side in (pair.down, pair.up)
     )
-    if target.kind == "experts":
-        # Experts are the slow axis of the rows of A, and the fast one of B's columns.
-        first, second = keys(target.name, "experts")
-        return {
-            first: down.reshape(-1, down.shape[-1]),
-            second: np.moveaxis(up, 2, 0).transpose(0, 2, 1).reshape(up.shape[-1], -1),
-        }
+    return down, up
+
+
+def _factors(pair: Pair, view: View, target: Target) -> dict[str, np.ndarray]:
+    """``lora_A`` and ``lora_B`` of every module of a leaf."""
+    down, up = _flat(pair, view)
     tensors = {}
     for index, module in zip(view.indices, modules(view, target), strict=True):
         first, second = keys(module, target.kind)
@@ -130,6 +130,16 @@ def _factors(pair: Pair, view: View, target: Target) -> dict[str, np.ndarray]:
             tensors[first] = window_last(down[index], view)
             tensors[second] = up[index].T.reshape(-1, pair.rank, *ones)
     return tensors
+
+
+def _experts(pair: Pair, view: View, module: str) -> dict[str, np.ndarray]:
+    """Experts are the slow axis of the rows of A, and the fast one of B's columns."""
+    down, up = _flat(pair, view)
+    first, second = keys(module, "experts")
+    return {
+        first: down.reshape(-1, down.shape[-1]),
+        second: up.transpose(2, 1, 0).reshape(up.shape[-1], -1),
+    }
 
 
 def _dense(
@@ -164,13 +174,14 @@ def _dense(
 
 def _config(
     ranks: Mapping[str, int],
-    fused: list[str],
+    fused: Sequence[Target],
     kept: list[str],
     transposed: bool,
     biased: bool,
     base_model: str | None,
     task_type: str | None,
 ) -> dict[str, Any]:
+    whole = {target.name for target in fused}
     counts = collections.Counter(ranks.values())
     rank = counts.most_common(1)[0][0] if counts else 1
     others = {module: own for module, own in ranks.items() if own != rank}
@@ -188,8 +199,8 @@ def _config(
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": others,
-        "target_modules": [module for module in ranks if module not in fused],
-        "target_parameters": fused or None,
+        "target_modules": sorted(set(ranks) - whole),
+        "target_parameters": sorted(whole) or None,
         "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,
