@@ -76,7 +76,6 @@ EXPLORED: dict[str, Rule] = {
     "blocks": Rule(lambda rank: fed.raclora(rl.Spec(rank, side="left", sketch="block"))),
     "the smaller side": Rule(lambda rank: fed.raclora(rl.Spec(rank))),
     "the other side": Rule(lambda rank: fed.raclora(rl.Spec(rank, side="right"))),
-    "sides by a coin": Rule(lambda rank: fed.raclora(rl.Spec(rank, side=0.5))),
     "orthogonal local steps": Rule(
         lambda rank: fed.raclora(rl.Spec(rank, side="left", alpha="dim")),
         rl.orthogonal(),

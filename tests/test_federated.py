@@ -632,6 +632,11 @@ def private_fedex():
     ("words", "make_it"),
     [
         ("rounds_per_link", lambda: fed.raclora(2, rounds_per_link=0)),
+        ("draws a side", lambda: fed.raclora(rl.Spec(2, side=0.5))),
+        (
+            r"Rule\('kernel'\): side=0.5",
+            lambda: fed.fedit(rl.Spec(2, rules=[rl.Rule("kernel", side=0.5)])),
+        ),
         ("picks rows", lambda: fed.fedit(rl.Spec(2, sketch="block"))),
         ("take", lambda: fed.sample_clients(5, 6, round=0, key=0)),
         ("tx needs its state", step_without_state),

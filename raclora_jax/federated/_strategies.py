@@ -43,6 +43,18 @@ class Strategy:
     pair: bool
     any_rank: bool = False
 
+    def __post_init__(self) -> None:
+        for where, side in (
+            ("Spec", self.spec.side),
+            *((f"Rule({rule.path!r})", rule.side) for rule in self.spec.rules),
+        ):
+            if isinstance(side, float):
+                raise ValueError(
+                    f"{where}: side={side} draws a side each link and holds the factors "
+                    "of both, and a message carries one a leaf; use side='left', "
+                    "'right' or 'auto'"
+                )
+
 
 def raclora(spec: Spec | int, *, rounds_per_link: int = 1) -> Strategy:
     """Fed-RAC-LoRA: a sketch shared by all, one factor trained, the mean merged.
@@ -60,7 +72,7 @@ def raclora(spec: Spec | int, *, rounds_per_link: int = 1) -> Strategy:
       A ``Strategy``.
 
     Raises:
-      ValueError: If ``rounds_per_link`` is not positive.
+      ValueError: If ``rounds_per_link`` is not positive, or a side is drawn.
 
     Example:
       >>> raclora(4).rounds_per_link
