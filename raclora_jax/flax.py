@@ -7,11 +7,13 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx, struct
 from flax.training import train_state
 
 from raclora_jax._core import paths
-from raclora_jax._core.spec import Spec
+from raclora_jax._core.lowrank import is_factor
+from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaf, PyTree
 from raclora_jax._forms import gradient, optimizer
 
@@ -84,9 +86,9 @@ def value_and_grad(
       has_aux: Whether ``loss_fn`` returns ``(loss, aux)``.
 
     Returns:
-      ``function(model, opt_state, *args)`` that returns ``(loss, grads)``, or
-      ``((loss, aux), grads)``, where ``opt_state`` began as
-      ``tx.init(to_tree(model)[0])``.
+      ``function(model, optimizer, *args)`` that returns ``(loss, grads)``, or
+      ``((loss, aux), grads)``. In place of an ``Optimizer`` it takes an ``opt_state``
+      that began as ``tx.init(to_tree(model)[0])``.
 
     Raises:
       TypeError: From the function, if ``model`` is no ``nnx.Module``.
@@ -95,17 +97,20 @@ def value_and_grad(
     Example:
       >>> import jax.numpy as jnp, raclora_jax as rl
       >>> from flax import nnx
-      >>> model, tx = nnx.Linear(6, 4, rngs=nnx.Rngs(0)), rl.raclora(0.1, 2, key=0)
-      >>> opt_state = tx.init(to_tree(model)[0])
+      >>> model = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+      >>> optimizer = Optimizer(model, rl.raclora(0.1, 2, key=0), 2)
       >>> grad_fn = value_and_grad(lambda model, x: jnp.sum(model(x) ** 2), 2)
-      >>> loss, grads = grad_fn(model, opt_state, jnp.ones((3, 6)))
+      >>> loss, grads = grad_fn(model, optimizer, jnp.ones((3, 6)))
       >>> grads["kernel"].value.shape
       (2, 6)
     """
 
-    def compute(model: Model, opt_state: PyTree, *args: Any, **kwargs: Any) -> PyTree:
+    def compute(model: Model, optimizer: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         _check_module(model, "value_and_grad")
         tree, restore = to_tree(model)
+        opt_state = optimizer
+        if isinstance(optimizer, nnx.Optimizer):
+            opt_state = nnx.as_pure(optimizer.opt_state)
 
         def loss(tree: PyTree) -> tuple[Any, tuple[Any, Any]]:
             inside = restore(tree)
@@ -154,6 +159,90 @@ def apply_updates(
     stepped = optimizer.apply_updates(tree, updates, opt_state, spec)
     nnx.update(model, nnx.state(restore(stepped), nnx.Param))
     return model
+
+
+class Optimizer(nnx.Optimizer[Any]):
+    """An ``nnx.Optimizer`` that takes gradients in factor coordinates.
+
+    ``update(model, grads)`` takes what ``value_and_grad(loss_fn, spec)(model, optimizer,
+    *args)`` of this room returned, or dense gradients as ``nnx.grad`` gives them, and
+    moves the model in place.
+
+    Args:
+      model: The module.
+      tx: With one ``raclora(...)`` in it.
+      spec: The spec it was given.
+      wrt: What is trained, as in ``nnx.Optimizer``.
+
+    Example:
+      >>> import jax.numpy as jnp, raclora_jax as rl
+      >>> from flax import nnx
+      >>> model = nnx.Linear(6, 4, rngs=nnx.Rngs(0))
+      >>> optimizer = Optimizer(model, rl.raclora(0.1, 2, key=0), 2)
+      >>> grad_fn = value_and_grad(lambda model, x: jnp.sum(model(x) ** 2), 2)
+      >>> @nnx.jit
+      ... def step(model, optimizer, x):
+      ...     loss, grads = grad_fn(model, optimizer, x)
+      ...     optimizer.update(model, grads)
+      ...     return loss
+      >>> before = step(model, optimizer, jnp.ones((3, 6)))
+      >>> bool(step(model, optimizer, jnp.ones((3, 6))) < before)
+      True
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        tx: optax.GradientTransformation,
+        spec: Spec | int,
+        *,
+        wrt: Any = nnx.Param,
+    ) -> None:
+        _check_module(model, "Optimizer")
+        super().__init__(model, tx, wrt=wrt)
+        self.spec = as_spec(spec)
+
+    def update(self, model: nnx.Module, grads: PyTree, /, **kwargs: Any) -> PyTree:
+        """Moves the model and the state by one step.
+
+        Args:
+          model: The module.
+          grads: Dense, in factor coordinates, or some leaves the one and some the other.
+          **kwargs: Extra arguments of ``tx.update``.
+
+        Returns:
+          The updates, in the structure of the parameters.
+
+        Raises:
+          ValueError: If a parameter has no gradient, or as
+            ``raclora_jax.apply_updates``.
+        """
+        params = nnx.as_pure(nnx.state(model, self.wrt))
+        opt_state = nnx.as_pure(self.opt_state)
+        given = (_as_params(grads, params), opt_state, params)
+        updates, new_state = self.tx.update(*given, **nnx.as_pure(kwargs))
+        stepped = optimizer.apply_updates(params, updates, new_state, self.spec)
+        nnx.update(model, stepped)
+        nnx.update(self.opt_state, nnx.state(new_state))
+        self.step[...] += 1
+        return updates
+
+
+def _as_params(grads: PyTree, params: PyTree) -> PyTree:
+    """Gradients by path, in the structure of the parameters."""
+
+    def is_leaf(node: Leaf) -> bool:
+        return is_factor(node) or isinstance(node, optax.MaskedNode)
+
+    by_path, _ = paths.flatten(nnx.as_pure(grads), is_leaf=is_leaf)
+    leaves, treedef = paths.flatten(params)
+    for path in leaves:
+        if path not in by_path:
+            raise ValueError(
+                f"leaf {paths.show(path)} has no gradient; make gradients with "
+                "raclora_jax.flax.value_and_grad and the optimizer's own spec and model"
+            )
+    return paths.unflatten(treedef, {path: by_path[path] for path in leaves})
 
 
 class TrainState(train_state.TrainState):

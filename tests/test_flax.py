@@ -258,3 +258,66 @@ def test_linen_train_state_steps_in_factor_form():
         jax.tree.leaves(ours.params), jax.tree.leaves(plain.params), strict=True
     ):
         np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def steps_in_place(how):
+    """Some steps of the noisy net by ``flax.Optimizer``, its losses and its weights."""
+    model = Noisy(nnx.Rngs(0))
+    # Not Adam: the bias before a norm has a gradient of rounding errors only.
+    rule = rl.raclora(0.5, SPEC, inner=optax.identity(), weight_decay=0.1, key=3)
+    optimizer = rl.flax.Optimizer(model, optax.chain(rule), SPEC)
+    grad_fn = {
+        "factor": rl.flax.value_and_grad(noisy_loss, SPEC),
+        "dense": lambda model, _, x: nnx.value_and_grad(noisy_loss)(model, x),
+    }[how.split()[0]]
+
+    def step(model, optimizer, x):
+        loss, grads = grad_fn(model, optimizer, x)
+        optimizer.update(model, grads)
+        return loss
+
+    x = jnp.sin(jnp.arange(24.0)).reshape(4, 6)
+    losses = []
+    if how.endswith("cached"):
+        run = nnx.cached_partial(nnx.jit(step), model, optimizer)
+        losses = [float(run(x)) for _ in range(5)]
+    elif how.endswith("split"):
+        graph, state = nnx.split((model, optimizer))
+
+        @jax.jit
+        def pure(state, x):
+            model, optimizer = nnx.merge(graph, state)
+            loss = step(model, optimizer, x)
+            return loss, nnx.state((model, optimizer))
+
+        for _ in range(5):
+            loss, state = pure(state, x)
+            losses.append(float(loss))
+        nnx.update((model, optimizer), state)
+    else:
+        run = nnx.jit(step)
+        losses = [float(run(model, optimizer, x)) for _ in range(5)]
+    assert int(optimizer.step[...]) == 5
+    return losses, jax.device_get(to_tree(model)[0])
+
+
+@pytest.mark.parametrize("how", ["dense", "factor cached", "factor split"])
+def test_the_optimizer_takes_the_same_steps(how):
+    losses, weights = steps_in_place(how)
+    expected, expected_weights = steps_in_place("factor")
+    assert losses[0] != losses[-1]
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4),
+        weights,
+        expected_weights,
+    )
+
+
+def test_the_optimizer_refuses():
+    model = nnx_net()
+    optimizer = rl.flax.Optimizer(model, rl.raclora(0.1, SPEC, key=0), SPEC)
+    with pytest.raises(ValueError, match="'first/bias' has no gradient"):
+        optimizer.update(model, {"first": {"kernel": jnp.ones((6, 7))}})
+    with pytest.raises(TypeError, match=r"flax\.Optimizer takes an nnx\.Module"):
+        rl.flax.Optimizer(linen_variables(), rl.raclora(0.1, SPEC, key=0), SPEC)
