@@ -37,23 +37,21 @@ params, restore = rl_flax.to_tree(model)
 spec = rl.trace_spec(lambda p, x: restore(p)(x), params, images[:64], rank=4)
 print(rl.summary(params, spec))
 
-tx = rl.raclora(1e-2, spec, key=1)
-opt_state = tx.init(params)
+optimizer = rl_flax.Optimizer(model, rl.raclora(1e-2, spec, key=1), spec)
 grad_fn = rl_flax.value_and_grad(loss_fn, spec)
 
 
 @nnx.jit
-def step(model, opt_state, x, y):
-    loss, grads = grad_fn(model, opt_state, x, y)
-    updates, opt_state = tx.update(grads, opt_state, rl_flax.to_tree(model)[0])
-    rl_flax.apply_updates(model, updates, opt_state, spec)
-    return loss, opt_state
+def step(model, optimizer, x, y):
+    loss, grads = grad_fn(model, optimizer, x, y)
+    optimizer.update(model, grads)
+    return loss
 
 
 rng = np.random.default_rng(0)
 for _ in range(400):
     batch = rng.choice(train, 64)
-    loss, opt_state = step(model, opt_state, images[batch], labels[batch])
+    loss = step(model, optimizer, images[batch], labels[batch])
 
 model.eval()
 hits = jax.jit(model.__call__)(images[test]).argmax(-1) == labels[test]
