@@ -71,6 +71,7 @@ RULES: dict[str, Rule] = {
     "FlexLoRA": _left(fed.flexlora),
     "FFA-LoRA": _left(fed.ffa_lora),
 }
+MOMENTUM = optax.chain(optax.clip_by_global_norm(CLIP), optax.trace(0.9))
 # Fed-RAC-LoRA otherwise; see ``--explore``.
 EXPLORED: dict[str, Rule] = {
     "blocks": Rule(lambda rank: fed.raclora(rl.Spec(rank, side="left", sketch="block"))),
@@ -81,10 +82,8 @@ EXPLORED: dict[str, Rule] = {
         rl.orthogonal(),
         tuple(rate / 100 for rate in RATES),
     ),
-    "local momentum 0.9": Rule(
-        lambda rank: fed.raclora(rl.Spec(rank, side="left")),
-        optax.chain(optax.clip_by_global_norm(CLIP), optax.trace(0.9)),
-    ),
+    "local momentum 0.9": _left(fed.raclora)._replace(inner=MOMENTUM),
+    "FedAvg, local momentum 0.9": _left(fed.fedavg)._replace(inner=MOMENTUM),
 }
 
 
@@ -273,7 +272,7 @@ def run(setting: Setting, task: Task, judged: tuple[Array, Array]) -> dict[str, 
     params = task.start(setting.seed)
     up, down = traffic(strategy, task, params)
     rounds = setting.rounds
-    if setting.rule != "FedAvg":
+    if strategy.name != "fedavg":
         rounds = setting.rounds * traffic(RULES["FedAvg"].make(1), task, params)[0]
         rounds //= SHARE * up
     points = min(POINTS, rounds)
@@ -339,7 +338,7 @@ def tuned(
     def best(settings: Iterable[Setting]) -> Setting:
         return max(settings, key=mean)
 
-    ranks = RANKS[:1] if rule == "FedAvg" else RANKS
+    ranks = RANKS[:1] if "FedAvg" in rule else RANKS
     middle = Setting(rule, RANKS[0], STEPS[0], 0.0, rounds, 0)
     rate = best(middle._replace(rate=rate) for rate in rule_of(rule).rates).rate
     return best(

@@ -21,6 +21,7 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 180
 nb_merge_streams = True
 
+autodoc_mock_imports = ["tunix"]
 autodoc_member_order = "bysource"
 autodoc_type_aliases = {
     name: name for name in ("PyTree", "KeyLike", "Leaf", "Leaves", "Scalar")

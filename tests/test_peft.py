@@ -253,7 +253,7 @@ def test_best_is_the_leading_singular_part():
     delta = {"w": falling(3), "s": np.stack([falling(4).T, falling(5).T])}
     after = jax.tree.map(lambda w, d: w + jnp.asarray(d, jnp.float32), before, delta)
     lines = []
-    adapter, kept = peft.best(before, after, spec, rank=5, report=lines.append)
+    adapter, kept = peft.best(before, after, spec, rank=5, key=0, report=lines.append)
     lost = np.sqrt(np.sum(decay[5:] ** 2) / np.sum(decay**2))
     assert len(lines) == 2
     for path in ("w", "s"):
@@ -263,14 +263,14 @@ def test_best_is_the_leading_singular_part():
     error = np.linalg.norm(found["w"] - delta["w"]) / np.linalg.norm(decay)
     assert error == pytest.approx(lost, rel=1e-3)
     energy = np.cumsum(decay**2) / np.sum(decay**2)
-    _, kept = peft.best(before, after, spec, energy=0.95, report=lines.append)
+    _, kept = peft.best(before, after, spec, energy=0.95, key=0, report=lines.append)
     assert kept["w"].rank == np.searchsorted(energy, 0.95) + 1
     assert kept["w"].energy >= 0.95 - 1e-6
 
 
 def test_a_change_of_nothing():
     before = {"w": jnp.ones((6, 4))}
-    adapter, kept = peft.best(before, before, 2, rank=2, report=lambda line: None)
+    adapter, kept = peft.best(before, before, 2, rank=2, key=0, report=lambda line: None)
     assert kept["w"] == (2, 1.0, 0.0)
     assert not np.any(adapter.pairs["w"].down)
 
@@ -388,9 +388,9 @@ class TestBadInput:
 
     def test_best(self, params):
         with pytest.raises(ValueError, match="give rank or energy"):
-            peft.best(params, params, SPEC)
+            peft.best(params, params, SPEC, key=0)
         with pytest.raises(ValueError, match="at most 1"):
-            peft.best(params, params, SPEC, energy=1.5)
+            peft.best(params, params, SPEC, energy=1.5, key=0)
 
     def test_a_pair_of_another_leaf(self, params):
         pair = peft.Pair(jnp.ones((2, 5)), jnp.ones((2, 8)))

@@ -43,7 +43,7 @@ def best(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    key: KeyLike = 0,
+    key: KeyLike,
     report: Callable[[str], None] = print,
 ) -> tuple[Adapter, dict[str, Kept]]:
     """The best adapter of a rank, or of a share of energy, for what training did.
@@ -71,7 +71,7 @@ def best(
     Example:
       >>> import jax.numpy as jnp
       >>> before, after = {"kernel": jnp.ones((6, 4))}, {"kernel": jnp.zeros((6, 4))}
-      >>> adapter, kept = best(before, after, 2, rank=1)
+      >>> adapter, kept = best(before, after, 2, rank=1, key=0)
       kernel: rank 1 keeps 100.00 % of the change, error 0.0000
       >>> round(kept["kernel"].energy, 3)
       1.0

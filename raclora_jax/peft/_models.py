@@ -48,8 +48,8 @@ def load_model(
       >>> W = {"kernel": jnp.arange(6.0).reshape(3, 2)}
       >>> names = {"kernel": Target("head.weight")}
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     save_model(f"{folder}/model", W, 1, names)
-      ...     again = load_model(f"{folder}/model", W, 1, names)
+      ...     saved = save_model(f"{folder}/model", W, 1, names)
+      ...     again = load_model(saved, W, 1, names)
       >>> bool((again["kernel"] == W["kernel"]).all())
       True
     """
@@ -76,7 +76,7 @@ def save_model(
     *,
     like: str | os.PathLike[str] | None = None,
     most_bytes: int = 5 * 10**9,
-) -> None:
+) -> pathlib.Path:
     """Writes merged weights as a folder that ``from_pretrained`` loads.
 
     What ``like`` holds beside weights (config, tokenizer) is copied, and parameters of it
@@ -90,6 +90,9 @@ def save_model(
       names: ``{path: Target}`` of every leaf; see ``targets``.
       like: The folder the model came from.
       most_bytes: Of one file.
+
+    Returns:
+      The folder.
 
     Raises:
       FileExistsError: If the folder exists.
@@ -107,6 +110,7 @@ def save_model(
                     shutil.copy(file, folder / file.name)
         save_sharded(folder, tensors, most_bytes)
         _compare(tensors, Tensors(folder, "model"))
+    return pathlib.Path(directory)
 
 
 def _is_weights(file: pathlib.Path) -> bool:

@@ -40,7 +40,7 @@ def save_adapter(
     *,
     base_model: str | None = None,
     task_type: str | None = None,
-) -> None:
+) -> pathlib.Path:
     """Writes an adapter as PEFT reads it: ``adapter_config.json`` and its safetensors.
 
     ``lora_alpha = r``, so that the factors stand as they are; a module of another rank
@@ -57,6 +57,9 @@ def save_adapter(
       base_model: ``base_model_name_or_path`` of the config.
       task_type: Such as ``"CAUSAL_LM"`` or ``"SEQ_CLS"``.
 
+    Returns:
+      The folder.
+
     Raises:
       FileExistsError: If the folder exists.
       ValueError: If a changed leaf has no name or PEFT has no place for it.
@@ -66,8 +69,8 @@ def save_adapter(
       >>> W, names = {"kernel": jnp.ones((6, 4))}, {"kernel": Target("head.weight")}
       >>> change = Adapter({"kernel": Pair(jnp.ones((2, 6)), jnp.ones((2, 4)))})
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     save_adapter(f"{folder}/adapter", change, W, 2, names)
-      ...     again = load_adapter(f"{folder}/adapter", W, 2, names)
+      ...     saved = save_adapter(f"{folder}/adapter", change, W, 2, names)
+      ...     again = load_adapter(saved, W, 2, names)
       >>> again.pairs["kernel"].rank
       2
     """
@@ -102,6 +105,7 @@ def save_adapter(
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         own = {path: names[path] for path in _changed(adapter)}
         _compare(adapter, load_adapter(folder, params, spec, own))
+    return pathlib.Path(directory)
 
 
 def _changed(adapter: Adapter) -> Iterable[str]:
