@@ -179,6 +179,7 @@ TABLES = {
     "estimators": theory_tables.estimators,
     "certificates": theory_tables.certificates,
     "federated": lambda: federated_report.table("federated_mnist"),
+    "federated_explored": lambda: federated_report.table("federated_mnist_explored"),
 }
 
 
