@@ -42,11 +42,21 @@ OPTIONAL = {
     "flax.py": {"flax"},
     "_privacy.py": {"dp_accounting"},
     "_report.py": {"matplotlib"},
+    "_checkpointer.py": {"orbax", "etils"},
     "_files.py": {"safetensors"},
     "tunix.py": {"flax", "tunix"},
 }
 STRANGERS = ({"sketch", "lowrank", "rounding"}, {"optimizer", "adapter"})
-NAMESPACES = ("estimators", "federated", "flax", "methods", "peft", "theory", "tunix")
+NAMESPACES = (
+    "checkpoint",
+    "estimators",
+    "federated",
+    "flax",
+    "methods",
+    "peft",
+    "theory",
+    "tunix",
+)
 # Those whose package is not installed are read and not imported.
 ABSENT = {"tunix"} if importlib.util.find_spec("tunix") is None else set()
 ALL_ROOMS = [(folder, room) for folder, rooms in ROOMS.items() for room in rooms.split()]
@@ -163,7 +173,7 @@ def modules():
 def public_functions():
     for name in rl.__all__:
         yield name, getattr(rl, name)
-    for folder in ("estimators", "federated", "methods", "peft", "theory"):
+    for folder in ("checkpoint", "estimators", "federated", "methods", "peft", "theory"):
         namespace = importlib.import_module(f"raclora_jax.{folder}")
         for name in namespace.__all__:
             yield f"{folder}.{name}", getattr(namespace, name)

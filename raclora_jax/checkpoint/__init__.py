@@ -1,0 +1,10 @@
+"""Checkpoints that survive: a run's state over orbax, and a log of a chain's links.
+
+``pip install 'raclora-jax[checkpoint]'``; ``ChainLog`` needs no orbax.
+"""
+
+from raclora_jax.checkpoint._checkpointer import Checkpointer
+from raclora_jax.checkpoint._log import ChainLog
+from raclora_jax.checkpoint._state import Restored, abstract_state
+
+__all__ = ["ChainLog", "Checkpointer", "Restored", "abstract_state"]

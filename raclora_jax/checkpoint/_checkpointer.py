@@ -1,0 +1,315 @@
+"""Save and restore of a run over orbax."""
+
+from __future__ import annotations
+
+import operator
+import os
+import types
+import uuid
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from raclora_jax._core import paths
+from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.types import Leaves, PyTree
+from raclora_jax.checkpoint._digest import digests
+from raclora_jax.checkpoint._everyone import attempt, everyone, one_line
+from raclora_jax.checkpoint._position import as_text, own
+from raclora_jax.checkpoint._state import (
+    Restored,
+    check_table,
+    is_empty,
+    saved_leaves,
+    table,
+    target,
+    with_sketches,
+    zeros,
+)
+
+_FORMAT = 1
+_ASIDE = "damaged"
+
+
+class Checkpointer:
+    """Keeps the newest checkpoints of one run in a directory.
+
+    A checkpoint holds a tree of arrays (params and optimizer state, in any form), the
+    position in the data, the spec, and a digest of every array's bits. It is written
+    beside and renamed, so that a killed process leaves the last one whole; what is read
+    is compared with the digests, so that a damaged one is not trained on. Cached
+    sketches are left out: the first update draws them again, with the same bits.
+
+    Where a run has several processes, each calls every method, and the directory is one
+    that all of them see.
+
+    Args:
+      directory: Where the checkpoints are; made if it is not there.
+      spec: The spec of the run.
+      keep: How many checkpoints stay, the newest.
+
+    Raises:
+      ImportError: If orbax is not installed.
+      ValueError: If ``keep`` is below 1.
+      OSError: If the directory cannot be made.
+
+    Example:
+      >>> import tempfile, raclora_jax as rl
+      >>> params, spec = {"kernel": jnp.ones((6, 4))}, rl.Spec(2)
+      >>> tx = rl.raclora(1e-3, spec, key=0)
+      >>> state = params, tx.init(params)
+      >>> with Checkpointer(tempfile.mkdtemp(), spec) as checkpointer:
+      ...     checkpointer.save(40, state, data={"next_index": 41})
+      ...     step, state, data, _ = checkpointer.restore(state)
+      >>> step, data
+      (40, {'next_index': 41})
+    """
+
+    def __init__(
+        self, directory: str | os.PathLike[str], spec: Spec | int, *, keep: int = 3
+    ) -> None:
+        self._spec = as_spec(spec)
+        if operator.index(keep) < 1:
+            raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
+        self._orbax, epath = _orbax()
+        where = os.fspath(directory)
+        self._directory = epath.Path(where if "://" in where else os.path.abspath(where))
+        self._saving: int | None = None
+        self._manager = self._orbax.CheckpointManager(
+            self._directory,
+            item_names=("state", "meta"),
+            options=self._orbax.CheckpointManagerOptions(
+                max_to_keep=keep, cleanup_tmp_directories=True
+            ),
+        )
+
+    def save(self, step: int, state: PyTree, *, data: Any = None) -> None:
+        """Copies the state to the host and writes it while the run goes on.
+
+        Args:
+          step: A number above those saved before.
+          state: Tree of arrays, such as ``(params, opt_state)``; it may be donated to
+            the next step. Python numbers come back as arrays.
+          data: Position in the data: bytes or what JSON can hold, such as a grain
+            iterator's ``get_state()``. Each process may give its own.
+
+        Raises:
+          ValueError: If there is a checkpoint of this step or a later one.
+          TypeError: If JSON cannot hold the data, or a leaf is no array.
+          OSError: If the directory cannot be written to, or the save before this one
+            failed. The checkpoints that are whole stay as they are.
+        """
+        self.wait()
+        last = self.latest()
+        if last is not None and operator.index(step) <= last:
+            raise ValueError(
+                f"step {step} does not come after step {last}, the latest in "
+                f"{self._directory}; restore that one and go on from it, or save to "
+                "another directory"
+            )
+        leaves, _ = saved_leaves(state)
+        leaves = {
+            path: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
+            for path, leaf in leaves.items()
+        }
+        meta = {
+            "format": _FORMAT,
+            "spec": self._spec.to_json(),
+            "leaves": table(leaves),
+            "digests": digests(leaves),
+            "data": everyone(as_text(data)),
+        }
+        _, reason = attempt(self._probe)
+        if reason:
+            raise self._failed(step, reason)
+        self._saving = step
+        args = self._orbax.args
+        full = {path: leaf for path, leaf in leaves.items() if not is_empty(leaf)}
+        try:
+            self._manager.save(
+                step,
+                args=args.Composite(
+                    state=args.StandardSave(full), meta=args.JsonSave(meta)
+                ),
+                force=True,
+            )
+        except Exception as error:
+            self._manager.reload()
+            raise self._failed(step, one_line(error)) from error
+
+    def restore(self, like: PyTree, *, step: int | None = None) -> Restored:
+        """Reads the newest whole checkpoint onto the devices that ``like`` names.
+
+        One that is cut short, lacks files or holds other bits than were saved is passed
+        over for the one before, and moved to ``damaged/`` in the directory; a warning
+        says so in one line.
+
+        Args:
+          like: Tree of arrays or abstract arrays with the structure of what was saved.
+            Their shardings say where it goes, on any mesh and device count; leaves
+            without one go to the default device. ``abstract_state`` makes it.
+          step: A certain checkpoint and no other.
+
+        Returns:
+          Step, state, position in the data, and the spec it was saved with.
+
+        Raises:
+          FileNotFoundError: If there is no checkpoint, or none of that step.
+          ValueError: If the run's spec cannot go on with it, its leaves have other
+            paths, shapes or dtypes, or no checkpoint is whole.
+        """
+        self.wait()
+        steps = self.steps()
+        if step is not None and step not in steps:
+            said = ", ".join(map(str, steps)) or "none"
+            raise FileNotFoundError(
+                f"no checkpoint of step {step} in {self._directory}; there are: {said}"
+            )
+        if not steps:
+            raise FileNotFoundError(
+                f"no checkpoint in {self._directory}; start from tx.init(params)"
+            )
+        passed: dict[int, str] = {}
+        for one in steps[::-1] if step is None else [step]:
+            found, reason = self._read(one, like)
+            if found is not None:
+                self._set_aside(passed, one)
+                return found
+            passed[one] = reason
+        said = "; ".join(f"step {one}: {reason}" for one, reason in passed.items())
+        raise ValueError(
+            f"no whole checkpoint in {self._directory}, nothing was changed there: {said}"
+        )
+
+    def steps(self) -> list[int]:
+        """The steps that there are checkpoints of, oldest first."""
+        return sorted(self._orbax.utils.checkpoint_steps(self._directory))
+
+    def latest(self) -> int | None:
+        """The newest step, or None."""
+        return next(iter(self.steps()[::-1]), None)
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk.
+
+        Raises:
+          OSError: If it failed. The checkpoints before it stay as they are.
+        """
+        step, self._saving = self._saving, None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            self._manager.reload()
+            raise self._failed(step, one_line(error)) from error
+
+    def close(self) -> None:
+        """Waits, then lets go of the directory.
+
+        Raises:
+          OSError: As ``wait``.
+        """
+        try:
+            self.wait()
+        finally:
+            self._manager.close()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: types.TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _probe(self) -> None:
+        """Refuses a directory that cannot be written to, before anything is copied."""
+        if jax.process_index() == 0:
+            probe = self._directory / f".probe-{uuid.uuid4().hex}"
+            probe.write_text("")
+            probe.unlink()
+
+    def _failed(self, step: int | None, reason: str) -> OSError:
+        last = self.latest()
+        left = "there is no earlier one" if last is None else f"the last is step {last}"
+        return OSError(
+            f"the checkpoint of step {step} was not written to {self._directory}: "
+            f"{reason}; {left}"
+        )
+
+    def _read(self, step: int, like: PyTree) -> tuple[Restored | None, str]:
+        """What a checkpoint holds, or why it is not whole."""
+        folder = self._directory / str(step)
+        handlers, args = self._orbax.handlers, self._orbax.args
+        meta, reason = attempt(
+            lambda: handlers.JsonCheckpointHandler().restore(folder / "meta")
+        )
+        if reason or meta is None:
+            return None, reason
+        saved = self._check(meta, step)
+        leaves, treedef = saved_leaves(like)
+        check_table(meta["leaves"], leaves, step)
+        data = own(meta["data"], step)
+        wanted = {path: target(leaf) for path, leaf in leaves.items()}
+        wanted = {path: leaf for path, leaf in wanted.items() if not is_empty(leaf)}
+        read, reason = attempt(
+            lambda: self._orbax.StandardCheckpointHandler().restore(
+                folder / "state", args=args.StandardRestore(wanted)
+            )
+        )
+        if reason or read is None:
+            return None, reason
+        found: Leaves = {
+            path: jnp.asarray(read[path]) if path in read else zeros(leaf)
+            for path, leaf in leaves.items()
+        }
+        for path, digest in digests(found).items():
+            if digest != meta["digests"][path]:
+                return None, f"leaf {paths.show(path)} has other bits than were saved"
+        state = with_sketches(paths.unflatten(treedef, found), like)
+        return Restored(step, state, data, saved), ""
+
+    def _check(self, meta: dict[str, Any], step: int) -> Spec:
+        """The spec that a checkpoint was saved with, if this run can go on with it."""
+        if meta.get("format") != _FORMAT:
+            raise ValueError(
+                f"the checkpoint of step {step} in {self._directory} has format "
+                f"{meta.get('format')!r}, this version of raclora_jax reads {_FORMAT}"
+            )
+        saved = Spec.from_json(meta["spec"])
+        self._spec.check_resumes(saved)
+        return saved
+
+    def _set_aside(self, passed: dict[int, str], used: int) -> None:
+        """Moves what is not whole out of the way of the steps that come."""
+        if not passed:
+            return
+        if jax.process_index() == 0:
+            aside = self._directory / _ASIDE
+            aside.mkdir(exist_ok=True)
+            for step in passed:
+                (self._directory / str(step)).rename(aside / f"{step}-{uuid.uuid4().hex}")
+            said = "; ".join(f"step {step} ({why})" for step, why in passed.items())
+            warnings.warn(
+                f"not whole, moved to {aside}: {said}; restored step {used} instead",
+                stacklevel=3,
+            )
+        everyone("moved")
+        self._manager.reload()
+
+
+def _orbax() -> tuple[Any, Any]:
+    """orbax and its paths, which only those who save a run need."""
+    try:
+        import orbax.checkpoint as orbax
+        from etils import epath
+    except ImportError as error:
+        raise ImportError(
+            "raclora_jax.checkpoint.Checkpointer needs orbax: "
+            "pip install 'raclora-jax[checkpoint]'"
+        ) from error
+    return orbax, epath

@@ -1,0 +1,266 @@
+"""The log of a chain: what every link trained, from which the weights are rebuilt."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from raclora_jax._core import paths
+from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.types import Leaf, Leaves, PyTree
+from raclora_jax._forms.adapter import AdapterChain, init_adapter, next_link
+from raclora_jax.checkpoint._digest import digests
+from raclora_jax.checkpoint._everyone import one_line
+
+_FORMAT = "raclora_jax chain log 1"
+_NAME = re.compile(r"link-(\d{8})")
+
+# One program for those who write and those who rebuild, so that both round alike.
+_advance = jax.jit(next_link, static_argnames="spec")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """One link: where it began, what it trained, where it ended.
+
+    Attributes:
+      link: Index of the link.
+      key_data: The two words of the chain's key.
+      spec: The spec in JSON.
+      before: Digests of the weights it began with.
+      after: Digests of the merged weights.
+      factors: ``{path: array}``.
+    """
+
+    link: int
+    key_data: list[int]
+    spec: str
+    before: dict[str, int]
+    after: dict[str, int]
+    factors: Leaves
+
+    def to_bytes(self) -> bytes:
+        """SHA-256 of the rest, a line of JSON, and the arrays' bytes one by one."""
+        arrays = {path: np.ascontiguousarray(leaf) for path, leaf in self.factors.items()}
+        head = {
+            "format": _FORMAT,
+            **{field: getattr(self, field) for field in _FIELDS},
+            "arrays": [[p, str(a.dtype), list(a.shape)] for p, a in arrays.items()],
+        }
+        body = json.dumps(head).encode() + b"\n"
+        body += b"".join(array.tobytes() for array in arrays.values())
+        return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+
+    @classmethod
+    def from_bytes(cls, raw: bytes) -> _Record:
+        """Reads what ``to_bytes`` wrote; anything else is a ``ValueError``."""
+        digest, _, body = raw.partition(b"\n")
+        if hashlib.sha256(body).hexdigest().encode() != digest:
+            raise ValueError("it is cut short or its bytes are not those written")
+        line, _, rest = body.partition(b"\n")
+        head = json.loads(line)
+        if head["format"] != _FORMAT:
+            raise ValueError(f"its format is {head['format']!r}, not {_FORMAT!r}")
+        factors, start = {}, 0
+        for path, name, shape in head["arrays"]:
+            dtype = jnp.dtype(name)
+            count = math.prod(shape)
+            flat = np.frombuffer(rest, dtype, count, start)
+            factors[path] = flat.reshape(shape)
+            start += count * dtype.itemsize
+        return cls(**{field: head[field] for field in _FIELDS}, factors=factors)
+
+
+_FIELDS = ("link", "key_data", "spec", "before", "after")
+
+
+class ChainLog:
+    """What every link of an adapter chain trained, a small file each.
+
+    ``W_n = W_0 + sum_k lift(F_k)``, rounded once a link: the base, the key and the
+    factors are all there is to a fine-tuned model, and ``rebuild`` gives its weights bit
+    by bit, or says which bits differ. A record also holds digests of the weights before
+    and after its link, so that one of another chain is refused.
+
+    Only the adapter form has such a log. The optimizer and the gradient form add to the
+    weights in every step and round there, so that no product of a link gives their bits;
+    keep checkpoints of those.
+
+    Args:
+      directory: Where the records are; made if it is not there.
+
+    Example:
+      >>> import tempfile, raclora_jax as rl
+      >>> base, log = {"kernel": jnp.ones((6, 4))}, ChainLog(tempfile.mkdtemp())
+      >>> factors, chain = rl.init_adapter(base, 2, key=0)
+      >>> factors = jax.tree.map(jnp.ones_like, factors)  # stands for training
+      >>> merged, factors, chain = log.next_link(base, factors, chain, 2)
+      >>> bool((log.rebuild(base)["kernel"] == merged["kernel"]).all())
+      True
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self._directory = pathlib.Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+
+    def next_link(
+        self, base_params: PyTree, factors: PyTree, chain: AdapterChain, spec: Spec | int
+    ) -> tuple[Any, Any, AdapterChain]:
+        """``raclora_jax.next_link``, compiled, with a record of what it merged.
+
+        A run that was set back to an earlier checkpoint writes the same records again,
+        which changes nothing; other ones are refused.
+
+        Args:
+          base_params: The weights of the link that ends.
+          factors: The trained tree.
+          chain: Where the chain stands.
+          spec: The spec of the run.
+
+        Returns:
+          ``(base_params, factors, chain)`` of the next link.
+
+        Raises:
+          ValueError: If factors, chain and base do not belong together, or another run
+            has written this link's record.
+        """
+        spec = as_spec(spec)
+        after = _advance(base_params, factors, chain, spec=spec)
+        trained, _ = paths.flatten(factors)
+        record = _Record(
+            link=int(chain.link),
+            key_data=np.asarray(chain.key_data).tolist(),
+            spec=spec.to_json(),
+            before=_digests_of(base_params),
+            after=_digests_of(after[0]),
+            factors={path: _on_host(leaf) for path, leaf in trained.items()},
+        )
+        if jax.process_index() == 0:
+            self._write(record)
+        return after
+
+    def links(self) -> list[int]:
+        """The links that there are records of, in order."""
+        found = map(_NAME.fullmatch, os.listdir(self._directory))
+        return sorted(int(match[1]) for match in found if match)
+
+    def rebuild(self, base_params: PyTree, *, links: int | None = None) -> Any:
+        """The weights after the log's links, bit by bit.
+
+        Args:
+          base_params: The weights that the first of them began with.
+          links: How many of them; all if left out.
+
+        Returns:
+          The weights, with the dtypes and shardings of ``base_params``.
+
+        Raises:
+          FileNotFoundError: If there is no record, or one in between is missing.
+          ValueError: If a record is cut short or of another chain, the base is another
+            one, or the bits come out otherwise on this device or version.
+        """
+        found = self.links()[:links]
+        if not found:
+            raise FileNotFoundError(f"no record in {self._directory}")
+        base, chain, text = base_params, None, ""
+        for index in range(found[0], found[0] + len(found)):
+            record = self._read(index)
+            spec = Spec.from_json(record.spec)
+            _same(record.before, _digests_of(base), self._path(index), _OTHER_BASE)
+            template, fresh = init_adapter(base, spec, key=_key(record))
+            if chain is None or record.spec != text:
+                chain = fresh if index == 0 else _moved(fresh, index)
+            text = record.spec
+            trained = _filled(template, record, self._path(index))
+            base, _, chain = _advance(base, trained, chain, spec=spec)
+            _same(record.after, _digests_of(base), self._path(index), _OTHER_BITS)
+        return base
+
+    def _path(self, link: int) -> pathlib.Path:
+        return self._directory / f"link-{link:08d}"
+
+    def _read(self, link: int) -> _Record:
+        path = self._path(link)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing, and later links are there; bring it back, or "
+                "rebuild the links before it with links="
+            )
+        try:
+            record = _Record.from_bytes(path.read_bytes())
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is no whole record ({one_line(error)}); bring it back, or "
+                "rebuild the links before it with links="
+            ) from error
+        if record.link != link:
+            raise ValueError(f"{path} is the record of link {record.link}, not of {link}")
+        return record
+
+    def _write(self, record: _Record) -> None:
+        """Writes beside, flushes to disk and renames."""
+        path, raw = self._path(record.link), record.to_bytes()
+        if path.exists() and path.read_bytes() != raw:
+            self._read(record.link)
+            raise ValueError(
+                f"{path} is there already and holds other numbers: another run, or "
+                "another base, key or spec; give each chain a directory of its own"
+            )
+        beside = path.with_name(f".{path.name}.partial")
+        with open(beside, "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+
+
+_OTHER_BASE = "was written for other weights: hand over those that the log began with"
+_OTHER_BITS = (
+    "gives other bits here than where it was written: rebuild on the same kind of device "
+    "with the same versions of jax and raclora_jax"
+)
+
+
+def _digests_of(params: PyTree) -> dict[str, int]:
+    return digests(paths.flatten(params)[0])
+
+
+def _same(there: dict[str, int], here: dict[str, int], file: Any, why: str) -> None:
+    for path in [*there, *here]:
+        if there.get(path) != here.get(path):
+            raise ValueError(f"{file}, leaf {paths.show(path)}: the record {why}")
+
+
+def _key(record: _Record) -> jax.Array:
+    return jnp.asarray(record.key_data, jnp.uint32)
+
+
+def _moved(chain: AdapterChain, link: int) -> AdapterChain:
+    """A fresh chain at a later link; without sketches, so that they are drawn there."""
+    return chain._replace(link=jnp.full((), link, jnp.int32), sketches={})
+
+
+def _filled(template: PyTree, record: _Record, file: pathlib.Path) -> PyTree:
+    leaves, treedef = paths.flatten(template)
+    if leaves.keys() != record.factors.keys():
+        path = sorted(leaves.keys() ^ record.factors.keys())[0]
+        raise ValueError(f"{file}, leaf {paths.show(path)}: {_OTHER_BASE}")
+    return paths.unflatten(treedef, {path: record.factors[path] for path in leaves})
+
+
+def _on_host(leaf: Leaf) -> np.ndarray:
+    """A leaf in whole, wherever its shards are."""
+    if getattr(leaf, "is_fully_addressable", True):
+        return np.asarray(leaf)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
