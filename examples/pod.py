@@ -1,0 +1,239 @@
+"""Pod: one program for a laptop, for several processes and for a TPU slice.
+
+Trains a small Llama-like model on bytes of text, sharded by FSDP and tensor parallelism.
+Stopped by SIGTERM or killed, it goes on with the same bits when started again, on as many
+devices as there are then.
+
+    python examples/pod.py --directory runs/pod
+    python examples/pod.py --directory gs://... --distributed --tp 4  # on each host
+"""
+
+import argparse
+import functools
+import os
+import pathlib
+import signal
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import raclora_jax as rl
+from raclora_jax import checkpoint
+
+VOCAB, HEADS = 256, 4
+# Where each weight lives: its embedding axis over "fsdp", heads and hidden over "tp".
+AXES = {
+    "embed": P("tp", "fsdp"),
+    "qkv": P(None, None, "fsdp", "tp", None),
+    "out": P(None, "tp", None, "fsdp"),
+    "gate": P(None, "fsdp", "tp"),
+    "up": P(None, "fsdp", "tp"),
+    "down": P(None, "tp", "fsdp"),
+    "norms": P(None, None, "fsdp"),
+    "head": P("fsdp", "tp"),
+}
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = functools.partial(parser.add_argument, help=" ")
+    add("--directory", required=True, help="checkpoints; all processes must see it")
+    add("--data-dir", help="folder of *.txt and *.py; default: Python's own library")
+    add("--form", choices=("factor", "dense"), default="factor")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32")
+    for name, value in (("steps", 100), ("save-every", 20), ("log-every", 10)):
+        add(f"--{name}", type=int, default=value)
+    for name, value in (("layers", 2), ("width", 64), ("length", 64), ("batch", 8)):
+        add(f"--{name}", type=int, default=value)
+    add("--rank", type=int, default=8)
+    add("--fsdp", type=int, help="devices that share the weights; default: all others")
+    add("--tp", type=int, default=1, help="devices that share heads and hidden units")
+    add("--distributed", action="store_true", help="this is one of several processes")
+    add("--coordinator", help="host:port of process 0, where the cluster does not say")
+    add("--processes", type=int, help="how many, where the cluster does not say")
+    add("--process", type=int, help="which one, where the cluster does not say")
+    return parser.parse_args()
+
+
+class Windows:
+    """Text as windows of bytes: a random-access source, as grain wants one."""
+
+    def __init__(self, folder, length):
+        files = sorted(p for p in folder.glob("*") if p.suffix in (".txt", ".py"))
+        if not files:
+            raise SystemExit(f"--data-dir {folder} holds no *.txt or *.py")
+        self.text = np.frombuffer(b"".join(p.read_bytes() for p in files), np.uint8)
+        self.length = length
+
+    def __len__(self):
+        return (len(self.text) - 1) // self.length
+
+    def __getitem__(self, index):
+        start = index * self.length
+        return self.text[start : start + self.length + 1].astype(np.int32)
+
+
+def batches(options):
+    """This process's rows of every global batch: row i is sample i on any number."""
+    folder = pathlib.Path(options.data_dir or os.path.dirname(os.__file__))
+    each, rest = divmod(options.batch, jax.process_count())
+    if rest:
+        raise SystemExit(f"--batch must be a multiple of {jax.process_count()} processes")
+    data = grain.MapDataset.source(Windows(folder, options.length)).shuffle(seed=0)
+    data = data.repeat().batch(each)[jax.process_index() :: jax.process_count()]
+    return iter(data.to_iter_dataset())
+
+
+def init(key, options):
+    D, H, L = options.width, HEADS, options.layers
+    shapes = {
+        "embed": (VOCAB, D),
+        "qkv": (L, 3, D, H, D // H),
+        "out": (L, H, D // H, D),
+        "gate": (L, D, 3 * D),
+        "up": (L, D, 3 * D),
+        "down": (L, 3 * D, D),
+        "head": (D, VOCAB),
+    }
+    keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
+    params = {n: 0.05 * jax.random.normal(keys[n], shape) for n, shape in shapes.items()}
+    params["norms"] = jnp.ones((L, 2, D))
+    return jax.tree.map(lambda leaf: leaf.astype(options.dtype), params)
+
+
+def norm(x, scale):
+    wide = x.astype(jnp.float32)
+    wide *= jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + 1e-6)
+    return wide.astype(x.dtype) * scale
+
+
+def layer(x, w):
+    h = norm(x, w["norms"][0])
+    q, k, v = (jnp.einsum("btd,dhe->bthe", h, w["qkv"][i]) for i in range(3))
+    mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+    x = x + jnp.einsum("bthe,hed->btd", mixed, w["out"])
+    h = norm(x, w["norms"][1])
+    hidden = jax.nn.silu(h @ w["gate"]) * (h @ w["up"])
+    return x + hidden @ w["down"], None
+
+
+def loss_fn(params, tokens):
+    stacked = {n: w for n, w in params.items() if n not in ("embed", "head")}
+    x, _ = jax.lax.scan(layer, params["embed"][tokens[:, :-1]], stacked)
+    logits = (x @ params["head"]).astype(jnp.float32)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def mesh_of(options):
+    count = jax.device_count()
+    fsdp = options.fsdp or max(1, count // options.tp)
+    if fsdp * options.tp > count:
+        raise SystemExit(
+            f"--fsdp {fsdp} x --tp {options.tp} asks for {fsdp * options.tp} devices, "
+            f"there are {count}; nothing was read or written"
+        )
+    devices = jax.devices()[: fsdp * options.tp]
+    auto = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((fsdp, options.tp), ("fsdp", "tp"), auto, devices=devices)
+
+
+def state_shardings(tx, params, mesh):
+    """Every array of the state over "fsdp", on its largest axis that divides."""
+
+    def one(leaf):
+        axes = sorted(range(leaf.ndim), key=lambda axis: -leaf.shape[axis])
+        divides = [a for a in axes if leaf.shape[a] % mesh.shape["fsdp"] == 0]
+        spec = ["fsdp" if [axis] == divides[:1] else None for axis in range(leaf.ndim)]
+        return NamedSharding(mesh, P(*spec))
+
+    return jax.tree.map(one, jax.eval_shape(tx.init, params))
+
+
+def compiled_step(tx, spec, form, shardings):
+    grad_fn = jax.value_and_grad(loss_fn)
+    if form == "factor":
+        grad_fn = rl.value_and_grad(loss_fn, spec)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*shardings, None))
+    def step(params, opt_state, tokens):
+        state = (opt_state,) if form == "factor" else ()
+        loss, grads = grad_fn(params, *state, tokens)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        if form == "factor":
+            params = rl.apply_updates(params, updates, opt_state, spec)
+        else:
+            params = optax.apply_updates(params, updates)
+        return params, opt_state, loss
+
+    return step
+
+
+def stop_asked():
+    """``asked(step)``: whether SIGTERM came, at one step in every process."""
+    if jax.process_count() > 1:
+        return multihost_utils.reached_preemption_sync_point
+    heard = []
+    signal.signal(signal.SIGTERM, lambda *_: heard.append(True))
+    return lambda step: bool(heard)
+
+
+def main():
+    options = arguments()
+    if options.distributed:
+        jax.distributed.initialize(
+            options.coordinator, options.processes, options.process
+        )
+    say = print if jax.process_index() == 0 else lambda *_, **__: None
+    mesh, data = mesh_of(options), batches(options)
+    rows = NamedSharding(mesh, P("fsdp"))
+    homes = {name: NamedSharding(mesh, spec) for name, spec in AXES.items()}
+
+    make = functools.partial(init, options=options)
+    shapes = jax.eval_shape(make, jax.random.key(0))
+    tokens = jax.ShapeDtypeStruct((options.batch, options.length + 1), jnp.int32)
+    spec = rl.trace_spec(loss_fn, shapes, tokens, rank=options.rank, resample_every=10)
+    # Adam divides by the gradient's size: an eps below the rounding of a sum over devices
+    # would blow up the order of that sum in entries without a signal.
+    adam = optax.scale_by_adam(eps=1e-4)
+    tx = rl.raclora(3e-3, spec, inner=adam, weight_decay=1e-4, key=1)
+    # Where a model's own shardings name the state's, put those here.
+    shardings = homes, state_shardings(tx, shapes, mesh)
+    step_fn = compiled_step(tx, spec, options.form, shardings)
+    asked = stop_asked()
+
+    with checkpoint.Checkpointer(options.directory, spec) as checkpointer:
+        done = 0
+        if checkpointer.latest() is None:
+            params = jax.jit(make, out_shardings=shardings[0])(jax.random.key(0))
+            opt_state = jax.jit(tx.init, out_shardings=shardings[1])(params)
+        else:
+            placed = {
+                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=homes[name])
+                for name, leaf in shapes.items()
+            }
+            like = checkpoint.abstract_state(tx, placed, shardings=shardings[1])
+            done, (params, opt_state), position, _ = checkpointer.restore(like)
+            data.set_state(position)
+            say(f"restored step {done}", flush=True)
+        while done < options.steps:
+            batch = jax.make_array_from_process_local_data(rows, next(data))
+            params, opt_state, loss = step_fn(params, opt_state, batch)
+            done += 1
+            if done % options.log_every == 0:
+                say(f"step {done} loss {loss:.4f}", flush=True)
+            stop = asked(done)
+            if stop or done % options.save_every == 0 or done == options.steps:
+                checkpointer.save(done, (params, opt_state), data=data.get_state())
+            if stop:
+                say(f"asked to stop: saved step {done}", flush=True)
+                break
+
+
+if __name__ == "__main__":
+    main()
