@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import operator
 import os
 import types
@@ -101,15 +102,17 @@ class Checkpointer:
           OSError: If the directory cannot be written to, or the save before this one
             failed. The checkpoints that are whole stay as they are.
         """
+        step = operator.index(step)
         self.wait()
         last = self.latest()
-        if last is not None and operator.index(step) <= last:
+        if last is not None and step <= last:
             raise ValueError(
                 f"step {step} does not come after step {last}, the latest in "
                 f"{self._directory}; restore that one and go on from it, or save to "
                 "another directory"
             )
         leaves, _ = saved_leaves(state)
+        described = table(leaves)
         leaves = {
             path: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
             for path, leaf in leaves.items()
@@ -117,7 +120,7 @@ class Checkpointer:
         meta = {
             "format": _FORMAT,
             "spec": self._spec.to_json(),
-            "leaves": table(leaves),
+            "leaves": described,
             "digests": digests(leaves),
             "data": everyone(as_text(data)),
         }
@@ -184,11 +187,11 @@ class Checkpointer:
         )
 
     def steps(self) -> list[int]:
-        """The steps that there are checkpoints of, oldest first."""
-        return sorted(self._orbax.utils.checkpoint_steps(self._directory))
+        """The steps that there are checkpoints of, oldest first, as process 0 sees."""
+        return json.loads(everyone(json.dumps(self._steps_here()))[0])
 
     def latest(self) -> int | None:
-        """The newest step, or None."""
+        """The newest of them, or None."""
         return next(iter(self.steps()[::-1]), None)
 
     def wait(self) -> None:
@@ -233,9 +236,13 @@ class Checkpointer:
             probe.write_text("")
             probe.unlink()
 
+    def _steps_here(self) -> list[int]:
+        return sorted(self._orbax.utils.checkpoint_steps(self._directory))
+
     def _failed(self, step: int | None, reason: str) -> OSError:
-        last = self.latest()
-        left = "there is no earlier one" if last is None else f"the last is step {last}"
+        """What a failed save is; it may have failed in this process alone."""
+        here = self._steps_here()
+        left = f"the last is step {here[-1]}" if here else "there is no earlier one"
         return OSError(
             f"the checkpoint of step {step} was not written to {self._directory}: "
             f"{reason}; {left}"
