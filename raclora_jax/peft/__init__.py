@@ -7,7 +7,7 @@ world to load.
 """
 
 from raclora_jax.peft._best import Kept, best
-from raclora_jax.peft._models import load_model, save_model
+from raclora_jax.peft._models import load_model, parameters, save_model
 from raclora_jax.peft._pairs import Adapter, Pair, merged, of_link, summed
 from raclora_jax.peft._read import load_adapter
 from raclora_jax.peft._targets import Target, targets
@@ -23,6 +23,7 @@ __all__ = [
     "load_model",
     "merged",
     "of_link",
+    "parameters",
     "save_adapter",
     "save_model",
     "summed",

@@ -20,6 +20,29 @@ from raclora_jax.peft._targets import Target, from_torch, to_torch, torch_shapes
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx"}
 
 
+def parameters(directory: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a folder's parameters; none of them is read.
+
+    Args:
+      directory: The folder, with ``model.safetensors`` or its shards.
+
+    Returns:
+      ``{name: shape}``.
+
+    Raises:
+      FileNotFoundError: If there are no such files; pickled ones are never loaded.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp
+      >>> W, names = {"kernel": jnp.ones((3, 2))}, {"kernel": Target("head.weight")}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     parameters(save_model(f"{folder}/model", W, 1, names))
+      {'head.weight': (2, 3)}
+    """
+    tensors = Tensors(pathlib.Path(directory), "model")
+    return {name: tensors.shape(name) for name in tensors}
+
+
 def load_model(
     directory: str | os.PathLike[str],
     like: PyTree,

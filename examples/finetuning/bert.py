@@ -1,0 +1,202 @@
+"""BERT and RoBERTa encoders with a classification head, as nnx modules."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from raclora_jax import flax as rl_flax
+from raclora_jax import peft
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes, read from a ``config.json``.
+
+    ``offset`` is where positions start: RoBERTa counts from behind the padding id.
+    """
+
+    kind: str
+    vocab: int
+    width: int
+    hidden: int
+    layers: int
+    heads: int
+    positions: int
+    types: int
+    epsilon: float
+    padding: int
+    offset: int
+
+    @classmethod
+    def read(cls, folder: pathlib.Path) -> Config:
+        """From a folder in the hub's layout."""
+        file = folder / "config.json"
+        if not file.exists():
+            raise ValueError(f"{folder} has no config.json: it is no model's folder")
+        stated = json.loads(file.read_text())
+        kind, act = stated.get("model_type"), stated.get("hidden_act")
+        if kind not in ("bert", "roberta") or act != "gelu":
+            raise ValueError(
+                f"{file}: expected model_type bert or roberta with hidden_act gelu, got "
+                f"{kind} with {act}"
+            )
+        padding = stated.get("pad_token_id", 0)
+        return cls(
+            kind,
+            stated["vocab_size"],
+            stated["hidden_size"],
+            stated["intermediate_size"],
+            stated["num_hidden_layers"],
+            stated["num_attention_heads"],
+            stated["max_position_embeddings"],
+            stated["type_vocab_size"],
+            stated["layer_norm_eps"],
+            padding,
+            padding + 1 if kind == "roberta" else 0,
+        )
+
+
+class Attention(nnx.Module):
+    """Every token looks at every token that is no padding."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        size = (config.width, config.width)
+        self.query, self.key, self.value, self.output = (
+            nnx.Linear(*size, rngs=rngs) for _ in range(4)
+        )
+        self.norm = nnx.LayerNorm(config.width, epsilon=config.epsilon, rngs=rngs)
+        self.heads = config.heads
+
+    def __call__(self, x: Array, mask: Array) -> Array:
+        heads = (*x.shape[:2], self.heads, -1)
+        parts = (self.query(x), self.key(x), self.value(x))
+        query, key, value = (part.reshape(heads) for part in parts)
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None])
+        return self.norm(x + self.output(mixed.reshape(x.shape)))
+
+
+class Layer(nnx.Module):
+    """Attention and a feed-forward network, each followed by its norm."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        self.attention = Attention(config, rngs)
+        self.up = nnx.Linear(config.width, config.hidden, rngs=rngs)
+        self.down = nnx.Linear(config.hidden, config.width, rngs=rngs)
+        self.norm = nnx.LayerNorm(config.width, epsilon=config.epsilon, rngs=rngs)
+
+    def __call__(self, x: Array, mask: Array) -> Array:
+        x = self.attention(x, mask)
+        hidden = jax.nn.gelu(self.up(x), approximate=False)
+        return self.norm(x + self.down(hidden))
+
+
+class Classifier(nnx.Module):
+    """The encoder, a dense layer on its first token, and an output for each label.
+
+    The layout is that of ``AutoModelForSequenceClassification``.
+    """
+
+    def __init__(self, config: Config, outputs: int, rngs: nnx.Rngs):
+        self.word = nnx.Embed(config.vocab, config.width, rngs=rngs)
+        self.position = nnx.Embed(config.positions, config.width, rngs=rngs)
+        self.type = nnx.Embed(config.types, config.width, rngs=rngs)
+        self.norm = nnx.LayerNorm(config.width, epsilon=config.epsilon, rngs=rngs)
+        self.layers = nnx.List([Layer(config, rngs) for _ in range(config.layers)])
+        small = nnx.initializers.normal(0.02)
+        self.pooler = nnx.Linear(config.width, config.width, kernel_init=small, rngs=rngs)
+        self.head = nnx.Linear(config.width, outputs, kernel_init=small, rngs=rngs)
+        self.config = config
+
+    def __call__(self, ids: Array, types: Array) -> Array:
+        """Logits ``(batch, outputs)`` of ids and segment ids ``(batch, length)``."""
+        mask = ids != self.config.padding
+        positions = jnp.arange(ids.shape[1]) + self.config.offset
+        positions = jnp.where(mask, positions, self.config.padding)
+        if self.config.types == 1:
+            types = jnp.zeros_like(types)
+        x = self.norm(self.word(ids) + self.position(positions) + self.type(types))
+        for layer in self.layers:
+            x = layer(x, mask)
+        return self.head(jnp.tanh(self.pooler(x[:, 0])))
+
+
+_IN_LAYER = {
+    "attention/query": "attention.self.query",
+    "attention/key": "attention.self.key",
+    "attention/value": "attention.self.value",
+    "attention/output": "attention.output.dense",
+    "attention/norm": "attention.output.LayerNorm",
+    "up": "intermediate.dense",
+    "down": "output.dense",
+    "norm": "output.LayerNorm",
+}
+
+
+def names(config: Config, params: dict, start: str) -> dict[str, peft.Target]:
+    """The parameter of the hub's model that each leaf is."""
+    tables = {"word": "word", "position": "position", "type": "token_type"}
+    rules: list[tuple] = [
+        (
+            f"{ours}/embedding",
+            f"{start}embeddings.{theirs}_embeddings.weight",
+            "embedding",
+        )
+        for ours, theirs in tables.items()
+    ]
+    modules = {"norm": f"{start}embeddings.LayerNorm"}
+    if config.kind == "bert":
+        modules |= {"pooler": f"{start}pooler.dense", "head": "classifier"}
+    else:
+        modules |= {"pooler": "classifier.dense", "head": "classifier.out_proj"}
+    modules |= {
+        rf"layers/(\d+)/{ours}": rf"{start}encoder.layer.\1.{theirs}"
+        for ours, theirs in _IN_LAYER.items()
+    }
+    for ours, theirs in modules.items():
+        rules += [
+            (f"{ours}/kernel", f"{theirs}.weight"),
+            (f"{ours}/scale", f"{theirs}.weight", "plain"),
+            (f"{ours}/bias", f"{theirs}.bias", "plain"),
+        ]
+    leaves = flatten_dict(params, sep="/")
+    used = [rule for rule in rules if any(re.fullmatch(rule[0], path) for path in leaves)]
+    return peft.targets(params, used)
+
+
+def load(folder: pathlib.Path, outputs: int, seed: int) -> tuple[Classifier, list[str]]:
+    """A classifier with the weights of a folder, and the leaves that it has not."""
+    config = Config.read(folder)
+    model = Classifier(config, outputs, nnx.Rngs(seed))
+    tree, restore = rl_flax.to_tree(model)
+    targets = names(config, tree, prefix(folder))
+    held = peft.parameters(folder)
+    leaves = flatten_dict(tree, sep="/")
+    fresh = [
+        path
+        for path in leaves
+        if path.startswith(("pooler/", "head/")) and targets[path].name not in held
+    ]
+    known = {path: leaf for path, leaf in leaves.items() if path not in fresh}
+    read = peft.load_model(
+        folder, unflatten_dict(known, sep="/"), 1, {path: targets[path] for path in known}
+    )
+    everything = leaves | flatten_dict(read, sep="/")
+    return restore(unflatten_dict(everything, sep="/")), fresh
+
+
+def prefix(folder: pathlib.Path) -> str:
+    """What stands before the encoder's parameters in a folder."""
+    end = "embeddings.word_embeddings.weight"
+    found = [name for name in peft.parameters(folder) if name.endswith(end)]
+    if not found:
+        raise ValueError(f"{folder} holds no {end}: it is no BERT and no RoBERTa")
+    return found[0].removesuffix(end)

@@ -1,0 +1,171 @@
+"""A run's folder: its config, its metrics as they come, figures and a page to read."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import pathlib
+import time
+from typing import Any
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+_STYLE = """
+:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto;
+       padding: 0 1rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 2rem; }
+.lead { font-size: 1.15rem; } img { width: 100%; background: white; }
+table { border-collapse: collapse; } td, th { padding: .2rem .9rem .2rem 0;
+        text-align: left; border-bottom: 1px solid #8884; }
+td.number { text-align: right; font-variant-numeric: tabular-nums; }
+pre { overflow-x: auto; font-size: .8rem; border: 1px solid #8884; padding: .6rem; }
+"""
+
+
+class Run:
+    """The folder of one run.
+
+    Args:
+      folder: Made if it is not there.
+      config: What the run was asked to do.
+      resume: Whether the folder may hold a run, of the same config, to go on with.
+
+    Raises:
+      ValueError: If the folder exists and is not to be resumed, or of another config.
+    """
+
+    def __init__(self, folder: pathlib.Path, config: dict[str, Any], *, resume: bool):
+        self.folder, self.config = folder, config
+        file = folder / "config.json"
+        if folder.exists() and any(folder.iterdir()):
+            if not resume:
+                raise ValueError(f"{folder} exists; name another, or say --resume")
+            held = json.loads(file.read_text()) if file.exists() else None
+            differing = [k for k in config if held is None or held.get(k) != config[k]]
+            if differing:
+                raise ValueError(
+                    f"{folder} is a run of another {', '.join(differing)}; name another"
+                )
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(config, indent=1) + "\n")
+        self._file = folder / "metrics.jsonl"
+        self.rows: list[dict[str, Any]] = []
+        self.console = Console()
+        self._begun = time.monotonic()
+
+    def begin(self, step: int) -> None:
+        """Takes over what was logged up to a step; what came after is done again."""
+        if self._file.exists():
+            lines = self._file.read_text().splitlines()
+            rows = [json.loads(line) for line in lines if line.endswith("}")]
+            self.rows = [row for row in rows if row["step"] <= step]
+        partial = self._file.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        partial.replace(self._file)
+
+    def log(self, step: int, **values: float) -> None:
+        """One row, on disk at once."""
+        self.rows.append({"step": step, **values})
+        with self._file.open("a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+
+    def curve(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric."""
+        held = [row for row in self.rows if name in row]
+        return [row["step"] for row in held], [row[name] for row in held]
+
+    def progress(self) -> Progress:
+        """A bar with the loss, tokens a second, memory and the time left."""
+        return Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[said]}"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+
+    def report(self, lead: str, facts: dict[str, str], figures: dict[str, Figure],
+               summary: str) -> pathlib.Path:  # fmt: skip
+        """One page with everything in it."""
+        parts = [
+            f"<h1>{html.escape(self.folder.name)}</h1>",
+            f"<p class=lead>{html.escape(lead)}</p>",
+            "<h2>In numbers</h2>",
+            _table(facts),
+        ]
+        for title, figure in figures.items():
+            figure.savefig(
+                self.folder / f"{title.lower().replace(' ', '_')}.png", dpi=110
+            )
+            parts += [f"<h2>{html.escape(title)}</h2>", _image(figure, title)]
+        parts += [
+            "<h2>Asked for</h2>",
+            _table({k: str(v) for k, v in self.config.items()}),
+        ]
+        parts += ["<h2>Leaf by leaf</h2>", f"<pre>{html.escape(summary)}</pre>"]
+        page = (
+            "<!doctype html><html lang=en><meta charset=utf-8>"
+            "<meta name=viewport content='width=device-width'>"
+            f"<title>{html.escape(self.folder.name)}</title><style>{_STYLE}</style>"
+            f"<body>{''.join(parts)}</body></html>"
+        )
+        file = self.folder / "report.html"
+        file.write_text(page)
+        return file
+
+
+def _table(facts: dict[str, str]) -> str:
+    def cell(text: str) -> str:
+        number = text.replace(",", "").replace(".", "").replace(" %", "").isdigit()
+        return f"<td{' class=number' * number}>{html.escape(text)}</td>"
+
+    rows = "".join(
+        f"<tr><th>{html.escape(k)}</th>{cell(v)}</tr>" for k, v in facts.items()
+    )
+    return f"<table>{rows}</table>"
+
+
+def _image(figure: Figure, title: str) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=130)
+    data = base64.b64encode(file.getvalue()).decode()
+    return f"<img alt='{html.escape(title)}' src='data:image/png;base64,{data}'>"
+
+
+def lines(
+    curves: dict[str, tuple[list[int], list[float]]], y: str, x: str = "step"
+) -> Figure:
+    """One panel of curves."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for name, (at, values) in curves.items():
+        axes.plot(
+            at, values, label=name, marker="o" if len(at) < 40 else "", markersize=3
+        )
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    if len(curves) > 1:
+        axes.legend()
+    return figure
+
+
+def bars(values: dict[str, float], x: str) -> Figure:
+    """One bar a name, from the top down."""
+    figure = Figure(figsize=(8, 0.6 + 0.2 * len(values)), layout="constrained")
+    axes = figure.subplots()
+    axes.barh(list(values)[::-1], list(values.values())[::-1])
+    axes.set(xlabel=x)
+    axes.tick_params(axis="y", labelsize=7)
+    return figure

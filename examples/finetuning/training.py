@@ -1,0 +1,114 @@
+"""One step of each method, its state, and where it stands: the same for every model."""
+
+from __future__ import annotations
+
+import pathlib
+import tomllib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+import raclora_jax as rl
+from raclora_jax import methods, theory
+
+RATES = {"raclora": 1e-3, "lora": 2e-3, "full": 1e-4}
+
+
+class Trainer(NamedTuple):
+    """A method as three functions of one state.
+
+    Attributes:
+      init: ``init(params) -> state``.
+      step: ``step(state, *batch) -> (state, loss)``.
+      params: ``params(state) -> params``.
+      bytes: ``bytes(params) -> int``, of the optimizer's state.
+    """
+
+    init: Callable[[Any], Any]
+    step: Callable[..., tuple[Any, Array]]
+    params: Callable[[Any], Any]
+    bytes: Callable[[Any], int]
+
+
+def schedule(peak: float, steps: int, warm_up: float) -> optax.Schedule:
+    """Linear warm-up, cosine to zero."""
+    warm = max(1, int(warm_up * steps))
+    return optax.warmup_cosine_decay_schedule(0.0, peak, warm, max(steps, warm + 1))
+
+
+def spec_of(file: pathlib.Path) -> rl.Spec:
+    """A spec in TOML: the arguments of ``Spec``, and tables ``[[rules]]`` of ``Rule``.
+
+    Raises:
+      ValueError: If the file is no TOML, or names what there is not.
+    """
+    try:
+        stated = tomllib.loads(file.read_text())
+        rules = [rl.Rule(**rule) for rule in stated.pop("rules", [])]
+        return rl.Spec(**stated, rules=rules)
+    except (OSError, tomllib.TOMLDecodeError, TypeError) as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def trainer(
+    method: str, rate: optax.Schedule, spec: rl.Spec, loss_fn: Any, seed: int
+) -> Trainer:
+    """``raclora`` in factor form, ``lora`` beside the weights, or ``full``."""
+    if method == "raclora":
+        return _raclora(rate, spec, loss_fn, seed)
+    made = methods.full(rate)
+    if method == "lora":
+        made = methods.lora(rate, spec, key=seed)
+    return Trainer(
+        made.init,
+        lambda state, *batch: made.step(state, loss_fn, *batch),
+        made.params,
+        made.optimizer_bytes,
+    )
+
+
+def _raclora(rate: optax.Schedule, spec: rl.Spec, loss_fn: Any, seed: int) -> Trainer:
+    tx = rl.raclora(rate, spec, key=seed)
+    grad_fn = rl.value_and_grad(loss_fn, spec)
+
+    def step(state: Any, *batch: Array) -> tuple[Any, Array]:
+        params, opt_state = state
+        loss, grads = grad_fn(params, opt_state, *batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (rl.apply_updates(params, updates, opt_state, spec), opt_state), loss
+
+    def size(params: Any) -> int:
+        return rl.summary(params, spec).total.state_bytes
+
+    return Trainer(
+        lambda params: (params, tx.init(params)), step, lambda state: state[0], size
+    )
+
+
+def captured(
+    loss_fn: Any, params: Any, spec: rl.Spec, link: int, seed: int, *batch: Array
+) -> tuple[float, float]:
+    """The mean share of the gradient that a link's sketches hold, and the mean lambda."""
+    grads = jax.grad(loss_fn)(params, *batch)
+    sketches = rl.sample_sketch(params, spec, key=seed, link=link)
+    seen = theory.captured(grads, sketches, spec)
+    shares, lambdas = (
+        np.mean([float(x) for x in part.values()]) for part in (seen.share, seen.lam)
+    )
+    return float(shares), float(lambdas)
+
+
+def moved(before: Any, after: Any) -> dict[str, float]:
+    """By leaf, the norm of what training added over the norm of the weights."""
+    pairs = zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True)
+    return {
+        "/".join(str(key.key) for key in keys): float(
+            jnp.linalg.norm(new - old) / (jnp.linalg.norm(old) + 1e-12)
+        )
+        for (keys, old), new in pairs
+    }
