@@ -135,6 +135,18 @@ def test_a_process_that_dies_takes_the_other_with_it(tmp_path):
     assert f"restored step {whole[-1]}" in said
 
 
+@pytest.mark.slow
+def test_damage_that_one_process_sees_is_passed_over_by_both(tmp_path):
+    kills.finish(*start_two(tmp_path, "--steps=6", "--save-every=3"))
+    written = tmp_path / "6" / "state" / "ocdbt.process_1" / "d"
+    for file in written.iterdir():
+        file.write_bytes(file.read_bytes()[:50])
+    said, _ = kills.finish(*start_two(tmp_path, "--steps=8", "--save-every=3"))
+    assert said.count("not whole") == 1
+    assert "restored step 3" in said
+    assert kills.steps_in(tmp_path) == [3, 6, 8]
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
