@@ -18,8 +18,8 @@ PACKAGE = pathlib.Path(rl.__file__).parent
 
 # Inside a folder each room imports only from rooms before it.
 ROOMS = {
-    "_core": "types paths stamp select spec plan sides keys cholesky sketch lowrank "
-    "rounding merge",
+    "_core": "types paths stamp select layout spec plan sides keys cholesky sketch "
+    "lowrank rounding merge",
     "_autodiff": "stage uses contraction axes attach picks weight rearrange arithmetic "
     "output picked consume join interpret watch",
     "_chain": "inner orthogonal state step",
@@ -54,6 +54,7 @@ NAMESPACES = (
     "flax",
     "methods",
     "peft",
+    "sharding",
     "theory",
     "tunix",
 )
@@ -173,7 +174,15 @@ def modules():
 def public_functions():
     for name in rl.__all__:
         yield name, getattr(rl, name)
-    for folder in ("checkpoint", "estimators", "federated", "methods", "peft", "theory"):
+    for folder in (
+        "checkpoint",
+        "estimators",
+        "federated",
+        "methods",
+        "peft",
+        "sharding",
+        "theory",
+    ):
         namespace = importlib.import_module(f"raclora_jax.{folder}")
         for name in namespace.__all__:
             yield f"{folder}.{name}", getattr(namespace, name)

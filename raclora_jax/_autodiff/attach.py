@@ -8,6 +8,7 @@ from typing import TypeAlias
 import jax
 from jax import Array, lax
 
+from raclora_jax._core.layout import resharded
 from raclora_jax._core.types import PyTree
 
 # A map from what is known and a factor or a cotangent, linear in the latter.
@@ -40,7 +41,8 @@ def attach(
         else:
             transpose = jax.linear_transpose(lambda f: push(known, f), like)
             (gradient,) = transpose(cotangent)
-        return cotangent, (scaling * gradient).astype(like.dtype), None
+        gradient = resharded((scaling * gradient).astype(like.dtype), like)
+        return cotangent, gradient, None
 
     identity.defvjp(forward, backward)
     attached: Array = identity(output, factor, inputs)

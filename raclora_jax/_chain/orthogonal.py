@@ -12,6 +12,7 @@ from jax import Array, lax
 
 from raclora_jax._chain.inner import ADAM, OrthogonalState, known_plans
 from raclora_jax._core import paths
+from raclora_jax._core.layout import automatically, sharding_of
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.spec import kind
 from raclora_jax._core.types import Leaves, PyTree
@@ -159,6 +160,11 @@ def polar_factors(matrices: dict[str, Array], axes: dict[str, int]) -> dict[str,
     Returns:
       ``{path: array}``.
     """
+    out = {path: sharding_of(matrix) for path, matrix in matrices.items()}
+    return automatically(lambda matrices: _polar_factors(matrices, axes), out, matrices)
+
+
+def _polar_factors(matrices: dict[str, Array], axes: dict[str, int]) -> dict[str, Array]:
     wide = {path: _lying(matrix, axes[path]) for path, matrix in matrices.items()}
     grams: dict[tuple[int, jnp.dtype], dict[str, Array]] = {}
     for path, matrix in wide.items():

@@ -36,6 +36,7 @@ from raclora_jax._chain.state import (
 )
 from raclora_jax._core import paths, rounding
 from raclora_jax._core.keys import key_data
+from raclora_jax._core.layout import mesh_of, on_mesh, typed, typed_mesh, zeros
 from raclora_jax._core.lowrank import (
     change_of_basis,
     check_factor,
@@ -44,7 +45,13 @@ from raclora_jax._core.lowrank import (
     lift_leaf,
     project_leaf,
 )
-from raclora_jax._core.plan import LeafPlan, plan_leaves, plan_tree
+from raclora_jax._core.plan import (
+    LeafPlan,
+    plan_leaves,
+    plan_tree,
+    tell_lacking,
+    with_sharding,
+)
 from raclora_jax._core.sides import apart, joined, named, zero_sketch
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
@@ -129,12 +136,30 @@ class Run:
         """The state before the first update."""
         if isinstance(params, _placeholder_type()):
             # optax.tree.map_params asks which parts mirror the params: none do.
-            zeros: Any = [jnp.zeros((), jnp.int32) for _ in RacLoraState._fields]
-            return RacLoraState(*zeros)
+            none: Any = [jnp.zeros((), jnp.int32) for _ in RacLoraState._fields]
+            return RacLoraState(*none)
         plans = plan_tree(self.spec, params)
         leaves, _ = paths.flatten(params)
         master = self._master_copy(plans, leaves)
-        return self._init(key_data(key), tuple(plans.values()), master)
+        every, data = tuple(plans.values()), key_data(key)
+        tell_lacking(plans)
+        if mesh_of({path: plan.sharding for path, plan in plans.items()}) is None:
+            return self._init(data, every, master)
+        return self._born(every)(data, master)
+
+    @functools.lru_cache(maxsize=64)  # noqa: B019, a run is a value
+    def _born(self, plans: Plans) -> Callable[..., RacLoraState]:
+        """``_init`` that makes every array where it will live."""
+        mesh = mesh_of({plan.path: plan.sharding for plan in plans})
+        assert mesh is not None
+        said = [with_sharding(p, p.sharding and typed(p.sharding)) for p in plans]
+        with jax.sharding.use_abstract_mesh(typed_mesh(mesh)):
+            shapes = self._abstract(tuple(said))
+        out = jax.tree.map(lambda leaf: on_mesh(leaf, mesh), shapes)
+        bare = tuple(with_sharding(plan, None) for plan in plans)
+        return jax.jit(
+            lambda data, master: self._init(data, bare, master), out_shardings=out
+        )
 
     @functools.partial(jax.jit, static_argnums=(0, 2))
     def _init(self, data: Array, plans: Plans, master: dict[str, Array]) -> RacLoraState:
@@ -274,12 +299,12 @@ class Run:
 
     def _inner_init(self, plans: Plans, mode: str) -> OptState:
         own = _named(plan for plan in plans if plan.mode == mode)
-        zeros = {
-            path: jnp.zeros(plan.trained_shape, plan.wide_dtype)
+        start = {
+            path: zeros(plan.trained_shape, plan.wide_dtype, plan.trained_sharding)
             for path, plan in own.items()
         }
         with knowing(own):
-            return jax.tree.map(jnp.asarray, self.inner.init(zeros))
+            return jax.tree.map(jnp.asarray, self.inner.init(start))
 
     def _check(self, state: RacLoraState, plans: Plans) -> None:
         """Refuses a state that was made for other leaves or another spec."""
@@ -296,16 +321,22 @@ class Run:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019, a run is a value
     def _expected(self, plans: Plans) -> dict[str, str]:
+        return _types(self._abstract(plans))
+
+    def _abstract(self, plans: Plans) -> RacLoraState:
+        """The state before the first update, as shapes."""
         data = jax.ShapeDtypeStruct((2,), jnp.uint32)
         master = {
-            plan.path: jax.ShapeDtypeStruct(plan.shape, plan.wide_dtype)
+            plan.path: jax.ShapeDtypeStruct(
+                plan.shape, plan.wide_dtype, sharding=plan.sharding
+            )
             for plan in plans
             if self._has_master(plan)
         }
-        init = jax.eval_shape(
+        shapes: RacLoraState = jax.eval_shape(
             lambda *args: self._init(args[0], plans, args[1]), data, master
         )
-        return _types(init)
+        return shapes
 
     def _has_master(self, plan: LeafPlan) -> bool:
         """Whether the state holds a float32 copy of this leaf."""

@@ -14,11 +14,13 @@ from jax import Array, lax
 
 from raclora_jax._core import paths
 from raclora_jax._core.cholesky import inverse_cholesky
+from raclora_jax._core.layout import automatically, inherited
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.select import form, put, rows_of, take
 from raclora_jax._core.sides import (
     BothFactors,
     factor_shapes,
+    factor_shardings,
     in_use,
     shapes,
 )
@@ -79,11 +81,20 @@ def project_leaf(dense: Array, sketch: Drawn, plan: LeafPlan) -> FactorValue:
       Array of ``plan.factor_shape`` in ``plan.wide_dtype``; both factors for both
       sketches, with zero for the one not in use.
     """
+    return automatically(
+        lambda dense, sketch: _project(dense, sketch, plan),
+        factor_shardings(plan),
+        dense,
+        sketch,
+    )
+
+
+def _project(dense: Array, sketch: Drawn, plan: LeafPlan) -> FactorValue:
     if plan.sides:
         left, right = plan.sides
         both = BothFactors(
-            project_leaf(dense, sketch.left, left),
-            project_leaf(dense, sketch.right, right),
+            _project(dense, sketch.left, left),
+            _project(dense, sketch.right, right),
         )
         return in_use(both, sketch.is_left)
     if plan.selection is not None:
@@ -116,11 +127,20 @@ def lift_leaf(factor: FactorValue, sketch: Drawn, plan: LeafPlan) -> Array:
     Returns:
       Array of ``plan.shape`` in ``plan.wide_dtype``.
     """
+    return automatically(
+        lambda factor, sketch: _lift_any(factor, sketch, plan),
+        plan.sharding,
+        factor,
+        sketch,
+    )
+
+
+def _lift_any(factor: FactorValue, sketch: Drawn, plan: LeafPlan) -> Array:
     if plan.sides:
         left, right = plan.sides
         used = in_use(factor, sketch.is_left)
-        change = lift_leaf(used.left, sketch.left, left)
-        return change + lift_leaf(used.right, sketch.right, right)
+        change = _lift_any(used.left, sketch.left, left)
+        return change + _lift_any(used.right, sketch.right, right)
     if plan.selection is not None:
         laid = Laid.of(plan)
         rows = laid.rows((plan.scaling * factor).astype(plan.wide_dtype))
@@ -155,7 +175,14 @@ def add_lifted(
         wide = weight.astype(plan.wide_dtype)
         delta = lift_leaf(factor, sketch, plan)
         return wide + (delta - jnp.asarray(decay, wide.dtype) * wide)
-    return _add_lifted(weight, factor, sketch, decay, _View.of(plan))
+    return automatically(
+        lambda *arrays: _add_lifted(*arrays, _View.of(plan)),
+        plan.sharding,
+        weight,
+        factor,
+        sketch,
+        decay,
+    )
 
 
 class Laid(NamedTuple):
@@ -285,6 +312,14 @@ def change_of_basis(new: Array, old: Array, plan: LeafPlan) -> Array:
     Returns:
       Array ``(batch..., rank, rank)``.
     """
+    out = None
+    if plan.sharding is not None:
+        shape = (*plan.batch_shape, plan.rank, plan.rank)
+        out = inherited(plan.sharding, shape, (*plan.batch, None, None)).sharding
+    return automatically(lambda new, old: _change_of_basis(new, old, plan), out, new, old)
+
+
+def _change_of_basis(new: Array, old: Array, plan: LeafPlan) -> Array:
     stack = tuple(range(len(plan.batch)))
     if plan.selection is not None:
         rows = [rows_of(sketch, plan.selection) for sketch in (new, old)]
@@ -307,13 +342,17 @@ def change_of_basis(new: Array, old: Array, plan: LeafPlan) -> Array:
 def in_basis(basis: Array, factor: Array, plan: LeafPlan) -> Array:
     """Applies ``change_of_basis`` to a factor-shaped array, dtype kept."""
     stack = tuple(range(len(plan.batch)))
-    moved = lax.dot_general(
-        basis,
-        factor.astype(basis.dtype),
-        (((len(stack) + 1,), (len(stack),)), (stack, stack)),
-        precision=lax.Precision.HIGHEST,
-    )
-    return moved.astype(factor.dtype)
+
+    def moved(basis: Array, factor: Array) -> Array:
+        product = lax.dot_general(
+            basis,
+            factor.astype(basis.dtype),
+            (((len(stack) + 1,), (len(stack),)), (stack, stack)),
+            precision=lax.Precision.HIGHEST,
+        )
+        return product.astype(factor.dtype)
+
+    return automatically(moved, plan.factor_sharding, basis, factor)
 
 
 def check_factor(factor: Leaf, plan: LeafPlan) -> None:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from raclora_jax._core.layout import automatically
 from raclora_jax._core.lowrank import Laid, add_lifted
-from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.plan import LeafPlan, with_sharding
 from raclora_jax._core.rounding import settle
 from raclora_jax._core.select import place, take
 from raclora_jax._core.types import Drawn, FactorValue, Scalar
@@ -40,12 +41,37 @@ def merge_leaf(
       Array of ``plan.shape`` in the dtype of the weight.
     """
 
+    still = not isinstance(decay, jax.core.Tracer) and float(decay) == 0
+    return automatically(
+        lambda weight, factor, sketch, decay, key: _merge(
+            weight, factor, sketch, decay, key, plan, rounding, still
+        ),
+        plan.sharding,
+        weight,
+        factor,
+        sketch,
+        decay,
+        key,
+    )
+
+
+def _merge(
+    weight: Array,
+    factor: FactorValue,
+    sketch: Drawn,
+    decay: Scalar,
+    key: Array | None,
+    plan: LeafPlan,
+    rounding: str,
+    still: bool,
+) -> Array:
+    plan = with_sharding(plan, None)
+
     def settled(exact: Array, positions: Array | None = None) -> Array:
         if key is not None:
             exact = settle(exact, weight.dtype, rounding, key, positions)
         return exact.astype(weight.dtype)
 
-    still = not isinstance(decay, jax.core.Tracer) and float(decay) == 0
     if plan.selection is None or not still:
         return settled(add_lifted(weight, factor, sketch, decay, plan))
     laid, chosen = Laid.of(plan), plan.selection

@@ -7,14 +7,16 @@ import functools
 import math
 import numbers
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
 
-from raclora_jax._core import paths
+from raclora_jax._core import layout, paths
 from raclora_jax._core.select import LAWS, Selection, selection_of
 from raclora_jax._core.spec import Rule, Spec, as_spec, kind
 from raclora_jax._core.stamp import Stamp
@@ -46,6 +48,7 @@ class LeafPlan:
       assumed_view: Whether a 2-D leaf was read as (rows, cols) without a rule.
       sides: The plans of the left and of the right side where the side is drawn, else
         empty. What is said of the sketched side below is then theirs alone.
+      sharding: How the leaf is sharded, where its type or the array itself says so.
     """
 
     path: str
@@ -65,6 +68,7 @@ class LeafPlan:
     reason: str = "rule"
     assumed_view: bool = False
     sides: tuple[LeafPlan, ...] = ()
+    sharding: NamedSharding | None = None
 
     @property
     def adapted(self) -> bool:
@@ -140,6 +144,44 @@ class LeafPlan:
         """``(batch..., rank, *axes of the other side)``."""
         return (*self.batch_shape, self.rank, *(self.shape[a] for a in self.trained))
 
+    @functools.cached_property
+    def factor_layout(self) -> layout.Inherited | None:
+        """The sharding that the factor has from the leaf."""
+        if self.sharding is None:
+            return None
+        axes = (*self.batch, None, *self.trained)
+        return layout.inherited(self.sharding, self.factor_shape, axes)
+
+    @functools.cached_property
+    def sketch_layout(self) -> layout.Inherited | None:
+        """The sharding that the sketch has from the leaf."""
+        if self.sharding is None:
+            return None
+        if self.selection is None:
+            axes = (*self.batch, None, *self.sketched)
+            return layout.inherited(self.sharding, self.sketch_shape, axes)
+        # A few numbers: only stacks are worth sharding.
+        axes = (*self.batch, *(None for _ in self.sketch_shape[len(self.batch) :]))
+        found = layout.inherited(self.sharding, self.sketch_shape, axes)
+        return found._replace(lacking=())
+
+    @property
+    def factor_sharding(self) -> NamedSharding | None:
+        """How the factor is sharded."""
+        return self.factor_layout and self.factor_layout.sharding
+
+    @property
+    def sketch_sharding(self) -> NamedSharding | None:
+        """How the sketch is sharded."""
+        return self.sketch_layout and self.sketch_layout.sharding
+
+    @property
+    def trained_sharding(self) -> NamedSharding | None:
+        """How what is trained is sharded."""
+        if self.mode == "frozen":
+            return None
+        return self.factor_sharding if self.adapted else self.sharding
+
     @property
     def wide_dtype(self) -> jnp.dtype:
         """Dtype of factors and sums: the leaf's, at least float32."""
@@ -190,7 +232,42 @@ def plan_leaves(
 ) -> dict[str, LeafPlan]:
     """``plan_tree`` for leaves already flattened; ``whole`` if they are all there are."""
     shapes = tuple((path, *shape_and_dtype(path, leaf)) for path, leaf in leaves.items())
-    return dict(_plan(spec, shapes, whole))
+    plans = dict(_plan(spec, shapes, whole))
+    for path, leaf in leaves.items():
+        sharding = layout.sharding_of(leaf)
+        if sharding is not None:
+            plans[path] = with_sharding(plans[path], sharding)
+    return plans
+
+
+@functools.lru_cache(maxsize=4096)
+def with_sharding(plan: LeafPlan, sharding: NamedSharding | None) -> LeafPlan:
+    """The plan of a leaf that is sharded so."""
+    sides = tuple(with_sharding(one, sharding) for one in plan.sides)
+    return dataclasses.replace(plan, sides=sides, sharding=sharding)
+
+
+def tell_lacking(plans: Mapping[str, LeafPlan]) -> None:
+    """One warning for all arrays held in full along mesh axes of their leaves."""
+    found = [
+        f"the {what} of {paths.show(plan.path)} {shape} along {place.lacking}"
+        for plan in plans.values()
+        if plan.adapted and plan.sharding is not None
+        for one in plan.each
+        for what, shape, place in (
+            ("factor", one.factor_shape, one.factor_layout),
+            ("sketch", one.sketch_shape, one.sketch_layout),
+        )
+        if place is not None and place.lacking
+    ]
+    if found:
+        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+        warnings.warn(
+            "these arrays are held in full along mesh axes of their leaves, which divide "
+            f"none of their axes: {', '.join(found[:8])}{more}; a mesh with shorter axes "
+            "would shard them",
+            stacklevel=3,
+        )
 
 
 def winner(spec: Spec, path: str) -> Rule | None:

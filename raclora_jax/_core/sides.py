@@ -8,7 +8,9 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 
+from raclora_jax._core import layout
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.types import Drawn, FactorValue, Leaf
 
@@ -98,15 +100,41 @@ def sketch_shapes(plan: LeafPlan) -> Any:
     return BothSketches(found[0], found[1], scalar)
 
 
+def sketch_shardings(plan: LeafPlan) -> Any:
+    """The sharding of the sketch of a leaf, or of both."""
+    found: list[Any] = [one.sketch_sharding for one in plan.each]
+    if not plan.sides or plan.sharding is None:
+        return found[0]
+    everywhere: Any = NamedSharding(plan.sharding.mesh, PartitionSpec())
+    return BothSketches(found[0], found[1], everywhere)
+
+
+def trained_shardings(plan: LeafPlan) -> Any:
+    """The sharding of what a leaf trains, ``None`` where it is frozen."""
+    return factor_shardings(plan) if plan.adapted else plan.trained_sharding
+
+
+def factor_shardings(plan: LeafPlan) -> Any:
+    """The sharding of the factor of a leaf, or of both."""
+    found: list[Any] = [one.factor_sharding for one in plan.each]
+    return BothFactors(*found) if plan.sides else found[0]
+
+
 def zero_trained(plan: LeafPlan) -> FactorValue:
     """What a leaf trains, at zero: the factor, both factors, or a dense difference."""
-    found = [jnp.zeros(one.trained_shape, one.wide_dtype) for one in plan.each]
+    found = [
+        layout.zeros(one.trained_shape, one.wide_dtype, one.trained_sharding)
+        for one in plan.each
+    ]
     return BothFactors(*found) if plan.sides else found[0]
 
 
 def zero_sketch(plan: LeafPlan) -> Drawn:
     """A sketch of zeros, before anything is drawn."""
-    found = [jnp.zeros(one.sketch_shape, one.sketch_dtype) for one in plan.each]
+    found = [
+        layout.zeros(one.sketch_shape, one.sketch_dtype, one.sketch_sharding)
+        for one in plan.each
+    ]
     if not plan.sides:
         return found[0]
     return BothSketches(found[0], found[1], jnp.asarray(False))

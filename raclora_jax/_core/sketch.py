@@ -14,9 +14,10 @@ from jax.typing import DTypeLike
 
 from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.keys import folded, path_words
+from raclora_jax._core.layout import automatically
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.select import Selection
-from raclora_jax._core.sides import BothSketches
+from raclora_jax._core.sides import BothSketches, sketch_shardings
 from raclora_jax._core.types import Drawn
 
 
@@ -48,7 +49,12 @@ def draw_all(
     program has one drawing for all layers, and is compiled in a fraction of the time.
     """
     adapted = tuple(plan for plan in plans if plan.mode == "lowrank")
-    return _draw_adapted(data, link, adapted) if adapted else {}
+    if not adapted:
+        return {}
+    out = {plan.path: sketch_shardings(plan) for plan in adapted}
+    return automatically(
+        lambda data, link: _draw_adapted(data, link, adapted), out, data, link
+    )
 
 
 # Traced and lowered once for all the places of a step that may draw.

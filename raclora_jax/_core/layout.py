@@ -1,0 +1,244 @@
+"""Where arrays live on a mesh: what a leaf's mesh axes say of its factor and sketch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from raclora_jax._core import paths
+from raclora_jax._core.types import Leaf, PyTree, TreeDef
+
+T = TypeVar("T")
+# The mesh axes along which each axis of an array is sharded.
+Entries = list[tuple[str, ...]]
+
+
+class Inherited(NamedTuple):
+    """The sharding that an array has from its leaf.
+
+    Attributes:
+      sharding: The sharding.
+      lacking: Mesh axes of the leaf that found no axis of the array to divide.
+    """
+
+    sharding: NamedSharding
+    lacking: tuple[str, ...]
+
+
+def sharding_of(leaf: Leaf) -> NamedSharding | None:
+    """How a leaf is sharded, where its type or the array itself says so.
+
+    A traced array on automatic mesh axes does not: the compiler decides.
+    """
+    if isinstance(leaf, jax.core.Tracer):
+        sharding = getattr(jax.typeof(leaf), "sharding", None)
+        return sharding if is_typed(sharding) else None
+    sharding = getattr(leaf, "sharding", None)
+    if not isinstance(sharding, NamedSharding):
+        return None
+    return sharding if sharding.mesh.size > 1 or is_typed(sharding) else None
+
+
+def mesh_of(places: Mapping[str, NamedSharding | None]) -> Mesh | None:
+    """The one mesh of devices that leaves are on, ``None`` for types and for no mesh.
+
+    Raises:
+      ValueError: If they are on different ones.
+    """
+    first: tuple[str, Mesh] | None = None
+    for path, sharding in places.items():
+        if sharding is None or not isinstance(sharding.mesh, Mesh):
+            continue
+        if first is None:
+            first = path, sharding.mesh
+        elif first[1] != sharding.mesh:
+            raise ValueError(
+                f"params are on different meshes: leaf {paths.show(first[0])} on "
+                f"{first[1]}, leaf {paths.show(path)} on {sharding.mesh}; put them on "
+                "one with jax.device_put"
+            )
+    return None if first is None else first[1]
+
+
+def is_typed(sharding: object) -> bool:
+    """Whether a sharding is part of the types of the arrays that have it."""
+    return isinstance(sharding, NamedSharding) and bool(_explicit(sharding.mesh))
+
+
+def typed(sharding: NamedSharding) -> NamedSharding:
+    """The same sharding as types would say it."""
+    return NamedSharding(typed_mesh(sharding.mesh), sharding.spec)
+
+
+def typed_mesh(mesh: Mesh | AbstractMesh) -> AbstractMesh:
+    """A mesh without devices, all of whose axes are part of types."""
+    types = (AxisType.Explicit,) * len(mesh.axis_names)
+    return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=types)
+
+
+def on_mesh(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
+    """The sharding that a type says, on a mesh with devices; replicated if it says none.
+
+    Spelled as compiled programs spell it, lest the second step be compiled anew: types
+    name every axis, the compiler none after the last that is sharded.
+    """
+    entries = [*leaf.sharding.spec] if is_typed(leaf.sharding) else []
+    entries += [None] * (len(leaf.shape) - len(entries))
+    if not _explicit(mesh):
+        while entries and entries[-1] is None:
+            entries.pop()
+    return NamedSharding(mesh, PartitionSpec(*entries))
+
+
+def inherited(
+    sharding: NamedSharding, shape: Sequence[int], axes: Sequence[int | None]
+) -> Inherited:
+    """The sharding of an array that has some of the axes of a leaf.
+
+    It keeps the leaf's mesh axes. Those of the axes that it lost go, as they stand
+    together or else one by one, to a free axis behind the rank that they divide, the
+    longest first; and to one that is sharded already where none is free.
+
+    Args:
+      sharding: The leaf's.
+      shape: Shape of the array.
+      axes: Which axis of the leaf each of its axes is, ``None`` for the rank.
+
+    Returns:
+      The sharding, and what found no place.
+    """
+    sizes = dict(sharding.mesh.shape)
+    leaf = _entries(sharding)
+    kept = [() if a is None or a >= len(leaf) else leaf[a] for a in axes]
+    lost = [names for axis, names in enumerate(leaf) if names and axis not in axes]
+    behind = list(axes).index(None) + 1 if None in axes else len(shape)
+
+    def place(names: tuple[str, ...]) -> bool:
+        free_first = sorted(
+            range(behind, len(shape)), key=lambda i: (bool(kept[i]), -shape[i])
+        )
+        for i in free_first:
+            parts = math.prod(sizes[name] for name in (*kept[i], *names))
+            if shape[i] % parts == 0:
+                kept[i] = (*kept[i], *names)
+                return True
+        return False
+
+    lacking = [
+        name
+        for names in lost
+        if not place(names)
+        for name in names
+        if len(names) == 1 or not place((name,))
+    ]
+    spec = PartitionSpec(*(_entry(names) for names in kept))
+    return Inherited(NamedSharding(sharding.mesh, spec), tuple(lacking))
+
+
+def zeros(
+    shape: Sequence[int], dtype: DTypeLike, sharding: NamedSharding | None
+) -> Array:
+    """Zeros that are sharded so; of a type that says so where the leaf's does."""
+    if sharding is None or not is_typed(sharding):
+        return jnp.zeros(shape, dtype, device=sharding)
+    return lax.full(tuple(shape), 0, dtype, sharding=sharding)
+
+
+def automatically(function: Callable[..., T], out: PyTree, *arguments: PyTree) -> T:
+    """Calls a function; where shardings are types, only its results have them.
+
+    Inside, the compiler decides: no operation has to say where its output lives, and the
+    program is the one that automatic mesh axes give.
+
+    Args:
+      function: Function of trees.
+      out: The sharding of its results, a tree of them, or ``None``.
+      *arguments: Trees of arrays; what is no array is handed on as it is.
+
+    Returns:
+      What the function gave.
+    """
+    found = [s for s in jax.tree.leaves(out) if is_typed(s)]
+    if not found:
+        return function(*arguments)
+    mesh = found[0].mesh
+    treedef: TreeDef
+    leaves, treedef = jax.tree.flatten(arguments)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Array)]
+
+    def inside(*arrays: Array) -> T:
+        filled = dict(zip(places, arrays, strict=True))
+        return function(
+            *treedef.unflatten([filled.get(i, v) for i, v in enumerate(leaves)])
+        )
+
+    called = jax.sharding.auto_axes(inside, axes=_explicit(mesh), out_sharding=out)
+    result: T = called(*(leaves[i] for i in places))
+    return result
+
+
+def resharded(array: Array, like: Any) -> Array:
+    """An array with the sharding that another type says, if it says one."""
+    sharding = getattr(like, "sharding", None)
+    if not is_typed(sharding) or jax.typeof(array).sharding == sharding:
+        return array
+    return jax.sharding.reshard(array, sharding)
+
+
+def merged(
+    operands: Sequence[Array], labels: Sequence[Sequence[Any]], out: Sequence[Any]
+) -> NamedSharding | None:
+    """The sharding of a product of arrays whose axes have labels.
+
+    Every label has the mesh axes of the first operand that shards it; none is used
+    twice. ``None`` where no type says a sharding.
+    """
+    by_label: dict[Any, tuple[str, ...]] = {}
+    mesh = None
+    for array, names in zip(operands, labels, strict=True):
+        sharding = sharding_of(array)
+        if sharding is None or not is_typed(sharding):
+            continue
+        mesh = sharding.mesh
+        for label, entry in zip(names, _entries(sharding), strict=False):
+            if entry:
+                by_label.setdefault(label, entry)
+    if mesh is None:
+        return None
+    used: set[str] = set()
+    spec = []
+    for label in out:
+        entry = by_label.get(label, ())
+        spec.append(_entry(entry) if not used & {*entry} else None)
+        used |= {*entry}
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _explicit(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The axes of a mesh that are part of types."""
+    return tuple(
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    )
+
+
+def _entries(sharding: NamedSharding) -> Entries:
+    found: Entries = []
+    for entry in sharding.spec:
+        if isinstance(entry, str):
+            found.append((entry,))
+        else:
+            found.append(tuple(entry) if isinstance(entry, tuple) else ())
+    return found
+
+
+def _entry(names: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    return names[0] if len(names) == 1 else names or None
