@@ -23,11 +23,12 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     """How every array of an optimizer state is sharded, for ``jit``'s ``out_shardings``.
 
     A factor, a sketch or a moment keeps the mesh axes of the leaf's axes that it has. The
-    mesh axes of those that it lost, because that side is sketched or summed, go to an axis
-    of it that they divide, an unsharded one before others and the longest first; of a tuple
-    of mesh axes each goes by itself where the whole fits nowhere. ``tx.init`` called on
-    sharded arrays makes the state so; under ``jit`` automatic mesh axes are not known to
-    it, and these are what to ask for. Counters and key are on every device.
+    mesh axes of those that it lost, because that side is sketched or summed, go to an
+    axis of it that they divide: an unsharded one before others, the longest first, and
+    each by itself where a tuple of them fits nowhere. ``tx.init`` called on sharded
+    arrays makes the state so. Under ``jit`` it does on explicit meshes; automatic axes
+    are not known there, and these shardings are what to ask for. Counters and key are on
+    every device.
 
     Args:
       tx: Any optax transformation, of which ``raclora`` may be a part.

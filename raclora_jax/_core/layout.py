@@ -98,7 +98,11 @@ def on_mesh(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
 
 
 def inherited(
-    sharding: NamedSharding, shape: Sequence[int], axes: Sequence[int | None]
+    sharding: NamedSharding,
+    shape: Sequence[int],
+    axes: Sequence[int | None],
+    *,
+    spread: bool = True,
 ) -> Inherited:
     """The sharding of an array that has some of the axes of a leaf.
 
@@ -110,6 +114,7 @@ def inherited(
       sharding: The leaf's.
       shape: Shape of the array.
       axes: Which axis of the leaf each of its axes is, ``None`` for the rank.
+      spread: Whether mesh axes of lost axes go anywhere.
 
     Returns:
       The sharding, and what found no place.
@@ -134,7 +139,7 @@ def inherited(
     lacking = [
         name
         for names in lost
-        if not place(names)
+        if spread and not place(names)
         for name in names
         if len(names) == 1 or not place((name,))
     ]
@@ -166,7 +171,9 @@ def automatically(function: Callable[..., T], out: PyTree, *arguments: PyTree) -
       What the function gave.
     """
     found = [s for s in jax.tree.leaves(out) if is_typed(s)]
-    if not found:
+    around = jax.sharding.get_abstract_mesh()
+    inside_one = bool(around.axis_names) and not _explicit(around)
+    if not found or inside_one:
         return function(*arguments)
     mesh = found[0].mesh
     treedef: TreeDef
@@ -182,6 +189,13 @@ def automatically(function: Callable[..., T], out: PyTree, *arguments: PyTree) -
     called = jax.sharding.auto_axes(inside, axes=_explicit(mesh), out_sharding=out)
     result: T = called(*(leaves[i] for i in places))
     return result
+
+
+def constrained(array: Array, sharding: NamedSharding) -> Array:
+    """An array that lives so where it is used, inside ``automatically`` or outside."""
+    place: Any = sharding.spec if is_typed(sharding) else sharding
+    out: Array = lax.with_sharding_constraint(array, place)
+    return out
 
 
 def resharded(array: Array, like: Any) -> Array:

@@ -14,7 +14,7 @@ from jax import Array, lax
 
 from raclora_jax._core import paths
 from raclora_jax._core.cholesky import inverse_cholesky
-from raclora_jax._core.layout import automatically, inherited
+from raclora_jax._core.layout import automatically, constrained, inherited
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.select import form, put, rows_of, take
 from raclora_jax._core.sides import (
@@ -145,7 +145,7 @@ def _lift_any(factor: FactorValue, sketch: Drawn, plan: LeafPlan) -> Array:
         laid = Laid.of(plan)
         rows = laid.rows((plan.scaling * factor).astype(plan.wide_dtype))
         return laid.scatter(put(rows, sketch, plan.selection, laid.axis, laid.batch))
-    return _lift(factor, sketch, _View.of(plan))
+    return _lift(*_together(factor, sketch, plan), _View.of(plan))
 
 
 def formed(sketch: Array, plan: LeafPlan) -> Array:
@@ -176,7 +176,9 @@ def add_lifted(
         delta = lift_leaf(factor, sketch, plan)
         return wide + (delta - jnp.asarray(decay, wide.dtype) * wide)
     return automatically(
-        lambda *arrays: _add_lifted(*arrays, _View.of(plan)),
+        lambda weight, factor, sketch, decay: _add_lifted(
+            weight, *_together(factor, sketch, plan), decay, _View.of(plan)
+        ),
         plan.sharding,
         weight,
         factor,
@@ -239,6 +241,20 @@ class Laid(NamedTuple):
         """A factor as rows of the leaf."""
         axes = [*self.plan.batch, -1, *self.plan.trained]
         return lax.transpose(factor, [axes.index(axis) for axis in self.left])
+
+
+def _together(factor: Array, sketch: Array, plan: LeafPlan) -> tuple[Array, Array]:
+    """Factor and sketch where the leaf is: one gather each, before they are lifted."""
+    if plan.sharding is None:
+        return factor, sketch
+
+    def at_leaf(array: Array, side: tuple[int, ...]) -> Array:
+        assert plan.sharding is not None
+        axes = (*plan.batch, None, *side)
+        place = inherited(plan.sharding, array.shape, axes, spread=False)
+        return constrained(array, place.sharding)
+
+    return at_leaf(factor, plan.trained), at_leaf(sketch, plan.sketched)
 
 
 class _View(NamedTuple):

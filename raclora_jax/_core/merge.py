@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from raclora_jax._core.layout import automatically
 from raclora_jax._core.lowrank import Laid, add_lifted
-from raclora_jax._core.plan import LeafPlan, with_sharding
+from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.rounding import settle
 from raclora_jax._core.select import place, take
 from raclora_jax._core.types import Drawn, FactorValue, Scalar
@@ -65,8 +65,6 @@ def _merge(
     rounding: str,
     still: bool,
 ) -> Array:
-    plan = with_sharding(plan, None)
-
     def settled(exact: Array, positions: Array | None = None) -> Array:
         if key is not None:
             exact = settle(exact, weight.dtype, rounding, key, positions)

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.keys import folded, path_words
-from raclora_jax._core.layout import automatically
+from raclora_jax._core.layout import automatically, constrained
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.select import Selection
 from raclora_jax._core.sides import BothSketches, sketch_shardings
@@ -62,23 +63,23 @@ def draw_all(
 def _draw_adapted(
     data: Array, link: Array | int, plans: tuple[LeafPlan, ...]
 ) -> dict[str, Drawn]:
-    groups: dict[_Kind, list[LeafPlan]] = {}
+    groups: dict[tuple[_Kind, _Place | None], list[LeafPlan]] = {}
     for one in (one for plan in plans for one in plan.each):
         kind = _Kind(one.sketch, one.rank, one.dim, str(one.sketch_dtype), one.selection)
-        groups.setdefault(kind, []).append(one)
+        groups.setdefault((kind, _lives(one)), []).append(one)
     drawn: dict[LeafPlan, Array] = {}
-    for kind, members in groups.items():
+    for (kind, place), members in groups.items():
         sizes = [math.prod(plan.batch_shape) for plan in members]
         words = [
             (*path_words("sketch", plan.path), index)
             for plan, size in zip(members, sizes, strict=True)
             for index in range(size)
         ]
-        stack = _draw_stack(data, link, jnp.array(words, jnp.uint32), kind)
+        stack = _draw_stack(data, link, jnp.array(words, jnp.uint32), kind, place)
         start = 0
         for plan, size in zip(members, sizes, strict=True):
             own = lax.slice_in_dim(stack, start, start + size)
-            drawn[plan] = _apart(own, plan.sketch_shape)
+            drawn[plan] = _apart(own, plan)
             start += size
 
     def of(plan: LeafPlan) -> Drawn:
@@ -99,15 +100,44 @@ def _is_left(data: Array, link: Array | int, plan: LeafPlan) -> Array:
     return number < jnp.uint32(min(round(float(plan.side) * 2**32), 2**32 - 1))
 
 
-def _apart(sketch: Array, shape: tuple[int, ...]) -> Array:
-    """The sketch in a shape that keeps its sharding to itself.
+def _apart(sketch: Array, plan: LeafPlan) -> Array:
+    """The sketch in its own shape, with a sharding that it keeps to itself.
 
     Left to propagation, the sharding of one leaf would spread over the stack to all its
     members, and every step would gather them. It does not pass a reshape that joins a
     sharded axis to one before it.
     """
+    if plan.sketch_sharding is not None:
+        return constrained(sketch.reshape(plan.sketch_shape), plan.sketch_sharding)
     twice = jnp.concatenate([sketch.ravel(), sketch.ravel()])
-    return twice.reshape(2, *shape)[0]
+    return twice.reshape(2, *plan.sketch_shape)[0]
+
+
+class _Place(NamedTuple):
+    """Where the sketches of a stack live; static and hashable.
+
+    Attributes:
+      sharding: Of a stack ``(n, rank, dim)``.
+      path: The leaf, where its own stack is sharded: it is drawn by itself.
+    """
+
+    sharding: NamedSharding
+    path: str
+
+
+def _lives(plan: LeafPlan) -> _Place | None:
+    """Where a leaf's sketches are drawn, if it is known and an axis each can say it."""
+    if plan.sketch_sharding is None or plan.selection is not None:
+        return None
+    sharding, stack = plan.sketch_sharding, len(plan.batch)
+    spec = [*sharding.spec, *(None for _ in plan.sketch_shape[len(sharding.spec) :])]
+    first = [entry for entry in spec[:stack] if entry is not None]
+    # Of axes that are drawn as one only the first can be sharded.
+    side = spec[stack + 1 :]
+    if spec[1:stack].count(None) < stack - 1 or any(side[1:]):
+        return None
+    own = PartitionSpec(first[0] if first else None, None, side[0])
+    return _Place(NamedSharding(sharding.mesh, own), plan.path if first else "")
 
 
 class _Kind(NamedTuple):
@@ -121,8 +151,10 @@ class _Kind(NamedTuple):
 
 
 # Traced once for all stacks of one size, wherever they are drawn.
-@functools.partial(jax.jit, static_argnames="kind")
-def _draw_stack(data: Array, link: Array | int, words: Array, kind: _Kind) -> Array:
+@functools.partial(jax.jit, static_argnames=("kind", "place"))
+def _draw_stack(
+    data: Array, link: Array | int, words: Array, kind: _Kind, place: _Place | None
+) -> Array:
     """Sketches ``(n, rank, dim)`` from ``n`` rows of (two words of a path, index)."""
     first, second, index = words.T
     turn = jnp.zeros((), jnp.int32)
@@ -136,7 +168,8 @@ def _draw_stack(data: Array, link: Array | int, words: Array, kind: _Kind) -> Ar
         if kind.selection is not None and kind.distribution == "block":
             return _block(keys, turn, kind.selection)
         shape = (kind.rank, kind.dim)
-        return _DISTRIBUTIONS[kind.distribution](keys, shape, jnp.dtype(kind.dtype))
+        stack = _DISTRIBUTIONS[kind.distribution](keys, shape, jnp.dtype(kind.dtype))
+    return stack if place is None else constrained(stack, place.sharding)
 
 
 def _gram(sketches: Array) -> Array:
