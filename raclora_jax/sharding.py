@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from raclora_jax._core import paths
 from raclora_jax._core.layout import mesh_of, on_mesh, typed, typed_mesh
-from raclora_jax._core.plan import LeafPlan, plan_tree, tell_lacking, with_sharding
+from raclora_jax._core.placement import tell_lacking
+from raclora_jax._core.plan import LeafPlan, plan_tree, with_sharding
 from raclora_jax._core.sides import trained_shardings
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import Leaves, PyTree
@@ -103,7 +104,7 @@ def factor_shardings(params: PyTree, spec: Spec | int) -> PyTree:
         path: with_sharding(plan, places[path])
         for path, plan in plan_tree(spec, params).items()
     }
-    tell_lacking(plans)
+    tell_lacking(plans.values())
 
     def one(plan: LeafPlan) -> PyTree:
         found = trained_shardings(plan)

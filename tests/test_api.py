@@ -18,11 +18,11 @@ PACKAGE = pathlib.Path(rl.__file__).parent
 
 # Inside a folder each room imports only from rooms before it.
 ROOMS = {
-    "_core": "types paths stamp select layout spec plan sides keys cholesky sketch "
-    "lowrank rounding merge",
+    "_core": "types paths stamp select layout spec plan placement sides keys cholesky "
+    "sketch lowrank rounding merge",
     "_autodiff": "stage uses contraction axes attach picks weight rearrange arithmetic "
     "output picked consume join interpret watch",
-    "_chain": "inner orthogonal state step",
+    "_chain": "boxes inner orthogonal state step",
     "_forms": "pure optimizer gradient adapter factor_rules unmerged trace summary",
     "peft": "_files _targets _pairs _best _format _read _write _models",
     "theory": "_numbers _descent _variance_reduced _compressed _local _steps _lambda "

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.tree_util import DictKey
 
+from raclora_jax._chain.boxes import unboxed
 from raclora_jax._chain.inner import nothing_accumulated
 from raclora_jax._core import paths
-from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.lowrank import check_factor, is_factor
+from raclora_jax._core.plan import LeafPlan, plan_leaves
 from raclora_jax._core.sides import named, shapes, sketch_shapes
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec
-from raclora_jax._core.types import Drawn, Leaf, OptState, PyTree
+from raclora_jax._core.types import Drawn, Leaf, Leaves, OptState, PyTree
 
 # The plans of a tree's leaves: static and hashable.
 Plans = tuple[LeafPlan, ...]
@@ -189,7 +191,8 @@ def find_state(opt_state: PyTree) -> RacLoraState:
             f"opt_state must hold one RacLoraState, found {len(found)}; pass what "
             "tx.init or tx.update returned, where tx contains raclora(...) once"
         )
-    return found[0]
+    state: RacLoraState = unboxed(found[0])
+    return state
 
 
 def is_state(node: Leaf) -> bool:
@@ -270,6 +273,35 @@ def _holder(opt_state: PyTree) -> PyTree:
 
 def _holds_state(tree: PyTree) -> bool:
     return any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
+
+
+def plan_gradients(spec: Spec, grads: Leaves, params: PyTree) -> dict[str, LeafPlan]:
+    """Plans the leaves that came with a gradient, by the params where given."""
+    like = grads
+    if params is not None:
+        leaves, _ = paths.flatten(params)
+        missing = [path for path in grads if path not in leaves]
+        if missing:
+            raise ValueError(
+                f"the gradient of {paths.show(missing[0])} has no leaf in params; take "
+                "gradients with respect to the tree that tx.init saw"
+            )
+        like = {path: leaves[path] for path in grads}
+    elif any(map(is_factor, grads.values())):
+        raise ValueError(
+            "Factor gradients need params to know their leaves; call "
+            "tx.update(grads, state, params)"
+        )
+    plans = plan_leaves(spec, like)
+    for path, grad in grads.items():
+        if is_factor(grad):
+            check_factor(grad, plans[path])
+        elif jnp.shape(grad) != plans[path].shape:
+            raise ValueError(
+                f"leaf {paths.show(path)}: expected a gradient of shape "
+                f"{plans[path].shape}, got {jnp.shape(grad)}"
+            )
+    return plans
 
 
 def check_values(state: RacLoraState) -> None:

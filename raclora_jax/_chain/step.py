@@ -13,6 +13,7 @@ import optax
 from jax import Array, lax
 from jax.tree_util import DictKey, GetAttrKey
 
+from raclora_jax._chain.boxes import boxed, boxes_of
 from raclora_jax._chain.inner import (
     ADAM,
     as_rule,
@@ -32,6 +33,7 @@ from raclora_jax._chain.state import (
     adapted_plans,
     check_values,
     law_of,
+    plan_gradients,
     sketches_now,
 )
 from raclora_jax._core import paths, rounding
@@ -39,17 +41,15 @@ from raclora_jax._core.keys import key_data
 from raclora_jax._core.layout import mesh_of, on_mesh, typed, typed_mesh, zeros
 from raclora_jax._core.lowrank import (
     change_of_basis,
-    check_factor,
     in_basis,
     is_factor,
     lift_leaf,
     project_leaf,
 )
+from raclora_jax._core.placement import tell_lacking, trained_sharding
 from raclora_jax._core.plan import (
     LeafPlan,
-    plan_leaves,
     plan_tree,
-    tell_lacking,
     with_sharding,
 )
 from raclora_jax._core.sides import apart, joined, named, zero_sketch
@@ -142,14 +142,22 @@ class Run:
         leaves, _ = paths.flatten(params)
         master = self._master_copy(plans, leaves)
         every, data = tuple(plans.values()), key_data(key)
+        boxes = boxes_of(params)
+        state = self._placed(every, data, master)
+        return boxed(state, plans, boxes) if boxes else state
+
+    def _placed(
+        self, plans: Plans, data: Array, master: dict[str, Array]
+    ) -> RacLoraState:
+        """``_init``, with every array where it will live."""
         tell_lacking(plans)
-        if mesh_of({path: plan.sharding for path, plan in plans.items()}) is None:
-            return self._init(data, every, master)
-        return self._born(every)(data, master)
+        if mesh_of({plan.path: plan.sharding for plan in plans}) is None:
+            return self._init(data, plans, master)
+        return self._born(plans)(data, master)
 
     @functools.lru_cache(maxsize=64)  # noqa: B019, a run is a value
     def _born(self, plans: Plans) -> Callable[..., RacLoraState]:
-        """``_init`` that makes every array where it will live."""
+        """``_init`` compiled for the mesh that the leaves are on."""
         mesh = mesh_of({plan.path: plan.sharding for plan in plans})
         assert mesh is not None
         said = [with_sharding(p, p.sharding and typed(p.sharding)) for p in plans]
@@ -186,7 +194,7 @@ class Run:
     ) -> Step:
         """Projects what comes dense, runs the inner rule on factors, and counts."""
         grads, treedef = paths.flatten(updates, is_leaf=is_factor)
-        plans = _plan_gradients(self.spec, grads, params)
+        plans = plan_gradients(self.spec, grads, params)
         self._check(state, tuple(plans.values()))
         now = sketches_now(state, plans.values(), self.spec)
         state = self._entered(state, now, adapted_plans(plans.values()))
@@ -300,7 +308,7 @@ class Run:
     def _inner_init(self, plans: Plans, mode: str) -> OptState:
         own = _named(plan for plan in plans if plan.mode == mode)
         start = {
-            path: zeros(plan.trained_shape, plan.wide_dtype, plan.trained_sharding)
+            path: zeros(plan.trained_shape, plan.wide_dtype, trained_sharding(plan))
             for path, plan in own.items()
         }
         with knowing(own):
@@ -357,35 +365,6 @@ class Run:
                 )
             copies[path] = jnp.asarray(leaves[path], plan.wide_dtype)
         return copies
-
-
-def _plan_gradients(spec: Spec, grads: Leaves, params: PyTree) -> dict[str, LeafPlan]:
-    """Plans the leaves that came with a gradient, by the params where given."""
-    like = grads
-    if params is not None:
-        leaves, _ = paths.flatten(params)
-        missing = [path for path in grads if path not in leaves]
-        if missing:
-            raise ValueError(
-                f"the gradient of {paths.show(missing[0])} has no leaf in params; take "
-                "gradients with respect to the tree that tx.init saw"
-            )
-        like = {path: leaves[path] for path in grads}
-    elif any(map(is_factor, grads.values())):
-        raise ValueError(
-            "Factor gradients need params to know their leaves; call "
-            "tx.update(grads, state, params)"
-        )
-    plans = plan_leaves(spec, like)
-    for path, grad in grads.items():
-        if is_factor(grad):
-            check_factor(grad, plans[path])
-        elif jnp.shape(grad) != plans[path].shape:
-            raise ValueError(
-                f"leaf {paths.show(path)}: expected a gradient of shape "
-                f"{plans[path].shape}, got {jnp.shape(grad)}"
-            )
-    return plans
 
 
 def _named(plans: Iterable[LeafPlan]) -> dict[str, LeafPlan]:

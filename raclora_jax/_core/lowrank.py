@@ -15,6 +15,7 @@ from jax import Array, lax
 from raclora_jax._core import paths
 from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.layout import automatically, constrained, inherited
+from raclora_jax._core.placement import factor_sharding
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.select import form, put, rows_of, take
 from raclora_jax._core.sides import (
@@ -368,7 +369,7 @@ def in_basis(basis: Array, factor: Array, plan: LeafPlan) -> Array:
         )
         return product.astype(factor.dtype)
 
-    return automatically(moved, plan.factor_sharding, basis, factor)
+    return automatically(moved, factor_sharding(plan), basis, factor)
 
 
 def check_factor(factor: Leaf, plan: LeafPlan) -> None:

@@ -7,8 +7,7 @@ import functools
 import math
 import numbers
 import re
-import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from jax.sharding import NamedSharding
 
 from raclora_jax._core import layout, paths
 from raclora_jax._core.select import LAWS, Selection, selection_of
-from raclora_jax._core.spec import Rule, Spec, as_spec, kind
+from raclora_jax._core.spec import Rule, Spec, as_spec, check_rules_win, kind, winner
 from raclora_jax._core.stamp import Stamp
 from raclora_jax._core.types import Alpha, Cause, Leaf, Mode, PyTree, widened
 
@@ -144,44 +143,6 @@ class LeafPlan:
         """``(batch..., rank, *axes of the other side)``."""
         return (*self.batch_shape, self.rank, *(self.shape[a] for a in self.trained))
 
-    @functools.cached_property
-    def factor_layout(self) -> layout.Inherited | None:
-        """The sharding that the factor has from the leaf."""
-        if self.sharding is None:
-            return None
-        axes = (*self.batch, None, *self.trained)
-        return layout.inherited(self.sharding, self.factor_shape, axes)
-
-    @functools.cached_property
-    def sketch_layout(self) -> layout.Inherited | None:
-        """The sharding that the sketch has from the leaf."""
-        if self.sharding is None:
-            return None
-        if self.selection is None:
-            axes = (*self.batch, None, *self.sketched)
-            return layout.inherited(self.sharding, self.sketch_shape, axes)
-        # A few numbers: only stacks are worth sharding.
-        axes = (*self.batch, *(None for _ in self.sketch_shape[len(self.batch) :]))
-        found = layout.inherited(self.sharding, self.sketch_shape, axes)
-        return found._replace(lacking=())
-
-    @property
-    def factor_sharding(self) -> NamedSharding | None:
-        """How the factor is sharded."""
-        return self.factor_layout and self.factor_layout.sharding
-
-    @property
-    def sketch_sharding(self) -> NamedSharding | None:
-        """How the sketch is sharded."""
-        return self.sketch_layout and self.sketch_layout.sharding
-
-    @property
-    def trained_sharding(self) -> NamedSharding | None:
-        """How what is trained is sharded."""
-        if self.mode == "frozen":
-            return None
-        return self.factor_sharding if self.adapted else self.sharding
-
     @property
     def wide_dtype(self) -> jnp.dtype:
         """Dtype of factors and sums: the leaf's, at least float32."""
@@ -245,48 +206,6 @@ def with_sharding(plan: LeafPlan, sharding: NamedSharding | None) -> LeafPlan:
     """The plan of a leaf that is sharded so."""
     sides = tuple(with_sharding(one, sharding) for one in plan.sides)
     return dataclasses.replace(plan, sides=sides, sharding=sharding)
-
-
-def tell_lacking(plans: Mapping[str, LeafPlan]) -> None:
-    """One warning for all arrays held in full along mesh axes of their leaves."""
-    found = [
-        f"the {what} of {paths.show(plan.path)} {shape} along {place.lacking}"
-        for plan in plans.values()
-        if plan.adapted and plan.sharding is not None
-        for one in plan.each
-        for what, shape, place in (
-            ("factor", one.factor_shape, one.factor_layout),
-            ("sketch", one.sketch_shape, one.sketch_layout),
-        )
-        if place is not None and place.lacking
-    ]
-    if found:
-        more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-        warnings.warn(
-            "these arrays are held in full along mesh axes of their leaves, which divide "
-            f"none of their axes: {', '.join(found[:8])}{more}; a mesh with shorter axes "
-            "would shard them",
-            stacklevel=3,
-        )
-
-
-def winner(spec: Spec, path: str) -> Rule | None:
-    """The rule that decides about a path: the first that matches the whole of it."""
-    matching = (rule for rule in spec.rules if re.fullmatch(rule.path, path))
-    return next(matching, None)
-
-
-def check_rules_win(spec: Spec, names: Sequence[str]) -> None:
-    """Refuses a rule that decides about none of the paths."""
-    won = {id(winner(spec, path)) for path in names}
-    for rule in spec.rules:
-        if id(rule) not in won:
-            shown = ", ".join(map(paths.show, names[:8]))
-            raise ValueError(
-                f"Rule({rule.path!r}) wins no leaf; the expression must match the whole "
-                f"path and an earlier rule must not match first. The paths are {shown}"
-                f"{', ...' if len(names) > 8 else ''}"
-            )
 
 
 def shape_and_dtype(path: str, leaf: Leaf) -> tuple[tuple[int, ...], str]:

@@ -11,6 +11,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from raclora_jax._core import layout
+from raclora_jax._core.placement import factor_sharding, sketch_sharding, trained_sharding
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.types import Drawn, FactorValue, Leaf
 
@@ -102,7 +103,7 @@ def sketch_shapes(plan: LeafPlan) -> Any:
 
 def sketch_shardings(plan: LeafPlan) -> Any:
     """The sharding of the sketch of a leaf, or of both."""
-    found: list[Any] = [one.sketch_sharding for one in plan.each]
+    found: list[Any] = [sketch_sharding(one) for one in plan.each]
     if not plan.sides or plan.sharding is None:
         return found[0]
     everywhere: Any = NamedSharding(plan.sharding.mesh, PartitionSpec())
@@ -111,19 +112,19 @@ def sketch_shardings(plan: LeafPlan) -> Any:
 
 def trained_shardings(plan: LeafPlan) -> Any:
     """The sharding of what a leaf trains, ``None`` where it is frozen."""
-    return factor_shardings(plan) if plan.adapted else plan.trained_sharding
+    return factor_shardings(plan) if plan.adapted else trained_sharding(plan)
 
 
 def factor_shardings(plan: LeafPlan) -> Any:
     """The sharding of the factor of a leaf, or of both."""
-    found: list[Any] = [one.factor_sharding for one in plan.each]
+    found: list[Any] = [factor_sharding(one) for one in plan.each]
     return BothFactors(*found) if plan.sides else found[0]
 
 
 def zero_trained(plan: LeafPlan) -> FactorValue:
     """What a leaf trains, at zero: the factor, both factors, or a dense difference."""
     found = [
-        layout.zeros(one.trained_shape, one.wide_dtype, one.trained_sharding)
+        layout.zeros(one.trained_shape, one.wide_dtype, trained_sharding(one))
         for one in plan.each
     ]
     return BothFactors(*found) if plan.sides else found[0]
@@ -132,7 +133,7 @@ def zero_trained(plan: LeafPlan) -> FactorValue:
 def zero_sketch(plan: LeafPlan) -> Drawn:
     """A sketch of zeros, before anything is drawn."""
     found = [
-        layout.zeros(one.sketch_shape, one.sketch_dtype, one.sketch_sharding)
+        layout.zeros(one.sketch_shape, one.sketch_dtype, sketch_sharding(one))
         for one in plan.each
     ]
     if not plan.sides:

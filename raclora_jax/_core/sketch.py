@@ -15,8 +15,9 @@ from jax.typing import DTypeLike
 
 from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.keys import folded, path_words
-from raclora_jax._core.layout import automatically, constrained
-from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.layout import automatically, constrained, is_typed
+from raclora_jax._core.placement import sketch_sharding
+from raclora_jax._core.plan import LeafPlan, with_sharding
 from raclora_jax._core.select import Selection
 from raclora_jax._core.sides import BothSketches, sketch_shardings
 from raclora_jax._core.types import Drawn
@@ -52,10 +53,14 @@ def draw_all(
     adapted = tuple(plan for plan in plans if plan.mode == "lowrank")
     if not adapted:
         return {}
-    out = {plan.path: sketch_shardings(plan) for plan in adapted}
-    return automatically(
-        lambda data, link: _draw_adapted(data, link, adapted), out, data, link
-    )
+    out = {plan.path: sketch_shardings(plan) for plan in adapted if plan.sharding}
+    if not out or any(is_typed(plan.sharding) for plan in adapted):
+        return automatically(
+            lambda data, link: _draw_adapted(data, link, adapted), out or None, data, link
+        )
+    # Where no type says it, the bits of one device are worth more than local sums.
+    drawn = _draw_adapted(data, link, tuple(with_sharding(p, None) for p in adapted))
+    return drawn | jax.device_put({path: drawn[path] for path in out}, out)
 
 
 # Traced and lowered once for all the places of a step that may draw.
@@ -107,8 +112,9 @@ def _apart(sketch: Array, plan: LeafPlan) -> Array:
     members, and every step would gather them. It does not pass a reshape that joins a
     sharded axis to one before it.
     """
-    if plan.sketch_sharding is not None:
-        return constrained(sketch.reshape(plan.sketch_shape), plan.sketch_sharding)
+    place = sketch_sharding(plan)
+    if place is not None:
+        return constrained(sketch.reshape(plan.sketch_shape), place)
     twice = jnp.concatenate([sketch.ravel(), sketch.ravel()])
     return twice.reshape(2, *plan.sketch_shape)[0]
 
@@ -127,9 +133,9 @@ class _Place(NamedTuple):
 
 def _lives(plan: LeafPlan) -> _Place | None:
     """Where a leaf's sketches are drawn, if it is known and an axis each can say it."""
-    if plan.sketch_sharding is None or plan.selection is not None:
+    sharding, stack = sketch_sharding(plan), len(plan.batch)
+    if sharding is None or plan.selection is not None:
         return None
-    sharding, stack = plan.sketch_sharding, len(plan.batch)
     spec = [*sharding.spec, *(None for _ in plan.sketch_shape[len(sharding.spec) :])]
     first = [entry for entry in spec[:stack] if entry is not None]
     # Of axes that are drawn as one only the first can be sharded.

@@ -8,11 +8,12 @@ import math
 import numbers
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast, get_args
 
 import jax
 
+from raclora_jax._core import paths
 from raclora_jax._core.select import LAWS
 from raclora_jax._core.types import (
     Alpha,
@@ -284,6 +285,25 @@ def as_spec(spec: Spec | int) -> Spec:
             f"spec must be a Spec or an int rank, got {kind(spec)}; write Spec(rank=8)"
         )
     return Spec(rank)
+
+
+def winner(spec: Spec, path: str) -> Rule | None:
+    """The rule that decides about a path: the first that matches the whole of it."""
+    matching = (rule for rule in spec.rules if re.fullmatch(rule.path, path))
+    return next(matching, None)
+
+
+def check_rules_win(spec: Spec, names: Sequence[str]) -> None:
+    """Refuses a rule that decides about none of the paths."""
+    won = {id(winner(spec, path)) for path in names}
+    for rule in spec.rules:
+        if id(rule) not in won:
+            shown = ", ".join(map(paths.show, names[:8]))
+            raise ValueError(
+                f"Rule({rule.path!r}) wins no leaf; the expression must match the whole "
+                f"path and an earlier rule must not match first. The paths are {shown}"
+                f"{', ...' if len(names) > 8 else ''}"
+            )
 
 
 def kind(value: object) -> str:

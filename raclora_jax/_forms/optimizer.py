@@ -12,6 +12,7 @@ import numpy as np
 import optax
 from jax import Array
 
+from raclora_jax._chain.boxes import keeping_boxes
 from raclora_jax._chain.state import RacLoraState, find_state, sketches_of_last
 from raclora_jax._chain.step import Run
 from raclora_jax._core import paths, rounding
@@ -89,7 +90,9 @@ def scale_by_raclora(
 
         return step.answer(one), step.state
 
-    return optax.GradientTransformationExtraArgs(partial(run.init, data), update)
+    return optax.GradientTransformationExtraArgs(
+        partial(run.init, data), keeping_boxes(update)
+    )
 
 
 def raclora(
@@ -200,7 +203,9 @@ def raclora(
         answer = step.answer(one)
         return answer, step.state._replace(master=master)
 
-    return optax.GradientTransformationExtraArgs(partial(run.init, data), update)
+    return optax.GradientTransformationExtraArgs(
+        partial(run.init, data), keeping_boxes(update)
+    )
 
 
 def apply_updates(

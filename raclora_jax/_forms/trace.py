@@ -19,12 +19,10 @@ from raclora_jax._autodiff.weight import leaf_weight
 from raclora_jax._core import paths
 from raclora_jax._core.plan import (
     LeafPlan,
-    check_rules_win,
     plan_tree,
     shape_and_dtype,
-    winner,
 )
-from raclora_jax._core.spec import Rule, Spec
+from raclora_jax._core.spec import Rule, Spec, check_rules_win, winner
 from raclora_jax._core.types import PyTree
 
 
