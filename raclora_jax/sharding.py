@@ -53,8 +53,8 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
       >>> place = NamedSharding(mesh, PartitionSpec("fsdp", None))
       >>> W = jax.ShapeDtypeStruct((6, 4), "float32", sharding=place)
       >>> found = state_shardings(rl.raclora(0.1, 2, key=0), W)
-      >>> found.sketches.values[""].spec, found.inner_state.lowrank.mu[""].spec
-      (PartitionSpec(None, 'fsdp'), PartitionSpec(None, 'fsdp'))
+      >>> [*found.sketches.values[""].spec], [*found.inner_state.lowrank.mu[""].spec]
+      ([None, 'fsdp'], [None, 'fsdp'])
     """
     leaves, treedef, places = _places(params, "state_shardings")
     mesh = mesh_of(places)
@@ -96,8 +96,8 @@ def factor_shardings(params: PyTree, spec: Spec | int) -> PyTree:
       >>> mesh = jax.make_mesh((1,), ("fsdp",), (AxisType.Auto,))
       >>> place = NamedSharding(mesh, PartitionSpec("fsdp", None))
       >>> params = {"kernel": jax.device_put(jax.numpy.ones((4, 6)), place)}
-      >>> factor_shardings(params, 2)["kernel"].spec
-      PartitionSpec(None, 'fsdp')
+      >>> [*factor_shardings(params, 2)["kernel"].spec]
+      [None, 'fsdp']
     """
     leaves, treedef, places = _places(params, "factor_shardings")
     plans = {

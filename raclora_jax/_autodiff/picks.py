@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from raclora_jax._autodiff.contraction import Label
 from raclora_jax._core import select
+from raclora_jax._core.layout import automatically, merged
 from raclora_jax._core.select import Selection
 
 
@@ -60,13 +61,17 @@ class Picks:
         """
         order = beside(names, side)
         axis = order.index(side[0])
-        array = lax.transpose(array, [names.index(name) for name in order])
         end = axis + len(side)
-        shape = (*array.shape[:axis], self.chosen.dim, *array.shape[end:])
         left = [*order[:axis], rank, *order[end:]]
         batch = [left.index(name) for name in stack]
-        rows = select.take(array.reshape(shape), self.index, self.chosen, axis, batch)
-        return rows, left
+
+        def rows(array: Array, index: Array) -> Array:
+            array = lax.transpose(array, [names.index(name) for name in order])
+            shape = (*array.shape[:axis], self.chosen.dim, *array.shape[end:])
+            return select.take(array.reshape(shape), index, self.chosen, axis, batch)
+
+        out = merged((array,), (names,), left)
+        return automatically(rows, out, array, self.index), left
 
     def placed(
         self,
@@ -92,9 +97,14 @@ class Picks:
         """
         axis = [*names].index(rank)
         batch = [[*names].index(name) for name in stack]
-        array = select.put(rows, self.index, self.chosen, axis, batch)
-        array = array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
-        return array, [*names[:axis], *side, *names[axis + 1 :]]
+        made = [*names[:axis], *side, *names[axis + 1 :]]
+
+        def whole(rows: Array, index: Array) -> Array:
+            array = select.put(rows, index, self.chosen, axis, batch)
+            return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
+
+        out = merged((rows,), (names,), made)
+        return automatically(whole, out, rows, self.index), made
 
     def taken_by_group(self, x: Array, groups: Array) -> Array:
         """Of every row of ``x`` the columns that its group's sketch picks.

@@ -153,6 +153,9 @@ def zeros(
     """Zeros that are sharded so; of a type that says so where the leaf's does."""
     if sharding is None or not is_typed(sharding):
         return jnp.zeros(shape, dtype, device=sharding)
+    if isinstance(jnp.zeros(()), jax.core.Tracer) and isinstance(sharding.mesh, Mesh):
+        # Inside jit a mesh of devices would make it a constant without the type.
+        sharding = NamedSharding(sharding.mesh.abstract_mesh, sharding.spec)
     return lax.full(tuple(shape), 0, dtype, sharding=sharding)
 
 
@@ -233,6 +236,15 @@ def merged(
         spec.append(_entry(entry) if not used & {*entry} else None)
         used |= {*entry}
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def without(array: Array, axis: int) -> NamedSharding | None:
+    """The sharding that an array's type says, with an axis of it in one piece."""
+    sharding = sharding_of(array)
+    if sharding is None or not is_typed(sharding):
+        return None
+    spec = [None if i == axis else entry for i, entry in enumerate(sharding.spec)]
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
 def _explicit(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:

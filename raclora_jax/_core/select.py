@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from raclora_jax._core.layout import automatically, without
+
 LAWS = ("block", "coordinate")
 # Shorter runs than this are not worth their place on a mesh.
 _SHORTEST, _MOST = 8, 8
@@ -101,7 +103,12 @@ def take(
         parts = _parted(array, axis, chosen)
         return _whole(lax.dynamic_slice_in_dim(parts, picks, run, axis + 1), axis)
 
-    return _stacked(one, array, picks, axis=axis, batch=batch)
+    return automatically(
+        lambda array, picks: _stacked(one, array, picks, axis=axis, batch=batch),
+        without(array, axis),
+        array,
+        picks,
+    )
 
 
 def put(
@@ -114,7 +121,12 @@ def put(
         zeros = jnp.zeros(shape, rows.dtype)
         return _placed(zeros, rows, picks, chosen, axis)
 
-    return _stacked(one, rows, picks, axis=axis, batch=batch)
+    return automatically(
+        lambda rows, picks: _stacked(one, rows, picks, axis=axis, batch=batch),
+        without(rows, axis),
+        rows,
+        picks,
+    )
 
 
 def place(
@@ -147,8 +159,13 @@ def form(
     Returns:
       Array ``(batch..., rank, *sizes)``.
     """
-    hot = jax.nn.one_hot(rows_of(picks, chosen), chosen.dim, dtype=dtype)
-    return hot.reshape(*hot.shape[:-1], *sizes)
+
+    def one(picks: Array) -> Array:
+        hot = jax.nn.one_hot(rows_of(picks, chosen), chosen.dim, dtype=dtype)
+        return hot.reshape(*hot.shape[:-1], *sizes)
+
+    stack = picks.ndim - (chosen.law == "coordinate")
+    return automatically(one, without(picks, stack), picks)
 
 
 def rows_of(picks: Array, chosen: Selection) -> Array:
