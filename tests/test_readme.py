@@ -7,7 +7,7 @@ import pytest
 
 import raclora_jax as rl
 from benchmarks import tables
-from raclora_jax import checkpoint, estimators, federated, methods, peft, theory
+from raclora_jax import checkpoint, estimators, federated, methods, peft, sharding, theory
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -63,7 +63,16 @@ def test_commands_and_links_exist(page):
 def test_reference_has_every_public_name():
     reference = (ROOT / "docs" / "reference.md").read_text()
     shown = re.findall(r"auto(?:class|function):: (\w+)$", reference, re.MULTILINE)
-    namespaces = (rl, checkpoint, estimators, federated, methods, peft, theory)
+    namespaces = (
+        rl,
+        checkpoint,
+        estimators,
+        federated,
+        methods,
+        peft,
+        sharding,
+        theory,
+    )
     named = {name for namespace in namespaces for name in namespace.__all__}
     public = {*named, "to_tree", "Optimizer", "TrainState"}
     assert public - {*shown} == set(), "add them to docs/reference.md"
