@@ -120,7 +120,9 @@ def test_refuses_what_it_cannot_place():
     params["rows"] = jax.device_put(params["rows"], NamedSharding(other, P("x")))
     tx = TXS["alone"]
     for call in (tx.init, lambda p: state_shardings(tx, p)):
-        with pytest.raises(ValueError, match=r"different meshes: leaf 'bias'.*leaf 'rows'"):
+        with pytest.raises(
+            ValueError, match=r"different meshes: leaf 'bias'.*leaf 'rows'"
+        ):
             call(params)
     for call in (
         lambda p: state_shardings(tx, p),

@@ -136,13 +136,12 @@ def inherited(
                 return True
         return False
 
-    lacking = [
-        name
-        for names in lost
-        if spread and not place(names)
-        for name in names
-        if len(names) == 1 or not place((name,))
-    ]
+    lacking: list[str] = []
+    for names in lost if spread else ():
+        if not place(names):
+            apart = names if len(names) > 1 else ()
+            placed = {name for name in apart if place((name,))}
+            lacking += [name for name in names if name not in placed]
     spec = PartitionSpec(*(_entry(names) for names in kept))
     return Inherited(NamedSharding(sharding.mesh, spec), tuple(lacking))
 
