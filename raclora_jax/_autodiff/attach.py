@@ -39,7 +39,10 @@ def attach(
         if pull is not None:
             gradient = pull(known, cotangent)
         else:
-            transpose = jax.linear_transpose(lambda f: push(known, f), like)
+            out = jax.typeof(cotangent)
+            transpose = jax.linear_transpose(
+                lambda f: resharded(push(known, f), out), like
+            )
             (gradient,) = transpose(cotangent)
         gradient = resharded((scaling * gradient).astype(like.dtype), like)
         return cotangent, gradient, None

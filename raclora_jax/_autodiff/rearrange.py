@@ -18,6 +18,7 @@ from raclora_jax._autodiff.axes import Atom, Axis, MeshAxes, Part, resized
 from raclora_jax._autodiff.picks import Picks
 from raclora_jax._autodiff.stage import Eqn
 from raclora_jax._autodiff.weight import Operand, Weight, array_of
+from raclora_jax._core.layout import is_typed
 
 
 def transpose(eqn: Eqn, weight: Weight) -> Weight:
@@ -151,6 +152,11 @@ def same(eqn: Eqn, weight: Weight) -> Weight:
     return weight.replace(base=eqn.primitive.bind(weight.array, **eqn.params))
 
 
+def reshard(eqn: Eqn, weight: Weight) -> Weight | None:
+    """To another place; not into a stretch where the compiler decides."""
+    return same(eqn, weight) if is_typed(eqn.params.get("dst_sharding")) else None
+
+
 def optimization_barrier(eqn: Eqn, *operands: Operand) -> list[Operand]:
     arrays = [array_of(operand) for operand in operands]
     out: list[Array] = eqn.primitive.bind(*arrays, **eqn.params)
@@ -273,6 +279,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "optimization_barrier": optimization_barrier,
     "pvary": pvary,
     "reshape": reshape,
+    "reshard": reshard,
     "sharding_constraint": same,
     "slice": slice_,
     "split": split,

@@ -36,6 +36,7 @@ from raclora_jax._autodiff.axes import RANK, Atom, Axis, MeshAxes, Part, resized
 from raclora_jax._autodiff.contraction import contract
 from raclora_jax._autodiff.picks import Picks
 from raclora_jax._autodiff.uses import Use, Uses
+from raclora_jax._core.layout import resharded
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.types import PyTree
 
@@ -196,6 +197,7 @@ class Weight:
         assert factor is not None  # a weight that only watches is never attached
         if not (self.leaf.zero or whole):
             change = push(keep(inputs), lax.stop_gradient(factor))
+            change = resharded(change, jax.typeof(output))
             output += (self.leaf.scaling * change).astype(output.dtype)
         output = attach(output, factor, inputs, keep, push, pull, self.leaf.scaling)
         return self.watched(output)
@@ -216,6 +218,7 @@ class Weight:
         if whole.sketch is None or whole.factor is None or whole.leaf.zero:
             return whole.array
         change = whole._lifted(whole.sketch, lax.stop_gradient(whole.factor))
+        change = resharded(change, jax.typeof(whole.array))
         return whole.array + (whole.leaf.scaling * change).astype(whole.array.dtype)
 
     def constant(self) -> Array:
