@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import shutil
 import sys
 import time
 from typing import Any, NamedTuple
@@ -275,10 +276,12 @@ def finish(
     """The model of the best evaluation, and the page about the run."""
     folder = options.out / "model"
     if not folder.exists():
-        config = problem.model.config
-        names = bert.names(config, problem.params, bert.prefix(options.model))
+        names = bert.names(problem.model.config, problem.params, None)
         # No leaf has more than two axes: any spec says the views.
-        peft.save_model(folder, params, 1, names, like=options.model)
+        peft.save_model(folder, params, 1, names)
+        for file in sorted(options.model.iterdir()):
+            if file.suffix in (".json", ".txt") and "index" not in file.name:
+                shutil.copy(file, folder / file.name)
         _say_labels(folder / "config.json", problem.labels)
     metric = problem.task.metric
     lead = (

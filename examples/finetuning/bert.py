@@ -141,8 +141,12 @@ _IN_LAYER = {
 }
 
 
-def names(config: Config, params: dict, start: str) -> dict[str, peft.Target]:
-    """The parameter of the hub's model that each leaf is."""
+def names(config: Config, params: dict, start: str | None) -> dict[str, peft.Target]:
+    """The parameter of the hub's model that each leaf is.
+
+    Before the encoder's stands ``start``, or what a classifier of the hub has there.
+    """
+    start = f"{config.kind}." if start is None else start
     tables = {"word": "word", "position": "position", "type": "token_type"}
     rules: list[tuple] = [
         (

@@ -1,0 +1,270 @@
+"""The program that fine-tunes an encoder on a table: a run, its end, bad input."""
+
+import json
+import re
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from raclora_jax import flax as rl_flax
+from raclora_jax import peft
+
+tokenizers = pytest.importorskip("tokenizers")
+finetune_glue = pytest.importorskip("finetune_glue")  # an example beside the tests
+bert = pytest.importorskip("finetuning.bert")
+
+WORDS = ["good", "fine", "bright", "bad", "poor", "dull", "a", "film", "and", "long"]
+SIZES = {
+    "model_type": "bert",
+    "hidden_act": "gelu",
+    "vocab_size": 5 + len(WORDS),
+    "hidden_size": 24,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "max_position_embeddings": 16,
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "pad_token_id": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model's folder as the hub has it, small and without training."""
+    root = tmp_path_factory.mktemp("base")
+    (root / "config.json").write_text(json.dumps(SIZES))
+    config = bert.Config.read(root)
+    tree, _ = rl_flax.to_tree(bert.Classifier(config, 2, nnx.Rngs(0)))
+    encoder = {k: v for k, v in tree.items() if k not in ("head", "pooler")}
+    names = bert.names(config, encoder, "")
+    model = root.parent / "model"
+    peft.save_model(model, encoder, 1, names)
+    (model / "config.json").write_text(json.dumps(SIZES))
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    vocabulary = {word: i for i, word in enumerate(special + WORDS)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    words.save(str(model / "tokenizer.json"))
+    return model
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Texts whose words say the label, as TSV and as JSONL with numbers."""
+    draw, root = np.random.default_rng(0), tmp_path_factory.mktemp("tables")
+    for part, count in (("train", 192), ("dev", 150)):
+        lines, objects = ["text\tlabel"], []
+        for _ in range(count):
+            label = int(draw.integers(2))
+            words = [WORDS[6 + draw.integers(4)] for _ in range(3)]
+            words.insert(draw.integers(3), WORDS[3 * (1 - label) + draw.integers(3)])
+            lines.append(f"{' '.join(words)}\t{('bad', 'good')[label]}")
+            row = {"one": " ".join(words[:2]), "two": " ".join(words[2:])}
+            objects.append(json.dumps(row | {"stars": 4.0 * label + 1}))
+        (root / f"{part}.tsv").write_text("\n".join(lines) + "\n")
+        (root / f"{part}.jsonl").write_text("\n".join(objects) + "\n")
+    return root
+
+
+def run(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["finetune_glue.py", *map(str, words)])
+    finetune_glue.main()
+
+
+def asked(folder, table, out, **changed):
+    settings = {
+        "model": folder,
+        "train": table / "train.tsv",
+        "dev": table / "dev.tsv",
+        "text": "text",
+        "label": "label",
+        "rank": 4,
+        "steps": 60,
+        "batch": 16,
+        "length": 8,
+        "eval_every": 20,
+        "learning_rate": 0.02,
+        "out": out,
+    } | changed
+    words = [
+        word
+        for name, value in settings.items()
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", value)
+    ]
+    return words
+
+
+def rows_of(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(rows):
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(folder, table, tmp_path_factory):
+    """A run from start to end."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, *asked(folder, table, out))
+    return out
+
+
+def test_a_run_learns_and_says_so(whole):
+    rows = rows_of(whole)
+    assert [row["step"] for row in rows] == [20, 40, 60]
+    assert rows[-1]["dev_metric"] > 0.95
+    assert 0 < rows[-1]["captured"] < 1
+    page = (whole / "report.html").read_text()
+    assert "src='data:image/png" in page
+    assert "http" not in page.replace("xmlns", "")
+    for figure in ("loss", "dev_metric", "captured_share_per_link"):
+        assert (whole / f"{figure}.png").stat().st_size > 1000
+    config = json.loads((whole / "model" / "config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "good"}
+    held = peft.parameters(whole / "model")
+    assert held["classifier.weight"] == (2, 24)
+    assert held[
+        "bert.pooler.dense.weight" if "bert." in str(held) else "pooler.dense.weight"
+    ]
+
+
+def test_the_written_model_is_the_best_one(whole, folder, table):
+    options = finetune_glue.arguments().parse_args(
+        list(map(str, asked(whole / "model", table, "nowhere")))
+    )
+    problem = finetune_glue.Problem(options)
+    assert problem.fresh == []
+    best = max(row["dev_metric"] for row in rows_of(whole))
+    assert problem.judge(problem.params)["dev_metric"] == pytest.approx(best)
+
+
+@pytest.mark.parametrize("method", ["raclora", "lora", "full"])
+def test_a_stopped_run_goes_on(folder, table, tmp_path, monkeypatch, method):
+    """Interrupted between two checkpoints, it ends with the numbers of the whole run."""
+    settings = {"method": method, "steps": 40, "eval_every": 10, "learning_rate": 0.005}
+    straight, broken = tmp_path / "straight", tmp_path / "broken"
+    run(monkeypatch, *asked(folder, table, straight, **settings))
+
+    batch, seen = finetune_glue.Problem.batch, []
+
+    def interrupted(problem, step, size, seed):
+        seen.append(step)
+        if len(seen) > 25:
+            raise KeyboardInterrupt
+        return batch(problem, step, size, seed)
+
+    monkeypatch.setattr(finetune_glue.Problem, "batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, *asked(folder, table, broken, **settings))
+    monkeypatch.setattr(finetune_glue.Problem, "batch", batch)
+    run(monkeypatch, *asked(folder, table, broken, **settings), "--resume")
+    assert timeless(rows_of(broken)) == timeless(rows_of(straight))
+
+
+def test_pairs_and_numbers(folder, table, tmp_path, monkeypatch):
+    words = asked(
+        folder,
+        table,
+        tmp_path / "out",
+        train=table / "train.jsonl",
+        dev=table / "dev.jsonl",
+        text="one,two",
+        label="stars",
+        length=10,
+        learning_rate=0.01,
+        steps=150,
+        eval_every=50,
+    )
+    run(monkeypatch, *words, "--regression")
+    assert rows_of(tmp_path / "out")[-1]["dev_metric"] > 0.9
+
+
+def test_dry_run_says_what_it_costs(folder, table, monkeypatch, capsys):
+    run(monkeypatch, *asked(folder, table, None), "--dry-run")
+    assert "peak of a compiled step" in capsys.readouterr().out
+
+
+BAD = {
+    "no config": ({"model": "."}, r"has no config\.json"),
+    "column": ({"text": "words"}, r"no column 'words'; it has text, label"),
+    "missing file": ({"dev": "nowhere.tsv"}, "does not exist"),
+    "not numbers": ({"regression": ""}, "a label is no number"),
+    "length": ({"length": 17}, "beyond the model's 16 positions"),
+    "spec": ({"spec": "nowhere.toml"}, r"nowhere\.toml"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(folder, table, tmp_path, monkeypatch, capsys, name):
+    changed, match = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    words = [w for w in asked(folder, table, tmp_path / "out", **changed) if w != ""]
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *words)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert len(said.splitlines()) == 1
+    assert re.search(match, said)
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+
+
+def test_tables_are_read_whole_or_not(folder, table, tmp_path, monkeypatch, capsys):
+    whole = (table / "dev.tsv").read_text()
+    cases = {
+        "empty": ("", "no column"),
+        "only a header": ("text\tlabel\n", "holds no row"),
+        "short row": (whole + "alone\n", "1 columns only"),
+        "label outside": (
+            whole + "a film\tugly\n",
+            "'ugly' is outside the set bad, good",
+        ),
+    }
+    for name, (text, match) in cases.items():
+        file = tmp_path / f"{name.replace(' ', '_')}.tsv"
+        file.write_text(text)
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *asked(folder, table, tmp_path / "out", dev=file))
+        assert match in capsys.readouterr().err
+
+
+def test_a_run_is_never_written_over(folder, table, whole, monkeypatch, capsys):
+    before = (whole / "metrics.jsonl").read_bytes()
+    for words, match in (([], "exists; name another"), (["--resume"], "another batch")):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *asked(folder, table, whole, batch=8), *words)
+        assert match in capsys.readouterr().err
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_transformers_agrees(whole, table):
+    """The judge, where it is installed."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    kind = transformers.AutoModelForSequenceClassification
+    theirs, told = kind.from_pretrained(whole / "model", output_loading_info=True)
+    assert not told["missing_keys"]
+    options = finetune_glue.arguments().parse_args(
+        list(map(str, asked(whole / "model", table, "nowhere")))
+    )
+    problem = finetune_glue.Problem(options)
+    ids, types, _ = problem.dev.take(slice(0, 16))
+    ours = problem.logits(problem.params, ids, types)
+    with torch.no_grad():
+        found = theirs.eval()(
+            torch.as_tensor(ids, dtype=torch.long),
+            attention_mask=torch.as_tensor(ids != 0),
+            token_type_ids=torch.as_tensor(types, dtype=torch.long),
+        ).logits
+    np.testing.assert_allclose(jax.device_get(ours), found.numpy(), atol=1e-4)
