@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 import raclora_jax as rl
 from raclora_jax import checkpoint
+from raclora_jax.sharding import state_shardings
 
 VOCAB, HEADS = 256, 4
 # Where each weight lives: its embedding axis over "fsdp", heads and hidden over "tp".
@@ -143,18 +144,6 @@ def mesh_of(options):
     return jax.make_mesh((fsdp, options.tp), ("fsdp", "tp"), auto, devices=devices)
 
 
-def state_shardings(tx, params, mesh):
-    """Every array of the state over "fsdp", on its largest axis that divides."""
-
-    def one(leaf):
-        axes = sorted(range(leaf.ndim), key=lambda axis: -leaf.shape[axis])
-        divides = [a for a in axes if leaf.shape[a] % mesh.shape["fsdp"] == 0]
-        spec = ["fsdp" if [axis] == divides[:1] else None for axis in range(leaf.ndim)]
-        return NamedSharding(mesh, P(*spec))
-
-    return jax.tree.map(one, jax.eval_shape(tx.init, params))
-
-
 def compiled_step(tx, spec, form, shardings):
     grad_fn = jax.value_and_grad(loss_fn)
     if form == "factor":
@@ -202,8 +191,11 @@ def main():
     # would blow up the order of that sum in entries without a signal.
     adam = optax.scale_by_adam(eps=1e-4)
     tx = rl.raclora(3e-3, spec, inner=adam, weight_decay=1e-4, key=1)
-    # Where a model's own shardings name the state's, put those here.
-    shardings = homes, state_shardings(tx, shapes, mesh)
+    placed = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=homes[name])
+        for name, leaf in shapes.items()
+    }
+    shardings = homes, state_shardings(tx, placed)
     step_fn = compiled_step(tx, spec, options.form, shardings)
     asked = stop_asked()
 
@@ -213,10 +205,6 @@ def main():
             params = jax.jit(make, out_shardings=shardings[0])(jax.random.key(0))
             opt_state = jax.jit(tx.init, out_shardings=shardings[1])(params)
         else:
-            placed = {
-                name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=homes[name])
-                for name, leaf in shapes.items()
-            }
             like = checkpoint.abstract_state(tx, placed, shardings=shardings[1])
             done, (params, opt_state), position, _ = checkpointer.restore(like)
             data.set_state(position)
