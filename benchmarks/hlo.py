@@ -3,29 +3,27 @@
 Whether a step forms the gradient of a weight is a matter of fact, not of timing: such a
 program holds a product whose result has the shape of the weight. All of the text is read,
 loop bodies, branches and fusions too, as ``jax.jit(f).lower(...).compile().as_text()``
-gives it. Hold every finding against a positive control (``jax.grad``), and choose sizes
-of batch and model that do not collide.
+gives it, on a TPU as well; there products are convolutions inside fusions and what they
+contract is not always said. Hold every finding against a positive control
+(``jax.grad``), and choose sizes of batch and model that do not collide.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
 
-_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z0-9\-]*)\(")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{\s*$")
-_CALLED = re.compile(
-    r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
-)
-_BRANCHES = re.compile(r"\b(?:branch_computations|called_computations)=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+from benchmarks.hlo_text import Instruction, Program, root_of
+
 _PRODUCT_CALL = re.compile(r"matmul|gemm|\$dot|conv", re.IGNORECASE)
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
+# Groups of devices: listed, as sizes of an iota, or as axes of a mesh.
+_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
+_IOTA = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _COLLECTIVES = (
     "all-reduce",
     "all-gather",
@@ -35,6 +33,8 @@ _COLLECTIVES = (
     "collective-broadcast",
 )
 _BITS = {"pred": 8, "token": 0}
+# Rounds of (devices - 1) / devices of the bytes that each device sends along a ring.
+_RINGS = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "all-to-all": 1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +62,40 @@ class Product:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Instruction:
-    name: str
-    opcode: str
+class Collective:
+    """An exchange between devices.
+
+    Args:
+      kind: Its opcode; ``"all-gather"`` too for the sum of shards among zeros, which is
+        how some programs write one.
+      arrays: ``(dtype, shape)`` of what it returns.
+      bytes: The larger of what goes in and what comes out of it on one device, once.
+      devices: How many take part in it; 0 if the text is silent.
+      trips: How often it runs.
+      where: The line of the text.
+    """
+
+    kind: str
     arrays: tuple[tuple[str, tuple[int, ...]], ...]
-    operands: tuple[str, ...]
-    text: str
+    bytes: int
+    devices: int
+    trips: int
+    where: str
+
+    @property
+    def carried(self) -> int:
+        """Bytes of all its runs."""
+        return self.bytes * self.trips
+
+    @property
+    def ring_bytes(self) -> float:
+        """Bytes that a device sends in all its runs, around a ring of the devices.
+
+        ``(n - 1) / n`` of the bytes for a gather, a scatter and, as the least there is,
+        an exchange of all with all; twice that for a sum; all of them for the others.
+        """
+        share = (self.devices - 1) / self.devices if self.devices else 1
+        return self.carried * share * _RINGS.get(self.kind, 1 / share if share else 0)
 
 
 def products(text: str) -> list[Product]:
@@ -87,8 +115,8 @@ def products(text: str) -> list[Product]:
       [((96, 72), 40)]
     """
     return [
-        Product(one.arrays[0][1], _contracted(one, shapes), _kind(one), trips, one.text)
-        for one, shapes, trips in _instructions(text)
+        Product(one.arrays[0][1], _contracted(one, body), _kind(one), trips, one.text)
+        for one, body, trips in Program(text)
         if _is_product(one)
     ]
 
@@ -118,10 +146,7 @@ def weight_gradients(
       >>> [leaf for leaf, _ in weight_gradients(text, {"w": (40, 72)}, rank=8)]
       ['w']
     """
-    leaves: dict[tuple[int, ...], list[str]] = collections.defaultdict(list)
-    for path, shape in shapes.items():
-        for form in {_form(shape) for shape in _forms(shape)}:
-            leaves[form].append(path)
+    leaves = _by_form(shapes)
     return [
         (", ".join(leaves[form]), product)
         for product in products(text)
@@ -129,11 +154,44 @@ def weight_gradients(
     ]
 
 
+def collectives(text: str) -> list[Collective]:
+    """Every exchange between devices.
+
+    An exchange that is spread over several fusions, to run beside them, stands in each of
+    these under one channel, also inside loops that it outlasts; it is one, and runs as
+    often as the rarest of them, which starts it.
+
+    Args:
+      text: A compiled program.
+
+    Returns:
+      One ``Collective`` for each.
+    """
+    program = Program(text)
+    found: dict[tuple[str, str], Collective] = {}
+    for index, (one, body, trips) in enumerate(program):
+        kind = one.opcode.removesuffix("-start")
+        if kind not in _COLLECTIVES:
+            continue
+        inputs = [body[name] for name in one.operands if name in body]
+        ins = [array for given in inputs for array in given.arrays]
+        # A start may return its operands beside its results.
+        beside = one.opcode != kind and kind != "all-reduce"
+        count = len(one.operands)
+        outs = one.arrays[count : 2 * count] if beside else one.arrays
+        if kind == "all-reduce" and _is_gather(inputs, body, program):
+            kind = "all-gather"
+        size = max(_bytes(ins), _bytes(outs))
+        channel = _CHANNEL.search(one.text)
+        at = (kind, channel[1] if channel else f"line {index}")
+        again = Collective(kind, outs, size, _group(one.text), trips, one.text)
+        if at not in found or again.carried < found[at].carried:
+            found[at] = again
+    return list(found.values())
+
+
 def collective_bytes(text: str) -> dict[str, int]:
     """Bytes that collectives carry, by kind, loop bodies times their trip counts.
-
-    A collective counts as the larger of what goes in and what comes out of it on one
-    device.
 
     Args:
       text: A compiled program.
@@ -142,96 +200,80 @@ def collective_bytes(text: str) -> dict[str, int]:
       ``{kind: bytes}`` for the kinds that occur.
     """
     carried: dict[str, int] = collections.Counter()
-    for one, shapes, trips in _instructions(text):
-        kind = one.opcode.removesuffix("-start")
-        if kind in _COLLECTIVES:
-            inputs = [array for name in one.operands for array in shapes.get(name, ())]
-            # A start returns its operand beside its result.
-            outputs = one.arrays[-1:] if one.opcode != kind else one.arrays
-            carried[kind] += trips * max(_bytes(inputs), _bytes(outputs))
+    for one in collectives(text):
+        carried[one.kind] += one.carried
     return dict(carried)
 
 
-def _instructions(
-    text: str,
-) -> Iterator[tuple[_Instruction, dict[str, tuple], int]]:
-    """Every instruction, the arrays of its computation by name, and how often it runs."""
-    computations, entry = _computations(text)
-    trips = _trip_counts(computations, entry)
-    for name, body in computations.items():
-        shapes = {one.name: one.arrays for one in body}
-        for one in body:
-            yield one, shapes, trips[name]
+def summed_weights(
+    text: str, shapes: Mapping[str, tuple[int, ...]]
+) -> list[tuple[str, Collective]]:
+    """The sums over devices that have the shape of a weight: those of its gradient.
+
+    Args:
+      text: A compiled program.
+      shapes: ``{path: shape}`` of the leaves, whole or as one device holds them.
+
+    Returns:
+      ``(paths of the leaves with that shape, collective)``, one for each such sum.
+    """
+    leaves = _by_form(shapes)
+    found = []
+    for one in collectives(text):
+        if one.kind not in ("all-reduce", "reduce-scatter"):
+            continue
+        forms = {_form(shape) for _, shape in one.arrays} & leaves.keys()
+        found += [(", ".join(leaves[form]), one) for form in sorted(forms)]
+    return found
 
 
-def _computations(text: str) -> tuple[dict[str, list[_Instruction]], str]:
-    computations: dict[str, list[_Instruction]] = {}
-    entry = current = ""
-    for line in text.splitlines():
-        if head := _COMPUTATION.match(line):
-            current = head[2]
-            computations[current] = []
-            entry = current if head[1] else entry
-        elif current and (found := _INSTRUCTION.match(line)):
-            computations[current].append(_instruction(found[1], found[2]))
-    return computations, entry
+def _is_gather(
+    inputs: list[Instruction], body: dict[str, Instruction], program: Program
+) -> bool:
+    """Whether a sum puts shards together: each input holds one, among constants."""
+    return bool(inputs) and all(_is_shard(one, body, program) for one in inputs)
 
 
-def _instruction(name: str, rest: str) -> _Instruction:
-    opcode = _OPCODE.search(rest)
-    if opcode is None:
-        return _Instruction(name, "", (), (), rest)
-    arrays = tuple(
-        (dtype, tuple(map(int, filter(None, dims.split(",")))))
-        for dtype, dims in _ARRAY.findall(rest[: opcode.start(1)])
-    )
-    depth, end = 1, opcode.end()
-    while depth and end < len(rest):
-        depth += {"(": 1, ")": -1}.get(rest[end], 0)
-        end += 1
-    operands = tuple(re.findall(r"%([\w.\-]+)", rest[opcode.end() : end - 1]))
-    return _Instruction(name, opcode[1], arrays, operands, rest)
+def _is_shard(one: Instruction, body: dict[str, Instruction], program: Program) -> bool:
+    """Whether an array is what one device holds, placed among constants."""
+    inside = program.fused(one)
+    placed = root_of(inside) if inside else one
+    if placed is None or placed.opcode != "dynamic-update-slice":
+        return False
+    among = (inside or body).get(placed.operands[0])
+    if among is not None and inside and among.opcode == "parameter":
+        index = int(re.search(r"parameter\((\d+)\)", among.text)[1])
+        among = body.get(one.operands[index])
+    return among is not None and among.opcode == "broadcast"
 
 
-def _trip_counts(
-    computations: dict[str, list[_Instruction]], entry: str
-) -> dict[str, int]:
-    """How often each computation runs; a loop of unknown length counts once."""
-    calls: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
-    for caller, body in computations.items():
-        for one in body:
-            known = _TRIPS.search(one.text) if one.opcode == "while" else None
-            times = int(known[1]) if known else 1
-            listed = itertools.chain(*(b.split(",") for b in _BRANCHES.findall(one.text)))
-            names = [*_CALLED.findall(one.text), *(n.strip(" %") for n in listed)]
-            for called in names:
-                if called in computations:
-                    calls[called].append((caller, times))
-    counts: dict[str, int] = {}
-
-    def count(name: str) -> int:
-        if name not in counts:
-            callers = calls.get(name, [])
-            counts[name] = (name == entry) + sum(count(c) * t for c, t in callers)
-        return counts[name]
-
-    return {name: count(name) for name in computations}
+def _group(text: str) -> int:
+    """How many devices take part in a collective."""
+    if listed := _LISTED.search(text):
+        return len(listed[1].split(","))
+    if iota := _IOTA.search(text):
+        return int(iota[2])
+    if mesh := _MESH.search(text):
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'([^']+)'", mesh[2]))
+    return 0
 
 
-def _is_product(one: _Instruction) -> bool:
+def _is_product(one: Instruction) -> bool:
     if one.opcode == "custom-call":
         return _PRODUCT_CALL.search(_kind(one)) is not None
     return one.opcode in ("dot", "convolution", "ragged-dot")
 
 
-def _kind(one: _Instruction) -> str:
+def _kind(one: Instruction) -> str:
     target = re.search(r'custom_call_target="([^"]*)"', one.text)
     return target[1] if target else one.opcode
 
 
-def _contracted(one: _Instruction, shapes: dict[str, tuple]) -> int:
+def _contracted(one: Instruction, body: dict[str, Instruction]) -> int:
     """Terms in the sum behind one entry of the result."""
-    sides = [shapes[name][0][1] for name in one.operands[:2] if shapes.get(name)]
+    read = [body[name].arrays for name in one.operands[:2] if name in body]
+    sides = [arrays[0][1] for arrays in read if arrays]
     if len(sides) < 2:
         return 0
     left, right = sides
@@ -246,6 +288,17 @@ def _contracted(one: _Instruction, shapes: dict[str, tuple]) -> int:
     result = one.arrays[0][1]
     stack = math.prod(result[:-2])
     return math.isqrt(math.prod(left) * math.prod(right) // (math.prod(result) * stack))
+
+
+def _by_form(
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[tuple[int, ...], list[str]]:
+    """The paths of the leaves that a result of some form may belong to."""
+    leaves: dict[tuple[int, ...], list[str]] = collections.defaultdict(list)
+    for path, shape in shapes.items():
+        for form in {_form(shape) for shape in _forms(shape)}:
+            leaves[form].append(path)
+    return dict(leaves)
 
 
 def _form(shape: tuple[int, ...]) -> tuple[int, ...]:
