@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from benchmarks.hlo_text import Instruction, Program, root_of
 
@@ -68,8 +68,9 @@ class Collective:
     Args:
       kind: Its opcode; ``"all-gather"`` too for the sum of shards among zeros, which is
         how some programs write one.
-      arrays: ``(dtype, shape)`` of what it returns.
-      bytes: The larger of what goes in and what comes out of it on one device, once.
+      arrays: ``(dtype, shape)`` of what goes in or comes out of it on one device, the
+        larger of the two.
+      bytes: Their bytes.
       devices: How many take part in it; 0 if the text is silent.
       trips: How often it runs.
       where: The line of the text.
@@ -181,10 +182,12 @@ def collectives(text: str) -> list[Collective]:
         outs = one.arrays[count : 2 * count] if beside else one.arrays
         if kind == "all-reduce" and _is_gather(inputs, body, program):
             kind = "all-gather"
-        size = max(_bytes(ins), _bytes(outs))
+        larger = max((ins, outs), key=_bytes)
         channel = _CHANNEL.search(one.text)
         at = (kind, channel[1] if channel else f"line {index}")
-        again = Collective(kind, outs, size, _group(one.text), trips, one.text)
+        again = Collective(
+            kind, tuple(larger), _bytes(larger), _group(one.text), trips, one.text
+        )
         if at not in found or again.carried < found[at].carried:
             found[at] = again
     return list(found.values())
@@ -205,26 +208,27 @@ def collective_bytes(text: str) -> dict[str, int]:
     return dict(carried)
 
 
-def summed_weights(
-    text: str, shapes: Mapping[str, tuple[int, ...]]
-) -> list[tuple[str, Collective]]:
-    """The sums over devices that have the shape of a weight: those of its gradient.
+def of_weights(
+    found: Iterable[Collective],
+    shapes: Mapping[str, tuple[int, ...]],
+    kinds: tuple[str, ...],
+) -> list[Collective]:
+    """The collectives that gather weights, or sum their gradients, by shape.
 
     Args:
-      text: A compiled program.
-      shapes: ``{path: shape}`` of the leaves, whole or as one device holds them.
+      found: Collectives of a program.
+      shapes: ``{path: shape}`` of the weights, as a device multiplies with them.
+      kinds: The kinds to look at.
 
     Returns:
-      ``(paths of the leaves with that shape, collective)``, one for each such sum.
+      Those with an array of the shape of a leaf, as in ``weight_gradients``.
     """
-    leaves = _by_form(shapes)
-    found = []
-    for one in collectives(text):
-        if one.kind not in ("all-reduce", "reduce-scatter"):
-            continue
-        forms = {_form(shape) for _, shape in one.arrays} & leaves.keys()
-        found += [(", ".join(leaves[form]), one) for form in sorted(forms)]
-    return found
+    forms = _by_form(shapes)
+
+    def holds(one: Collective) -> bool:
+        return any(_form(shape) in forms for _, shape in one.arrays)
+
+    return [one for one in found if one.kind in kinds and holds(one)]
 
 
 def _is_gather(

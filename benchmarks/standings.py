@@ -50,7 +50,8 @@ class Results:
         else:
             self.rows.append(row)
         if self.path is not None:
-            settings = self._settings | {"xla_flags": ONE_CORE}
+            flags = os.environ.get("XLA_FLAGS", "").strip()
+            settings = self._settings | {"xla_flags": flags}
             result_rows.save(self.path, self._program, self.rows, **settings)
 
     def drop(self, study: str) -> None:
