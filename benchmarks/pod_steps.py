@@ -66,6 +66,8 @@ _SPLIT = {
     "hidden": "tp",
     "vocab": "tp",
     "size": None,
+    "layers": None,
+    "rank": None,
 }
 
 
@@ -185,7 +187,7 @@ def _rms(x: Array, scale: Array) -> Array:
 
 
 def _shape(axes: tuple[str, ...], sizes: Sizes) -> tuple[int, ...]:
-    known = sizes._asdict() | {"size": sizes.width // sizes.heads}
+    known = sizes._asdict() | {"size": sizes.width // sizes.heads, "rank": RANK}
     return tuple(known[axis] for axis in axes)
 
 
@@ -197,38 +199,57 @@ def _constrain(mesh: Any, x: Array, *axes: str | None) -> Array:
 
 
 def placed(state: Any, sizes: Sizes, mesh: Any) -> Any:
-    """A state with the shardings of weights, of their moments and of LoRA's factors.
+    """The abstract arrays of a state, each where a run would keep it.
 
-    A factor is split as its side of the weight is. What else a method keeps lies where
-    the compiler puts it.
+    Moments lie as their weights do; a factor or a sketch as the side of the weight that
+    it has, and what FSDP would split of the side that it has not, another axis takes if
+    it divides. Everything else is small, and on every device.
     """
-    homes = _homes(sizes)
+    homes = _homes(sizes, mesh)
 
     def one(path: Any, leaf: Any) -> jax.ShapeDtypeStruct:
         keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         name = keys[-1].rpartition("/")[2] if keys else ""
-        home = homes.get(name, {}).get(leaf.shape)
-        sharding = None if home is None else NamedSharding(mesh, home)
+        home = homes.get(name, {}).get(leaf.shape, PartitionSpec())
+        sharding = NamedSharding(mesh, home)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree_util.tree_map_with_path(one, state)
 
 
-def _homes(sizes: Sizes) -> dict[str, dict[tuple[int, ...], PartitionSpec]]:
-    """``{leaf: {shape: axes}}``: of the weight itself, of a factor of either side."""
+def _homes(sizes: Sizes, mesh: Any) -> dict[str, dict[tuple[int, ...], PartitionSpec]]:
+    """``{leaf: {shape: axes}}``: of the weight itself, and of what has one side of it."""
     homes: dict[str, dict[tuple[int, ...], PartitionSpec]] = {}
     for name, axes in (_LAYER | _AROUND).items():
-        shape, split = _shape(axes, sizes), [_SPLIT[axis] for axis in axes]
-        cut, stack = _ROW_AXES.get(name, 1), (sizes.layers,) * (name in _LAYER)
-        first = (None,) * len(stack)
-        homes[name] = {
-            (*stack, *shape): PartitionSpec(*first, *split),
-            (*stack, *shape[:cut], RANK): PartitionSpec(*first, *split[:cut], None),
-            (*stack, RANK, *shape[cut:]): PartitionSpec(*first, None, *split[cut:]),
-        }
-    for name in ("before_attention", "before_mlp"):
-        homes[name] = {(sizes.layers, sizes.width): PartitionSpec()}
-    return homes | {"norm": {(sizes.width,): PartitionSpec()}}
+        cut, stacked = _ROW_AXES.get(name, 1), name in _LAYER
+        rank, stack = (("rank",), ("layers",) * stacked)
+        homes[name] = {}
+        for side in (
+            axes,
+            (*axes[:cut], *rank),
+            (*rank, *axes[:cut]),
+            (*rank, *axes[cut:]),
+        ):
+            shape = _shape((*stack, *side), sizes)
+            homes[name][shape] = _spread((*stack, *side), shape, mesh)
+    return homes
+
+
+def _spread(axes: tuple[str, ...], shape: tuple[int, ...], mesh: Any) -> PartitionSpec:
+    """The mesh axes of an array, with FSDP on an axis of the model that it divides."""
+    split = [(_SPLIT[axis],) if _SPLIT[axis] else () for axis in axes]
+    if ("fsdp",) not in split:
+        size = mesh.shape["fsdp"]
+        parts = [size * math.prod(mesh.shape[name] for name in names) for names in split]
+        fits = [
+            at
+            for at, axis in enumerate(axes)
+            if axis not in ("layers", "rank") and shape[at] % parts[at] == 0
+        ]
+        if fits:
+            longest = max(fits, key=lambda at: shape[at])
+            split[longest] += ("fsdp",)
+    return PartitionSpec(*(names or None for names in split))
 
 
 def gathered_shapes(sizes: Sizes, tensor: int) -> dict[str, tuple[int, ...]]:
