@@ -14,9 +14,9 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from benchmarks.hlo_text import Instruction, Program, root_of
+from benchmarks.hlo_text import Instruction, Program, Typed, root_of
 
 _PRODUCT_CALL = re.compile(r"matmul|gemm|\$dot|conv", re.IGNORECASE)
 _CHANNEL = re.compile(r"\bchannel_id=(\d+)")
@@ -77,7 +77,7 @@ class Collective:
     """
 
     kind: str
-    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    arrays: tuple[Typed, ...]
     bytes: int
     devices: int
     trips: int
@@ -160,7 +160,8 @@ def collectives(text: str) -> list[Collective]:
 
     An exchange that is spread over several fusions, to run beside them, stands in each of
     these under one channel, also inside loops that it outlasts; it is one, and runs as
-    often as the rarest of them, which starts it.
+    often as the rarest of them, which starts it. A sum of shards among zeros is a gather,
+    also where it was joined with true sums.
 
     Args:
       text: A compiled program.
@@ -170,27 +171,40 @@ def collectives(text: str) -> list[Collective]:
     """
     program = Program(text)
     found: dict[tuple[str, str], Collective] = {}
-    for index, (one, body, trips) in enumerate(program):
-        kind = one.opcode.removesuffix("-start")
-        if kind not in _COLLECTIVES:
-            continue
-        inputs = [body[name] for name in one.operands if name in body]
-        ins = [array for given in inputs for array in given.arrays]
-        # A start may return its operands beside its results.
-        beside = one.opcode != kind and kind != "all-reduce"
-        count = len(one.operands)
-        outs = one.arrays[count : 2 * count] if beside else one.arrays
-        if kind == "all-reduce" and _is_gather(inputs, body, program):
-            kind = "all-gather"
-        larger = max((ins, outs), key=_bytes)
+    for one, body, trips in program:
         channel = _CHANNEL.search(one.text)
-        at = (kind, channel[1] if channel else f"line {index}")
-        again = Collective(
-            kind, tuple(larger), _bytes(larger), _group(one.text), trips, one.text
-        )
-        if at not in found or again.carried < found[at].carried:
-            found[at] = again
+        group = _group(one.text)
+        for kind, arrays in _parts(one, body, program):
+            at = (kind, channel[1] if channel else one.name)
+            size = _bytes(arrays)
+            again = Collective(kind, tuple(arrays), size, group, trips, one.text)
+            if at not in found or again.carried < found[at].carried:
+                found[at] = again
     return list(found.values())
+
+
+def _parts(
+    one: Instruction, body: dict[str, Instruction], program: Program
+) -> Iterator[tuple[str, Sequence[Typed]]]:
+    """The kinds of exchange that an instruction is, with the arrays of each."""
+    kind = one.opcode.removesuffix("-start")
+    if kind not in _COLLECTIVES:
+        return
+    inputs = [body[name] for name in one.operands if name in body]
+    if kind == "all-reduce":
+        given = [(_is_shard(read, body, program), read.arrays) for read in inputs]
+        if not given:  # The text is cut short.
+            given = [(False, one.arrays)]
+        for whole, name in ((True, "all-gather"), (False, "all-reduce")):
+            arrays = [array for shard, own in given if shard is whole for array in own]
+            if arrays:
+                yield name, arrays
+        return
+    ins = [array for read in inputs for array in read.arrays]
+    # A start returns its operands beside its results.
+    count = len(one.operands)
+    outs = one.arrays if one.opcode == kind else one.arrays[count : 2 * count]
+    yield kind, max(ins, outs, key=_bytes)
 
 
 def collective_bytes(text: str) -> dict[str, int]:
@@ -229,13 +243,6 @@ def of_weights(
         return any(_form(shape) in forms for _, shape in one.arrays)
 
     return [one for one in found if one.kind in kinds and holds(one)]
-
-
-def _is_gather(
-    inputs: list[Instruction], body: dict[str, Instruction], program: Program
-) -> bool:
-    """Whether a sum puts shards together: each input holds one, among constants."""
-    return bool(inputs) and all(_is_shard(one, body, program) for one in inputs)
 
 
 def _is_shard(one: Instruction, body: dict[str, Instruction], program: Program) -> bool:
@@ -317,7 +324,7 @@ def _forms(shape: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
             yield math.prod(part[:at]), math.prod(part[at:])
 
 
-def _bytes(arrays: list | tuple) -> int:
+def _bytes(arrays: Sequence[Typed]) -> int:
     return sum(math.prod(shape) * _width(dtype) for dtype, shape in arrays) // 8
 
 

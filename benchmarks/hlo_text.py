@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Iterator
+from typing import TypeAlias
 
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
@@ -28,6 +29,10 @@ _NUMBER = re.compile(r"\bconstant\((\d+)\)")
 _LATER = ("async-update", "async-done")
 
 
+# An array of a program: its dtype and its shape.
+Typed: TypeAlias = tuple[str, tuple[int, ...]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Instruction:
     """One line of a program.
@@ -43,7 +48,7 @@ class Instruction:
 
     name: str
     opcode: str
-    arrays: tuple[tuple[str, tuple[int, ...]], ...]
+    arrays: tuple[Typed, ...]
     operands: tuple[str, ...]
     root: bool
     text: str
