@@ -14,6 +14,7 @@ from benchmarks import (
     accuracy_tables,
     contest_tables,
     federated_report,
+    pod_tables,
     theory_tables,
 )
 from benchmarks.rows import RESULTS
@@ -175,6 +176,7 @@ TABLES = {
     "data_parallel": data_parallel_table,
     "laws": laws_table,
     "gpu": gpu_table,
+    "pod": pod_tables.programs,
     "rates": theory_tables.rates,
     "estimators": theory_tables.estimators,
     "certificates": theory_tables.certificates,

@@ -1,0 +1,48 @@
+"""The table of steps compiled for TPU slices, from the rows of ``benchmarks.pod``."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from benchmarks.rows import RESULTS
+
+
+def programs() -> str:
+    """Every program beside the floor of its model, slice and mesh, of the same effort."""
+    rows = json.loads((RESULTS / "pod.json").read_text())["rows"]
+    lines = [
+        "| program | method | peak, MiB | peak / floor | arguments + temporaries, MiB "
+        "| gathered, GB | summed, GB | all bytes / floor | ring bytes / AdamW "
+        "| compile CPU / floor | bound, ms |",
+        "|---|---|" + "---:|" * 9,
+    ]
+    by_cell = {(row["study"], row["method"], row["effort"]): row for row in rows}
+    for row in rows:
+        effort = f", effort {row['effort']:g}" if row["effort"] else ""
+        start = [row["study"] + effort, row["method"]]
+        if not row["fits"]:
+            lines.append("| " + " | ".join([*start, "does not fit"]) + " |" * 9)
+            continue
+        floor = by_cell.get((row["study"], "floor", row["effort"]))
+        full = by_cell.get((row["study"], "AdamW", row["effort"]))
+        sums = row.get("all_reduce_gb", 0.0) + row.get("reduce_scatter_gb", 0.0)
+        cells = [
+            f"{row['peak_mib']:,.0f}",
+            _over(row, floor, "peak_mib", 2),
+            f"{row['arguments_mib'] + row['temporaries_mib']:,.0f}",
+            f"{row.get('all_gather_gb', 0.0):.2f}",
+            f"{sums:.2f}",
+            _over(row, floor, "total_gb", 3),
+            _over(row, full, "total_ring_gb", 2),
+            _over(row, floor, "compile_cpu_seconds", 1),
+            f"{row['bound_ms']:,.0f}",
+        ]
+        lines.append("| " + " | ".join([*start, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _over(
+    row: dict[str, Any], other: dict[str, Any] | None, key: str, digits: int
+) -> str:
+    return f"{row[key] / other[key]:.{digits}f}" if other and other["fits"] else "-"
