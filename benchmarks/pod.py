@@ -68,7 +68,7 @@ class Point(NamedTuple):
 
     @property
     def study(self) -> str:
-        """What rows call it."""
+        """What rows call it, but for the effort."""
         tensor = f", tp {self.tensor}" if self.tensor > 1 else ""
         return f"{self.model}, {self.slice}{tensor}, {self.length}"
 
@@ -79,6 +79,11 @@ class Job(NamedTuple):
     point: Point
     method: str
     effort: float
+
+    @property
+    def study(self) -> str:
+        """What its row is compared within: one model, slice, mesh, length and effort."""
+        return self.point.study + (f", effort {self.effort:g}" if self.effort else "")
 
 
 CHOSEN = (
@@ -126,7 +131,7 @@ def compiled(job: Job) -> dict[str, Any]:
         lambda one: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=rows),
         jax.eval_shape(model.batch, key),
     )
-    row = {"study": point.study, "method": job.method, "effort": job.effort}
+    row = {"study": job.study, "method": job.method, "effort": job.effort}
     row |= point._asdict() | {"chips": chips}
     start = time.process_time()
     homes = jax.tree.map(lambda one: one.sharding, state)
@@ -204,12 +209,12 @@ def main() -> None:
     results = standings.Results(path, "pod", libtpu=importlib.metadata.version("libtpu"))
 
     def add(point: Point, method: str) -> dict[str, Any]:
-        """The row, compiled if there is none of at least this effort."""
-        row = results.get(point.study, method)
-        if not re.search(options.only, f"{point.study}, {method}"):
+        """The row, compiled if there is none; nothing for what is not asked for."""
+        job = Job(point, method, options.effort)
+        row = results.get(job.study, method)
+        if not re.search(options.only, f"{job.study}, {method}"):
             return row or {}
-        if row is None or row["effort"] < options.effort:
-            job = Job(point, method, options.effort)
+        if row is None:
             ((_, row),) = standings.side_by_side(compiled, [job], workers=1, each=1)
             results.add(row)
             print(json.dumps(row), flush=True)

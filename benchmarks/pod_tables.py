@@ -17,15 +17,13 @@ def programs() -> str:
         "| compile CPU / floor | bound, ms |",
         "|---|---|" + "---:|" * 9,
     ]
-    by_cell = {(row["study"], row["method"], row["effort"]): row for row in rows}
-    for row in rows:
-        effort = f", effort {row['effort']:g}" if row["effort"] else ""
-        start = [row["study"] + effort, row["method"]]
+    by_cell = {(row["study"], row["method"]): row for row in rows}
+    for row in sorted(rows, key=lambda row: row["study"]):
+        start = [row["study"], row["method"]]
         if not row["fits"]:
             lines.append("| " + " | ".join([*start, "does not fit"]) + " |" * 9)
             continue
-        floor = by_cell.get((row["study"], "floor", row["effort"]))
-        full = by_cell.get((row["study"], "AdamW", row["effort"]))
+        floor, full = (by_cell.get((row["study"], name)) for name in ("floor", "AdamW"))
         sums = row.get("all_reduce_gb", 0.0) + row.get("reduce_scatter_gb", 0.0)
         cells = [
             f"{row['peak_mib']:,.0f}",
