@@ -145,7 +145,7 @@ def compiled(job: Job) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return row | {"fits": False, "error": _refusal(str(error))}
+        return row | {"fits": False, "error": str(error).splitlines()[0]}
     spent = {
         "trace_cpu_seconds": round(staged - start, 2),
         "compile_cpu_seconds": round(time.process_time() - staged, 1),
@@ -173,12 +173,6 @@ def _read(program: Any, point: Point, flops: float) -> dict[str, Any]:
         "weight_sums": sum(one.trips for one in sums),
         **pod_costs.roofline(chip, flops, held, exchanges),
     }
-
-
-def _refusal(message: str) -> str:
-    """The line in which the compiler says how much is missing."""
-    found = re.search(r"[^\n]*Used[^\n]*", message)
-    return (found[0] if found else message.splitlines()[0]).strip()
 
 
 def study_slices(points: Iterable[Point], add: Callable[..., dict[str, Any]]) -> None:
