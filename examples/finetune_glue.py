@@ -15,20 +15,18 @@ import argparse
 import json
 import pathlib
 import shutil
-import sys
-import time
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from finetuning import bert, runs, tables, training
+from finetuning import bert, loop, tables, training
 from finetuning.metrics import METRICS
 
 import raclora_jax as rl
-from raclora_jax import checkpoint, peft
 from raclora_jax import flax as rl_flax
+from raclora_jax import peft
 
 
 class Task(NamedTuple):
@@ -139,6 +137,7 @@ class Problem:
         outputs = 1 if self.labels is None else len(self.labels)
         self.model, self.fresh = bert.load(options.model, outputs, options.seed)
         self.params, self.restore = rl_flax.to_tree(self.model)
+        self.metric = self.task.metric
         self._predict = jax.jit(lambda params, *inputs: self.logits(params, *inputs))
 
     def logits(self, params: Any, ids: jax.Array, types: jax.Array) -> jax.Array:
@@ -159,6 +158,16 @@ class Problem:
         order = np.random.default_rng((seed, epoch)).permutation(len(self.train))
         return self.train.take(order[place * size : (place + 1) * size])
 
+    @property
+    def facts(self) -> dict[str, str]:
+        """For the report."""
+        return {
+            "training rows": f"{len(self.train):,}",
+            "dev rows": f"{len(self.dev):,}",
+            "texts cut": f"{self.longer:,}",
+            "leaves that started at random": ", ".join(self.fresh) or "none",
+        }
+
     def judge(self, params: Any) -> dict[str, float]:
         """Loss and metric on the dev table."""
         found = []
@@ -169,7 +178,7 @@ class Problem:
             padded[0][rows:, 0] = 1  # a row of padding alone would attend to nothing
             found.append(np.asarray(self._predict(params, *padded))[:rows])
         said, truth = np.concatenate(found), self.dev.targets
-        metric = METRICS[self.task.metric]
+        metric = METRICS[self.metric]
         if self.labels is None:
             loss = float(np.mean((said[:, 0] - truth) ** 2) / 2)
             return {"dev_loss": loss, "dev_metric": metric(truth, said[:, 0])}
@@ -194,125 +203,16 @@ def spec_for(options: argparse.Namespace) -> rl.Spec:
     )
 
 
-def train(options: argparse.Namespace, problem: Problem) -> None:
-    """Trains, from the last checkpoint if there is one, and writes everything."""
-    steps = options.steps or problem.task.steps
-    peak = options.learning_rate or training.RATES[options.method]
-    spec = spec_for(options)
-    rate = training.schedule(peak, steps, 0.1)
-    method = training.trainer(options.method, rate, spec, problem.loss, options.seed)
-    inputs = problem.batch(0, options.batch, options.seed)
-    if options.dry_run:
-        print(rl.summary(problem.params, spec, problem.loss, *inputs))
-        return
-    asked = {
-        k: str(v) for k, v in vars(options).items() if k not in ("resume", "dry_run")
-    }
-    run = runs.Run(options.out, asked, resume=options.resume)
-    step_fn = jax.jit(method.step, donate_argnums=0)
-    state = jax.jit(method.init)(problem.params)
-    best: dict[str, float] = {"step": 0, "metric": -np.inf, "stale": 0}
-    with checkpoint.Checkpointer(options.out / "checkpoints", spec, keep=2) as keeper:
-        done = 0
-        held = {"state": state, "best": method.params(state)}
-        if keeper.latest() is not None:
-            done, held, best, _ = keeper.restore(held)
-            run.console.print(f"going on from step {done}")
-        state, best_params = held["state"], held["best"]
-        run.begin(done)
-        with run.progress() as progress:
-            bar = progress.add_task(
-                options.out.name, total=steps, completed=done, said=""
-            )
-            while done < steps and best["stale"] < options.patience:
-                begun, first = time.perf_counter(), done
-                until = min(steps, done - done % options.eval_every + options.eval_every)
-                losses = []
-                while done < until:
-                    batch = problem.batch(done, options.batch, options.seed)
-                    state, loss = step_fn(state, *batch)
-                    done += 1
-                    losses.append(loss)
-                    progress.update(bar, completed=done)
-                params = method.params(state)
-                row = {"loss": float(np.mean(jax.device_get(losses)))}
-                if not np.isfinite(row["loss"]):
-                    raise ValueError(
-                        f"the loss is {row['loss']} at step {done}: lower "
-                        "--learning-rate; the last checkpoint is as it was"
-                    )
-                spent = time.perf_counter() - begun
-                row["tokens_per_second"] = (
-                    (done - first) * options.batch * problem.length / spent
-                )
-                row |= problem.judge(params)
-                if options.method == "raclora":
-                    link = done // spec.resample_every
-                    row["captured"], row["lambda"] = training.captured(
-                        problem.loss, params, spec, link, options.seed, *batch
-                    )
-                run.log(done, **row)
-                best["stale"] += 1
-                if row["dev_metric"] > best["metric"]:
-                    best = {"step": done, "metric": row["dev_metric"], "stale": 0}
-                    best_params = jax.tree.map(jnp.copy, params)
-                held = {"state": state, "best": best_params}
-                keeper.save(done, held, data=best)
-                said = f"loss {row['loss']:.3f}, dev {row['dev_metric']:.4f}, "
-                said += f"{row['tokens_per_second']:,.0f} tokens/s"
-                progress.update(bar, said=said)
-    finish(options, problem, run, method, spec, best, best_params)
-
-
-def finish(
-    options: argparse.Namespace,
-    problem: Problem,
-    run: runs.Run,
-    method: training.Trainer,
-    spec: rl.Spec,
-    best: dict[str, float],
-    params: Any,
-) -> None:
-    """The model of the best evaluation, and the page about the run."""
+def export(options: argparse.Namespace, problem: Problem, params: Any) -> None:
+    """The model as Transformers loads it, with config and tokenizer of the old one."""
     folder = options.out / "model"
-    if not folder.exists():
-        names = bert.names(problem.model.config, problem.params, None)
-        # No leaf has more than two axes: any spec says the views.
-        peft.save_model(folder, params, 1, names)
-        for file in sorted(options.model.iterdir()):
-            if file.suffix in (".json", ".txt") and "index" not in file.name:
-                shutil.copy(file, folder / file.name)
-        _say_labels(folder / "config.json", problem.labels)
-    metric = problem.task.metric
-    lead = (
-        f"{options.method} on {options.task or options.train.name}: {metric} "
-        f"{100 * best['metric']:.2f} % on the dev table, at step {best['step']}."
-    )
-    figures = {
-        "Loss": runs.lines(
-            {"training": run.curve("loss"), "dev": run.curve("dev_loss")}, "loss"
-        ),
-        "Dev metric": runs.lines({metric: run.curve("dev_metric")}, metric),
-        "Update size per layer": runs.bars(
-            training.moved(problem.params, params), "|change| / |weight|"
-        ),
-    }
-    if options.method == "raclora":
-        figures["Captured share per link"] = runs.lines(
-            {"captured": run.curve("captured"), "lambda": run.curve("lambda")},
-            "share of the gradient",
-        )
-    facts = {
-        "training rows": f"{len(problem.train):,}",
-        "dev rows": f"{len(problem.dev):,}",
-        "texts cut": f"{problem.longer:,}",
-        "leaves that started at random": ", ".join(problem.fresh) or "none",
-        "optimizer bytes": f"{method.bytes(problem.params):,}",
-        "tokens a second": f"{np.median(run.curve('tokens_per_second')[1]):,.0f}",
-    }
-    page = run.report(lead, facts, figures, str(rl.summary(problem.params, spec)))
-    run.console.print(lead)
-    run.console.print(f"{page} and {folder}")
+    names = bert.names(problem.model.config, problem.params, None)
+    # No leaf has more than two axes: any spec says the views.
+    peft.save_model(folder, params, 1, names)
+    for file in sorted(options.model.iterdir()):
+        if file.suffix in (".json", ".txt") and "index" not in file.name:
+            shutil.copy(file, folder / file.name)
+    _say_labels(folder / "config.json", problem.labels)
 
 
 def _say_labels(file: pathlib.Path, labels: list[str] | None) -> None:
@@ -332,11 +232,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.out is None and not options.dry_run:
         parser.error("give --out, or --dry-run")
-    try:
-        train(options, Problem(options))
-    except (ValueError, OSError) as error:
-        print(f"{pathlib.Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+    with loop.one_line():
+        problem = Problem(options)
+        steps = options.steps or problem.task.steps
+        loop.train(options, problem, spec_for(options), steps, export)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
+from finetuning import naming
 from raclora_jax import flax as rl_flax
 from raclora_jax import peft
 
@@ -171,9 +171,7 @@ def names(config: Config, params: dict, start: str | None) -> dict[str, peft.Tar
             (f"{ours}/scale", f"{theirs}.weight", "plain"),
             (f"{ours}/bias", f"{theirs}.bias", "plain"),
         ]
-    leaves = flatten_dict(params, sep="/")
-    used = [rule for rule in rules if any(re.fullmatch(rule[0], path) for path in leaves)]
-    return peft.targets(params, used)
+    return naming.targets(params, rules)
 
 
 def load(folder: pathlib.Path, outputs: int, seed: int) -> tuple[Classifier, list[str]]:

@@ -1,0 +1,160 @@
+"""Fine-tune a Llama or Qwen 3 on text, or on prompts and their completions.
+
+    python examples/finetune_llm.py --model DIR --train train.jsonl --dev dev.jsonl \\
+        --out run
+    python examples/finetune_llm.py --model stories260K.bin --tokenizer tok512.bin \\
+        --train input.txt --out run
+
+A model is a folder in the hub's layout (config.json, safetensors, tokenizer.json) or a
+checkpoint of llama2.c. JSONL has the fields prompt and completion, and the loss is that
+of the completions; any other file is one text. The run's folder holds config, metrics,
+figures, report.html, checkpoints to go on from, and in model/ the fine-tuned weights.
+
+    pip install 'raclora_jax[tunix,peft,checkpoint]' tokenizers matplotlib rich
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from finetuning import decoder, loop, texts, training
+from finetuning.tokens import tokenizer_of
+
+from raclora_jax import peft
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", type=pathlib.Path, required=True, help="folder, or llama2.c's .bin")
+    add("--tokenizer", type=pathlib.Path, help="of a llama2.c checkpoint")
+    add("--train", type=pathlib.Path, required=True, help="text or JSONL, gzipped or not")
+    add("--dev", type=pathlib.Path, help="to judge by; by default a tenth of the rows")
+    add("--method", choices=training.RATES, default="raclora")
+    add("--rank", type=int, default=16)
+    add("--spec", type=pathlib.Path, help="a spec in TOML, in place of --rank")
+    add("--learning-rate", type=float, help="peak; after 10 %% warm-up a cosine to zero")
+    add("--steps", type=int, default=300)
+    add("--batch", type=int, default=8)
+    add("--length", type=int, default=64, help="tokens a row")
+    add("--bf16", action="store_true", help="weights in bfloat16")
+    add("--remat", action="store_true", help="compute layers again in the backward pass")
+    add("--eval-every", type=int, default=50)
+    add("--eval-rows", type=int, default=256, help="rows to judge by at most")
+    add("--patience", type=int, default=5, help="evaluations without gain before a stop")
+    add("--seed", type=int, default=0)
+    add("--out", type=pathlib.Path, help="the run's folder")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--dry-run", action="store_true", help="say what it would cost, and stop")
+    return parser
+
+
+class Problem:
+    """A decoder, its texts, and the loss."""
+
+    metric = "minus the loss"
+
+    def __init__(self, options: argparse.Namespace):
+        self.length = options.length
+        self.decoder = decoder.load(options.model, bf16=options.bf16, remat=options.remat)
+        if self.length > self.decoder.length:
+            raise ValueError(
+                f"--length {self.length} is beyond the model's {self.decoder.length}"
+            )
+        where = options.tokenizer or options.model / "tokenizer.json"
+        tokenizer, begin, end = tokenizer_of(where)
+        pack = functools.partial(
+            texts.pack, tokenizer=tokenizer, length=self.length, begin=begin, end=end
+        )
+        rows, self.cut = pack(texts.read(options.train))
+        if options.dev is None:
+            kept = max(1, len(rows.ids) // 10)
+            if len(rows.ids) < 2:
+                raise ValueError(f"{options.train} fills one row only; give --dev too")
+            dev = texts.Rows(*(part[-kept:] for part in rows))
+            rows = texts.Rows(*(part[:-kept] for part in rows))
+        else:
+            dev, cut = pack(texts.read(options.dev))
+            self.cut += cut
+        if rows.ids.max() >= self.decoder.vocab:
+            raise ValueError(f"{where} has more tokens than the model")
+        if len(rows.ids) < options.batch:
+            raise ValueError(
+                f"{options.train} fills {len(rows.ids)} rows, fewer than --batch"
+            )
+        at = np.linspace(0, len(dev.ids) - 1, min(len(dev.ids), options.eval_rows))
+        self.rows, self.dev = rows, texts.Rows(*(part[at.astype(int)] for part in dev))
+        self.params = self.decoder.params
+        self._score = jax.jit(self._losses)
+        self.facts = {
+            "training rows": f"{len(rows.ids):,}",
+            "dev rows": f"{len(self.dev.ids):,}",
+            "texts cut": f"{self.cut:,}",
+        }
+
+    def _losses(self, params: Any, *batch: Any) -> tuple[jax.Array, jax.Array]:
+        ids, places, seen, wanted, counts = batch
+        logits = self.decoder.logits(params, ids, places, seen)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
+        return jnp.sum(losses * counts), jnp.sum(counts)
+
+    def loss(self, params: Any, *batch: Any) -> jax.Array:
+        """Mean cross entropy of the tokens that count."""
+        total, count = self._losses(params, *batch)
+        return total / jnp.maximum(count, 1)
+
+    def batch(self, step: int, size: int, seed: int) -> tuple[np.ndarray, ...]:
+        """The rows of a step: whole passes in new orders, a function of seed and step."""
+        each = len(self.rows.ids) // size
+        epoch, place = divmod(step, each)
+        order = np.random.default_rng((seed, epoch)).permutation(len(self.rows.ids))
+        chosen = order[place * size : (place + 1) * size]
+        return texts.inputs(texts.Rows(*(part[chosen] for part in self.rows)))
+
+    def judge(self, params: Any) -> dict[str, float]:
+        """Loss of the dev rows, by token."""
+        total = count = 0.0
+        for start in range(0, len(self.dev.ids), 8):
+            part = texts.Rows(*(part[start : start + 8] for part in self.dev))
+            one, tokens = self._score(params, *texts.inputs(part))
+            total, count = total + float(one), count + float(tokens)
+        return {"dev_loss": total / count, "dev_metric": -total / count}
+
+
+def export(options: argparse.Namespace, problem: Problem, params: Any) -> None:
+    """The model as Transformers loads it, or its parameters alone for llama2.c."""
+    folder = options.model if options.model.is_dir() else None
+    spec, names = decoder.views(params), decoder.names(params)
+    peft.save_model(options.out / "model", params, spec, names, like=folder)
+    if folder is None and options.tokenizer is not None:
+        shutil.copy(options.tokenizer, options.out / "model" / options.tokenizer.name)
+
+
+def main() -> None:
+    """One line and exit code 2 for bad input."""
+    parser = arguments()
+    options = parser.parse_args()
+    if options.out is None and not options.dry_run:
+        parser.error("give --out, or --dry-run")
+    with loop.one_line():
+        problem = Problem(options)
+        if options.spec is not None:
+            spec = training.spec_of(options.spec)
+        else:
+            spec = decoder.spec_for(problem.params, options.rank)
+        loop.train(options, problem, spec, options.steps, export)
+
+
+if __name__ == "__main__":
+    main()

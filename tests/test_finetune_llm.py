@@ -1,0 +1,305 @@
+"""The program that fine-tunes a decoder: its texts, its models, a run and its end."""
+
+import json
+import re
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+texts = pytest.importorskip("finetuning.texts")  # of the examples beside the tests
+
+
+class Letters:
+    """One token a letter, from 3."""
+
+    def encode(self, text):
+        return [3 + ord(letter) - 97 for letter in text if letter.isalpha()]
+
+
+PAIRS = [("abc", "de"), ("f", "ghi"), ("jk", "lmnopq"), ("r", "s")]
+
+
+def packed(length=9, pairs=PAIRS):
+    return texts.pack(pairs, Letters(), length, [1], [2])
+
+
+def test_pairs_stand_in_rows_whole():
+    rows, cut = packed()
+    assert cut == 0
+    assert rows.ids.shape == (4, 10)
+    assert rows.ids[0].tolist() == [1, 3, 4, 5, 6, 7, 2, 0, 0, 0]
+    assert rows.text[0].tolist() == [1] * 7 + [0] * 3
+    assert rows.ids[3].tolist()[:6] == [1, 20, 21, 2, 0, 0]
+    ids, _, seen, wanted, counts = texts.inputs(rows)
+    # Foretold are the completion and the end, from the last token of the prompt on.
+    assert wanted[0][counts[0]].tolist() == [6, 7, 2]
+    assert not (counts & (ids == 0)).any()
+    assert seen.shape == (4, 9, 9)
+
+
+def test_texts_of_a_row_do_not_see_each_other():
+    rows, _ = packed(19)
+    _, places, seen, wanted, counts = texts.inputs(rows)
+    text = rows.text[0, :-1]
+    for i in range(len(text)):
+        for j in range(len(text)):
+            assert seen[0, i, j] == (j <= i and text[i] == text[j])
+        assert places[0, i] == sum(text[:i] == text[i])
+    for number, (_, completion) in enumerate(PAIRS[:2], 1):
+        own = wanted[0][counts[0] & (text == number)].tolist()
+        assert own == [*Letters().encode(completion), 2]
+
+
+def test_a_long_pair_is_cut_and_said():
+    rows, cut = packed(5)
+    assert cut == 2
+    assert rows.ids.shape[1] == 6
+
+
+def test_a_plain_text_runs_on():
+    rows, cut = texts.pack([("", "abcdefghij")], Letters(), 3, [1], [2])
+    assert cut == 0
+    assert rows.ids.tolist() == [[3, 4, 5, 6], [6, 7, 8, 9], [9, 10, 11, 12]]
+    _, _, _, wanted, counts = texts.inputs(rows)
+    assert counts.all()
+    assert wanted.tolist() == [[4, 5, 6], [7, 8, 9], [10, 11, 12]]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("none.txt", None, "does not exist"),
+        ("empty.txt", b" \n", "is empty"),
+        ("bytes.txt", b"\xff\xfe\xfa", "no whole text in UTF-8"),
+        ("cut.txt.gz", b"\x1f\x8b\x08", "no whole text"),
+        ("a.jsonl", b'{"prompt": "a"}\n', r"line 1: no field 'completion'"),
+        ("b.jsonl", b'{"prompt": "a", "completion": "b"}\n{"pro', "line 2: no JSON"),
+    ],
+)
+def test_bad_texts(tmp_path, name, content, match):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=match):
+        texts.read(tmp_path / name)
+
+
+# With Tunix ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def program():
+    pytest.importorskip("tunix")
+    import finetune_llm
+
+    return finetune_llm
+
+
+SIZES = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "vocab_size": 32,
+    "max_position_embeddings": 24,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10_000.0,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(program, tmp_path_factory):
+    """A model's folder as the hub has it, without training."""
+    import tokenizers
+    from finetuning import decoder
+    from flax import nnx
+
+    from raclora_jax import flax as rl_flax
+    from raclora_jax import peft
+
+    sizes = {
+        "num_layers": 2,
+        "vocab_size": 32,
+        "embed_dim": 16,
+        "hidden_dim": 24,
+        "num_heads": 4,
+        "head_dim": 4,
+        "num_kv_heads": 2,
+        "rope_theta": 10_000,
+        "norm_eps": 1e-5,
+    }
+    config = decoder.llama.ModelConfig(**sizes, weight_tying=True)
+    tree, _ = rl_flax.to_tree(decoder.llama.Llama3(config, rngs=nnx.Rngs(0)))
+    draw = np.random.default_rng(0)
+
+    def some(leaf):
+        noise = jnp.asarray(draw.normal(size=leaf.shape), jnp.float32)
+        return 0.3 * noise if leaf.ndim > 1 else jnp.ones(leaf.shape)
+
+    import jax
+
+    tree = jax.tree.map(some, tree)
+    where = tmp_path_factory.mktemp("models") / "tiny"
+    peft.save_model(where, tree, decoder.views(tree), decoder.names(tree))
+    (where / "config.json").write_text(json.dumps(SIZES))
+    letters = {"[UNK]": 0, "<s>": 1, "</s>": 2} | {chr(97 + i): 3 + i for i in range(26)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, "[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+        tokenizers.Regex("."), "isolated"
+    )
+    words.save(str(where / "tokenizer.json"))
+    return where
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """Prompts whose completion is the prompt again."""
+    draw, root = np.random.default_rng(0), tmp_path_factory.mktemp("tables")
+    for part, count in (("train", 300), ("dev", 40)):
+        lines = []
+        for _ in range(count):
+            word = "".join(chr(97 + i) for i in draw.integers(0, 4, size=3))
+            lines.append(json.dumps({"prompt": word, "completion": word}))
+        (root / f"{part}.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def run(monkeypatch, program, *words):
+    monkeypatch.setattr(sys, "argv", ["finetune_llm.py", *map(str, words)])
+    program.main()
+
+
+def asked(folder, table, out, **changed):
+    settings = {
+        "model": folder,
+        "train": table / "train.jsonl",
+        "dev": table / "dev.jsonl",
+        "rank": 4,
+        "steps": 60,
+        "batch": 8,
+        "length": 16,
+        "eval_every": 20,
+        "learning_rate": 0.03,
+        "out": out,
+    } | changed
+    return [
+        word
+        for name, value in settings.items()
+        if value is not None
+        for word in (f"--{name.replace('_', '-')}", value)
+    ]
+
+
+def rows_of(out):
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+
+
+@pytest.mark.parametrize("words", [[], ["--bf16", "--remat"]])
+def test_a_run_learns(program, folder, table, tmp_path, monkeypatch, words):
+    run(monkeypatch, program, *asked(folder, table, tmp_path / "out"), *words)
+    losses = [row["dev_loss"] for row in rows_of(tmp_path / "out")]
+    assert losses[-1] < 0.8 * losses[0]
+    assert (tmp_path / "out" / "model" / "config.json").exists()
+    assert "data:image/png" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_stopped_run_goes_on(program, folder, table, tmp_path, monkeypatch):
+    settings = {"steps": 40, "eval_every": 10}
+    run(monkeypatch, program, *asked(folder, table, tmp_path / "whole", **settings))
+    batch, seen = program.Problem.batch, []
+
+    def interrupted(problem, step, size, seed):
+        seen.append(step)
+        if len(seen) > 25:
+            raise KeyboardInterrupt
+        return batch(problem, step, size, seed)
+
+    monkeypatch.setattr(program.Problem, "batch", interrupted)
+    words = asked(folder, table, tmp_path / "broken", **settings)
+    with pytest.raises(KeyboardInterrupt):
+        run(monkeypatch, program, *words)
+    monkeypatch.setattr(program.Problem, "batch", batch)
+    run(monkeypatch, program, *words, "--resume")
+    assert rows_of(tmp_path / "broken") == rows_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changed", "match"),
+    [
+        ({"model": "."}, r"has no config\.json"),
+        ({"length": 25}, "beyond the model's 24"),
+        ({"train": "nowhere.txt"}, "does not exist"),
+        ({"batch": 500}, "fewer than --batch"),
+    ],
+)
+def test_bad_input(program, folder, table, tmp_path, monkeypatch, capsys, changed, match):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, program, *asked(folder, table, tmp_path / "out", **changed))
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1
+    assert re.search(match, said[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_architecture(program, folder, table, tmp_path, monkeypatch, capsys):
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text('{"model_type": "mamba"}')
+    with pytest.raises(SystemExit):
+        run(monkeypatch, program, *asked(tmp_path / "odd", table, tmp_path / "out"))
+    assert "'mamba' is not among llama, qwen3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["Llama", "tied Llama", "Qwen3"])
+def test_transformers_agrees(program, tmp_path, family):
+    """The judge, where it is installed: logits before, and tokens that follow."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from finetuning import decoder
+
+    from raclora_jax import peft
+
+    name = family.split()[-1]
+    sizes = {k: v for k, v in SIZES.items() if k not in ("model_type", "head_dim")}
+    sizes |= {"head_dim": 8, "tie_word_embeddings": "tied" in family}
+    torch.manual_seed(0)
+    kind = getattr(transformers, f"{name}ForCausalLM")
+    theirs = kind(getattr(transformers, f"{name}Config")(**sizes)).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(0.3 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "base")
+    ours = decoder.load(tmp_path / "base", bf16=False, remat=False)
+
+    # A change of ours, written and read by them.
+    spec = decoder.spec_for(ours.params, 3)
+    params = {**ours.params, "final_norm": {"w": 1.5 * ours.params["final_norm"]["w"]}}
+    peft.save_model(
+        tmp_path / "m", params, spec, decoder.names(params), like=tmp_path / "base"
+    )
+    again = kind.from_pretrained(tmp_path / "m").eval()
+    ids = np.random.default_rng(0).integers(3, 32, size=(1, 6))
+
+    def logits(ids):
+        count = ids.shape[1]
+        seen = jnp.tril(jnp.ones((1, count, count), bool))
+        return ours.logits(params, jnp.asarray(ids), jnp.arange(count)[None], seen)
+
+    with torch.no_grad():
+        found = again(torch.as_tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(logits(ids), found, atol=1e-4)
+    told = again.generate(
+        torch.as_tensor(ids), max_new_tokens=8, do_sample=False, eos_token_id=None
+    )
+    for _ in range(8):
+        following = int(np.argmax(logits(ids)[0, -1]))
+        ids = np.concatenate([ids, [[following]]], axis=1)
+    assert ids[0].tolist() == told[0].tolist()
