@@ -149,13 +149,14 @@ def report(
 ) -> pathlib.Path:
     """The page about the run."""
     losses = {"training": run.curve("loss"), "dev": run.curve("dev_loss")}
+    moved = training.moved(problem.params, params)
     figures = {
         "Loss": runs.lines(losses, "loss"),
         "Dev metric": runs.lines(
             {problem.metric: run.curve("dev_metric")}, problem.metric
         ),
         "Update size per layer": runs.bars(
-            training.moved(problem.params, params), "|change| / |weight|"
+            {path: size for path, size in moved.items() if size}, "|change| / |weight|"
         ),
     }
     if options.method == "raclora":

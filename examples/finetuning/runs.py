@@ -167,5 +167,6 @@ def bars(values: dict[str, float], x: str) -> Figure:
     axes = figure.subplots()
     axes.barh(list(values)[::-1], list(values.values())[::-1])
     axes.set(xlabel=x)
+    axes.margins(y=0.01)
     axes.tick_params(axis="y", labelsize=7)
     return figure
