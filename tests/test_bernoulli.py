@@ -290,7 +290,10 @@ def adapter_run(spec, params, stream, rule):
 
 @pytest.mark.parametrize(
     ("name", "spec", "make_params"),
-    [("adam", spec_of(), params_of), ("orthogonal", some_spec(alpha=3.0), some)],
+    [
+        pytest.param("adam", spec_of(), params_of, marks=pytest.mark.slow),
+        ("orthogonal", some_spec(alpha=3.0), some),
+    ],
 )
 def test_all_forms_are_one_trajectory(name, spec, make_params):
     make, maker = RULES_INSIDE[name]

@@ -150,7 +150,14 @@ def test_the_written_model_is_the_best_one(whole, folder, table):
     assert problem.judge(problem.params)["dev_metric"] == pytest.approx(best)
 
 
-@pytest.mark.parametrize("method", ["raclora", "lora", "full"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "raclora",
+        pytest.param("lora", marks=pytest.mark.slow),
+        pytest.param("full", marks=pytest.mark.slow),
+    ],
+)
 def test_a_stopped_run_goes_on(folder, table, tmp_path, monkeypatch, method):
     """Interrupted between two checkpoints, it ends with the numbers of the whole run."""
     settings = {"method": method, "steps": 40, "eval_every": 10, "learning_rate": 0.005}

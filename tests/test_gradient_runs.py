@@ -110,7 +110,7 @@ def decoder(params, tokens):
     return jnp.mean(jax.vmap(one)(tokens))
 
 
-@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
 def test_three_hundred_steps_of_a_decoder(side):
     """Factor form and dense form end at the same weights, twelve links later."""
     rng = np.random.default_rng(0)
