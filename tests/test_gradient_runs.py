@@ -10,7 +10,6 @@ import pytest
 from agreement import (
     KEY,
     RULES,
-    SIDES,
     assert_same,
     fallbacks,
     gradient,
