@@ -46,7 +46,7 @@ TASKS = {
         tables.Columns(("#1 String", "#2 String"), "Quality"), "accuracy and F1", 80, 500
     ),
     "rte": Task(tables.Columns(PAIR, "label"), length=96, steps=500),
-    "sst2": Task(tables.Columns(("sentence",), "label"), length=32, steps=1500),
+    "sst2": Task(tables.Columns(("sentence",), "label"), length=32, steps=2000),
     "stsb": Task(tables.Columns(PAIR, "score"), "Pearson and Spearman", 64, 500, True),
 }
 
@@ -71,7 +71,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--learning-rate", type=float, help="peak; after 10 %% warm-up a cosine to zero")
     add("--steps", type=int)
     add("--batch", type=int, default=32)
-    add("--length", type=int, help="tokens a text, the rest is cut")
+    add("--length", type=int, help="tokens of a training text, the rest is cut")
     add("--eval-every", type=int, default=100)
     add("--patience", type=int, default=5, help="evaluations without gain before a stop")
     add("--seed", type=int, default=0)
@@ -126,14 +126,16 @@ class Problem:
         self.labels = None if self.task.regression else tables.labels_of(rows[0])
         tokenizer = options.model / "tokenizer.json"
         parts, self.longer = [], 0
-        for file, part in zip(files, rows, strict=True):
+        # Judged are texts as long as the model can read.
+        for file, part, length in zip(files, rows, (self.length, most), strict=True):
             wanted = tables.targets(file, part, self.labels)
             encoded, longer = tables.encode(
-                part, wanted, tokenizer, self.length, config.padding
+                part, wanted, tokenizer, length, config.padding
             )
             parts.append(encoded)
             self.longer += longer
         self.train, self.dev = parts
+        self.length = self.train.ids.shape[1]
         outputs = 1 if self.labels is None else len(self.labels)
         self.model, self.fresh = bert.load(options.model, outputs, options.seed)
         self.params, self.restore = rl_flax.to_tree(self.model)

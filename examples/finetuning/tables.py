@@ -142,17 +142,21 @@ def targets(file: pathlib.Path, rows: Rows, labels: list[str] | None) -> np.ndar
 def encode(
     rows: Rows, wanted: np.ndarray, tokenizer: pathlib.Path, length: int, padding: int
 ) -> tuple[Encoded, int]:
-    """Token ids cut to a length, and how many rows were longer."""
+    """Token ids cut to a length, and how many rows were longer.
+
+    The arrays are as long as the longest row that is left, in eights.
+    """
     if not tokenizer.exists():
         raise ValueError(f"{tokenizer} does not exist: the folder has no tokenizer")
     encoder = tokenizers.Tokenizer.from_file(str(tokenizer))
     encoder.no_padding()
     encoder.no_truncation()
     texts = [row if len(row) == 2 else row[0] for row in rows.texts]
-    longer = sum(len(one.ids) > length for one in encoder.encode_batch(texts))
+    sizes = [len(one.ids) for one in encoder.encode_batch(texts)]
     encoder.enable_truncation(length)
-    encoder.enable_padding(length=length, pad_id=padding)
+    longest = min(length, -8 * (-max(sizes) // 8))
+    encoder.enable_padding(length=longest, pad_id=padding)
     found = encoder.encode_batch(texts)
     ids = np.array([one.ids for one in found], np.int32)
     types = np.array([one.type_ids for one in found], np.int32)
-    return Encoded(ids, types, wanted), longer
+    return Encoded(ids, types, wanted), sum(size > length for size in sizes)
