@@ -174,7 +174,8 @@ def run(options: argparse.Namespace, results: Results) -> None:
     folders = options.data_dir, options.model_dir
     if "time" in options.studies:
         results.drop("time")
-        for row in contest.race(_task(*folders), entries(), options.rounds):
+        asked = [entry for entry in entries() if re.search(options.only, entry.name)]
+        for row in contest.race(_task(*folders), asked, options.rounds):
             results.add(row)
     work = functools.partial(_work, *folders)
     for study in options.studies:
