@@ -17,7 +17,7 @@ from raclora_jax._core.types import PyTree
 from raclora_jax.peft._files import Tensors, new_folder, save_sharded
 from raclora_jax.peft._targets import Target, from_torch, to_torch, torch_shapes, views
 
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".ot", ".onnx"}
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx"}
 
 
 def parameters(directory: str | os.PathLike[str]) -> dict[str, tuple[int, ...]]:
