@@ -173,6 +173,8 @@ TABLES = {
     "language_rates": contest_tables.rates,
     "polynomials": contest_tables.polynomials,
     "sentiment_steps": lambda: contest_tables.losses("sentiment", "equal steps"),
+    "sentiment_times": lambda: contest_tables.times("sentiment"),
+    "sentiment_time": lambda: contest_tables.losses("sentiment", "equal time"),
     "data_parallel": data_parallel_table,
     "laws": laws_table,
     "gpu": gpu_table,
