@@ -77,8 +77,9 @@ def placed(kind, shape, layout, dtype=jnp.float32):
     def place(name, leaf):
         spec = LAYOUTS[layout].get(name, P(*(None,) * leaf.ndim))
         spec = P(*(axis if axis in names else None for axis in spec))
-        if kind == AUTO and not any(spec):
-            spec = P()  # as compiled programs spell it
+        if kind == AUTO:  # as compiled programs spell it: nothing after the last axis
+            used = [i for i, axis in enumerate(spec) if axis]
+            spec = P(*spec[: max(used, default=-1) + 1])
         return jax.device_put(leaf, NamedSharding(mesh, spec))
 
     params = {name: place(name, leaf) for name, leaf in params.items()}
