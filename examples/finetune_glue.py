@@ -154,11 +154,8 @@ class Problem:
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(found, wanted))
 
     def batch(self, step: int, size: int, seed: int) -> tuple[np.ndarray, ...]:
-        """The rows of a step: whole passes in new orders, a function of seed and step."""
-        each = max(1, len(self.train) // size)
-        epoch, place = divmod(step, each)
-        order = np.random.default_rng((seed, epoch)).permutation(len(self.train))
-        return self.train.take(order[place * size : (place + 1) * size])
+        """The rows of a step."""
+        return self.train.take(loop.rows_of(step, size, seed, len(self.train)))
 
     @property
     def facts(self) -> dict[str, str]:

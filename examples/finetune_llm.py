@@ -115,11 +115,8 @@ class Problem:
         return total / jnp.maximum(count, 1)
 
     def batch(self, step: int, size: int, seed: int) -> tuple[np.ndarray, ...]:
-        """The rows of a step: whole passes in new orders, a function of seed and step."""
-        each = len(self.rows.ids) // size
-        epoch, place = divmod(step, each)
-        order = np.random.default_rng((seed, epoch)).permutation(len(self.rows.ids))
-        chosen = order[place * size : (place + 1) * size]
+        """The rows of a step."""
+        chosen = loop.rows_of(step, size, seed, len(self.rows.ids))
         return texts.inputs(texts.Rows(*(part[chosen] for part in self.rows)))
 
     def judge(self, params: Any) -> dict[str, float]:

@@ -44,6 +44,13 @@ class Problem(Protocol):
         """``dev_loss`` and ``dev_metric``."""
 
 
+def rows_of(step: int, size: int, seed: int, count: int) -> np.ndarray:
+    """Which of some rows a step takes: whole passes, each in an order of its own."""
+    epoch, place = divmod(step, max(1, count // size))
+    order = np.random.default_rng((seed, epoch)).permutation(count)
+    return order[place * size : (place + 1) * size]
+
+
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
     """Bad input ends the program with one line and exit code 2."""
