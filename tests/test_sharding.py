@@ -276,3 +276,17 @@ def test_nnx_metadata_carries_through():
             state = step(other, state, X)
     for trained in (model, other):
         close(*(jax.device_get(to_tree(one)[0]) for one in (trained, alone)))
+
+
+@pytest.mark.filterwarnings("ignore:'sharding_names' is deprecated")
+def test_what_says_the_axes_of_a_leaf_once_more_is_left_with_it():
+    """MaxText's parameters name their axes twice, and the axis of their scan."""
+    with jax.set_mesh(mesh_of()):
+        model = Nnx(nnx.Rngs(0))
+        names = model.first.kernel.get_metadata()["out_sharding"]
+        model.first.kernel.set_metadata(sharding_names=names, param_scan_axis=0)
+        optimizer = nnx.Optimizer(model, rl.raclora(0.02, 2, key=0), wrt=nnx.Param)
+        moment = optimizer.opt_state.inner_state.lowrank.mu["first/kernel"]
+    assert moment.get_metadata()["out_sharding"] == (None, ("tp", "fsdp"))
+    assert not moment.has_metadata("sharding_names")
+    assert not moment.has_metadata("param_scan_axis")

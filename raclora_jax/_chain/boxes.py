@@ -172,4 +172,7 @@ def _put(box: Any, array: Leaf, names: Names) -> Any:
         return box.replace(value=array, names=names)
     copy = box.replace(array)
     copy.set_metadata(out_sharding=names)
+    for spare in ("sharding_names", "param_scan_axis"):  # the leaf's axes said once more
+        if copy.has_metadata(spare):
+            copy.del_metadata(spare)
     return copy
