@@ -109,13 +109,17 @@ class Runner:
         key = jax.random.key(seed)
         return self._advance(state, jnp.float32(rate), jnp.float32(steps), key, tokens)
 
-    def run(self, rate: float, steps: int, seed: int) -> float:
-        """The validation loss at the end of a run."""
+    def trained(self, rate: float, steps: int, seed: int) -> Any:
+        """The parameters at the end of a run."""
         state = self.start(seed)
         for tokens in self.task.batches(seed, steps, self.entry.batch):
             state, _ = self.advance(state, rate, steps, seed, tokens)
         method = self.entry.make(lambda count: 0.0 * count, jax.random.key(seed))
-        return self.task.validation_loss(method.params(state))
+        return method.params(state)
+
+    def run(self, rate: float, steps: int, seed: int) -> float:
+        """The validation loss at the end of a run."""
+        return self.task.validation_loss(self.trained(rate, steps, seed))
 
     def facts(self) -> dict[str, int]:
         """What the method trains and keeps."""

@@ -111,7 +111,9 @@ def load(path: pathlib.Path) -> Encoder:
     return Encoder(config, *jax.tree.map(jnp.asarray, (layers, rest)))
 
 
-def features(layers: Params, rest: Params, ids: Array, config: Config) -> Array:
+def features(
+    layers: Params, rest: Params, ids: Array, config: Config, types: Array | int = 0
+) -> Array:
     """Mean of the last hidden states over the tokens of each text.
 
     Args:
@@ -119,13 +121,16 @@ def features(layers: Params, rest: Params, ids: Array, config: Config) -> Array:
       rest: Everything else.
       ids: ``(batch, length)`` token ids, 0 behind the end.
       config: Sizes.
+      types: 1 for the tokens of the second text of a pair.
 
     Returns:
       Array ``(batch, width)``.
     """
     tables, mask = rest["embeddings"], ids != 0
     position = tables["position"][: ids.shape[-1]]
-    x = _norm(tables["word"][ids] + position + tables["type"][0], tables["norm"], config)
+    x = _norm(
+        tables["word"][ids] + position + tables["type"][types], tables["norm"], config
+    )
     for name in (f"layer_{i}" for i in range(config.layers)):
         w, b = layers[name], rest[name]
         mixed = _attention(w, b, x, mask, config)

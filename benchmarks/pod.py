@@ -108,8 +108,8 @@ FULL = tuple(
     )
 )
 QUICK = (Point("tiny", "v5e-16", 1, 512), Point("tiny", "v5e-16", 4, 512))
-# From where the search for the smallest slice starts: below, the state alone is too much.
-FITS_FROM = {"7B": 0, "13B": 1, "70B": 3, "tiny": 0}
+# From where the search for the smallest slice starts: below, the weights are too much.
+FITS_FROM = {"7B": 0, "13B": 0, "70B": 2, "tiny": 0}
 FITS_ON = [name for name in SLICES if name.startswith("v5e")]
 
 

@@ -1,16 +1,18 @@
-"""The table of steps compiled for TPU slices, from the rows of ``benchmarks.pod``."""
+"""The tables of steps compiled for TPU slices, from the rows of ``benchmarks.pod``."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
+from benchmarks import pod
 from benchmarks.rows import RESULTS
 
 
 def programs() -> str:
     """Every program beside the floor of its model, slice and mesh, of the same effort."""
-    rows = json.loads((RESULTS / "pod.json").read_text())["rows"]
+    asked = {point.study for point in pod.CHOSEN}
+    rows = [row for row in _rows() if row["study"].partition(", effort")[0] in asked]
     lines = [
         "| program | method | peak, MiB | peak / floor | arguments + temporaries, MiB "
         "| gathered, GB | summed, GB | all bytes / floor | ring bytes / AdamW "
@@ -38,6 +40,31 @@ def programs() -> str:
         ]
         lines.append("| " + " | ".join([*start, *cells]) + " |")
     return "\n".join(lines)
+
+
+def slices() -> str:
+    """The smallest v5e slice that the compiler accepts each method on."""
+    rows = [r for r in _rows() if r["slice"] in pod.FITS_ON and r["tensor"] == 1]
+    by_cell: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        by_cell.setdefault((row["model"], row["method"]), []).append(row)
+    lines = [
+        "| model | method | smallest slice | peak there, MiB | refused on |",
+        "|---|---|---|---:|---|",
+    ]
+    for (model, method), found in sorted(by_cell.items()):
+        refused = [row["slice"] for row in found if not row["fits"]]
+        fitting = [row for row in found if row["fits"]]
+        least = min(fitting, key=lambda row: row["chips"], default=None)
+        # Without a refusal a smaller one may do, unless it is the smallest there is.
+        if least and (refused or least["slice"] == pod.FITS_ON[0]):
+            cells = (least["slice"], f"{least['peak_mib']:,.0f}", ", ".join(refused))
+            lines.append("| " + " | ".join([model, method, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _rows() -> list[dict[str, Any]]:
+    return json.loads((RESULTS / "pod.json").read_text())["rows"]
 
 
 def _over(

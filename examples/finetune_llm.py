@@ -63,7 +63,7 @@ def arguments() -> argparse.ArgumentParser:
 class Problem:
     """A decoder, its texts, and the loss."""
 
-    metric = "minus the loss"
+    metric = "loss"
 
     def __init__(self, options: argparse.Namespace):
         self.length = options.length

@@ -25,7 +25,8 @@ class Problem(Protocol):
     Attributes:
       params: The weights before, a tree.
       length: Tokens a row.
-      metric: What ``dev_metric`` is; more of it is better.
+      metric: What ``dev_metric`` is, more of it is better; or ``"loss"``, of which it is
+        the negative.
       facts: What the report says of the data.
     """
 
@@ -156,16 +157,16 @@ def report(
 ) -> pathlib.Path:
     """The page about the run."""
     losses = {"training": run.curve("loss"), "dev": run.curve("dev_loss")}
+    figures = {"Loss": runs.lines(losses, "loss")}
+    reached = f"{problem.metric} {best['metric']:.4f}"
+    if problem.metric == "loss":
+        reached = f"loss {-best['metric']:.4f}"
+    else:
+        judged = {problem.metric: run.curve("dev_metric")}
+        figures["Dev metric"] = runs.lines(judged, problem.metric)
     moved = training.moved(problem.params, params)
-    figures = {
-        "Loss": runs.lines(losses, "loss"),
-        "Dev metric": runs.lines(
-            {problem.metric: run.curve("dev_metric")}, problem.metric
-        ),
-        "Update size per layer": runs.bars(
-            {path: size for path, size in moved.items() if size}, "|change| / |weight|"
-        ),
-    }
+    sizes = {path: size for path, size in moved.items() if size}
+    figures["Update size per layer"] = runs.bars(sizes, "|change| / |weight|")
     if options.method == "raclora":
         shares = {"captured": run.curve("captured"), "lambda": run.curve("lambda")}
         figures["Captured share per link"] = runs.lines(shares, "share of the gradient")
@@ -175,8 +176,8 @@ def report(
         "tokens a second": f"{speed:,.0f}",
     }
     lead = (
-        f"{options.method} on {options.model.name}: {problem.metric} "
-        f"{best['metric']:.4f} on held-out data, at step {best['step']:.0f}."
+        f"{options.method} on {options.model.name}: {reached} on held-out data, at step "
+        f"{best['step']:.0f}."
     )
     run.console.print(lead)
     return run.report(lead, facts, figures, str(rl.summary(problem.params, spec)))

@@ -104,11 +104,13 @@ def captured(
 
 
 def moved(before: Any, after: Any) -> dict[str, float]:
-    """By leaf, the norm of what training added over the norm of the weights."""
+    """By leaf, the norm of what training added over the norm of the weights.
+
+    Leaves that began at zero have none.
+    """
     pairs = zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True)
     return {
-        "/".join(str(key.key) for key in keys): float(
-            jnp.linalg.norm(new - old) / (jnp.linalg.norm(old) + 1e-12)
-        )
+        "/".join(str(key.key) for key in keys): float(jnp.linalg.norm(new - old) / norm)
         for (keys, old), new in pairs
+        if (norm := float(jnp.linalg.norm(old)))
     }
