@@ -56,8 +56,9 @@ def slices() -> str:
         refused = [row["slice"] for row in found if not row["fits"]]
         fitting = [row for row in found if row["fits"]]
         least = min(fitting, key=lambda row: row["chips"], default=None)
-        # Without a refusal a smaller one may do, unless it is the smallest there is.
-        if least and (refused or least["slice"] == pod.FITS_ON[0]):
+        first = pod.FITS_ON[pod.FITS_FROM[model]]
+        # Without a refusal a smaller one may do, unless the search began there.
+        if least and (refused or least["slice"] == first):
             cells = (least["slice"], f"{least['peak_mib']:,.0f}", ", ".join(refused))
             lines.append("| " + " | ".join([model, method, *cells]) + " |")
     return "\n".join(lines)

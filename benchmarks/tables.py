@@ -179,6 +179,7 @@ TABLES = {
     "laws": laws_table,
     "gpu": gpu_table,
     "pod": pod_tables.programs,
+    "pod_slices": pod_tables.slices,
     "rates": theory_tables.rates,
     "estimators": theory_tables.estimators,
     "certificates": theory_tables.certificates,
