@@ -128,6 +128,16 @@ def entries() -> list[Entry]:
         name = f"RAC r{rank} Adam, link 25"
         table.append(ours(name, rank, inner=None))
     momentum = contenders.momentum
+    # What tells LoRA from RAC-LoRA as published, one thing after the other.
+    asymmetric, published = methods.asymmetric, methods.published_raclora
+    chains = (
+        ("Asymmetric LoRA r16 Adam", asymmetric, 16, 0.008),
+        ("Chain of LoRA r8 Adam, link 25", methods.cola, 8, 0.004),
+        ("RAC-LoRA r16 as published, link 25", published, 16, 0.0005),
+    )
+    for name, kind, rank, guess in chains:
+        entry = contenders.pair(name, kind, rank, guess, rules=[HEAD], resample_every=25)
+        table.append(entry._replace(batch=BATCH))
     table.append(ours("RAC r16 orthogonal, link 25", 16))
     table.append(ours("RAC r64 block, momentum 0.9", 64, sketch="block", inner=momentum))
     return table
