@@ -127,6 +127,9 @@ def entries() -> list[Entry]:
             table.append(ours(name, rank, sketch="block", resample_every=link))
         name = f"RAC r{rank} Adam, link 25"
         table.append(ours(name, rank, inner=None))
+    table.append(
+        ours("RAC r16 Adam, link 100", 16, inner=None, resample_every=100, guess=4e-4)
+    )
     momentum = contenders.momentum
     # What tells LoRA from RAC-LoRA as published, one thing after the other.
     asymmetric, published = methods.asymmetric, methods.published_raclora
