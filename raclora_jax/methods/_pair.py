@@ -72,8 +72,8 @@ class _PairMethod:
     def init(self, params: PyTree) -> PairState:
         leaves, treedef = paths.flatten(params)
         base = paths.unflatten(treedef, {p: jnp.asarray(w) for p, w in leaves.items()})
-        plans = plan_tree(self.spec, base)
-        groups = by_name(self.begin(plans, base, 0))
+        plans = self.plans(base)
+        groups = by_name(self.begin(base, 0))
         dense = {
             path: jnp.zeros(plan.shape, plan.wide_dtype)
             for path, plan in plans.items()
@@ -86,17 +86,26 @@ class _PairMethod:
         state = PairState(base, drawn, zero, groups, dense, {}, chosen, count)
         return state._replace(inner=self.begin_rules(plans, state))
 
-    def begin(
-        self, plans: dict[str, LeafPlan], base: PyTree, link: Array | int
-    ) -> dict[str, Pair]:
+    def plans(self, base: PyTree) -> dict[str, LeafPlan]:
+        """Plans whose drawn factor is an array, whatever law it came from."""
+        return {
+            path: dataclasses.replace(plan, sketch="")
+            for path, plan in plan_tree(self.spec, base).items()
+        }
+
+    def begin(self, base: PyTree, link: Array | int) -> dict[str, Pair]:
         """The pairs of a new link."""
         leaves, _ = paths.flatten(base)
+        plans = plan_tree(self.spec, base)
         adapted = {path: plan for path, plan in plans.items() if plan.adapted}
         if not adapted:
             shown = ", ".join(f"{paths.show(p)} is {plans[p].mode}" for p in plans)
             raise ValueError(
                 f"no leaf is left for a pair: {shown}; adapt one in the spec"
             )
+        for plan in adapted.values():
+            if self.pieces.check is not None:
+                self.pieces.check(plan)
         pairs: dict[str, Pair] = {}
         for path, sketch in draw_all(self.data, link, adapted.values()).items():
             plan = adapted[path]
@@ -108,7 +117,7 @@ class _PairMethod:
         return pairs
 
     def params(self, state: PairState) -> PyTree:
-        plans, pairs = plan_tree(self.spec, state.base), state.pairs
+        plans, pairs = self.plans(state.base), state.pairs
         leaves, treedef = paths.flatten(state.base)
 
         def effective(path: str, weight: Array) -> Array:
@@ -122,7 +131,7 @@ class _PairMethod:
                 exact = self.pieces.weight(plan, wide, pairs[path])
             else:
                 drawn, factor = self.beside(plan, pairs[path])
-                exact = wide + lift_leaf(factor, drawn, _explicit(plan))
+                exact = wide + lift_leaf(factor, drawn, plan)
             return exact.astype(weight.dtype)
 
         return paths.unflatten(treedef, {p: effective(p, w) for p, w in leaves.items()})
@@ -136,12 +145,11 @@ class _PairMethod:
     def next_link(self, state: PairState) -> PairState:
         still = state._replace(dense=jax.tree.map(jnp.zeros_like, state.dense))
         base = self.params(still)
-        plans = plan_tree(self.spec, base)
-        pairs = self.begin(plans, base, state.count // self.spec.resample_every)
+        pairs = self.begin(base, state.count // self.spec.resample_every)
         state = state._replace(base=base).holding(by_name(pairs))
         if not self.pieces.restart:
             return state
-        fresh = self.begin_rules(plans, state)
+        fresh = self.begin_rules(self.plans(base), state)
         return state._replace(inner={**fresh, "dense": state.inner["dense"]})
 
     def step(
@@ -150,7 +158,7 @@ class _PairMethod:
         if self.pieces.chain:
             ends = (state.count > 0) & (state.count % self.spec.resample_every == 0)
             state = lax.cond(ends, self.next_link, lambda state: state, state)
-        plans, trained = plan_tree(self.spec, state.base), self.groups(state)
+        plans, trained = self.plans(state.base), self.groups(state)
         value, grads = jax.value_and_grad(self.loss)(trained, plans, state, loss_fn, args)
         grads = self.mapped(plans, grads, state)
         live, chosen = self.live(grads, state)
@@ -184,8 +192,7 @@ class _PairMethod:
         seen = {path: self.beside(plans[path], pair) for path, pair in now.pairs.items()}
         drawn = {path: pair[0] for path, pair in seen.items()}
         factors = {path: pair[1] for path, pair in seen.items()}
-        explicit = {path: _explicit(plan) for path, plan in plans.items()}
-        return unmerged(loss_fn, explicit, factors | now.dense, drawn)(now.base, *args)
+        return unmerged(loss_fn, plans, factors | now.dense, drawn)(now.base, *args)
 
     def mapped(
         self, plans: dict[str, LeafPlan], grads: Groups, state: PairState
@@ -266,8 +273,3 @@ class _PairMethod:
 
     def optimizer_bytes(self, params: PyTree) -> int:
         return nbytes(jax.eval_shape(self.init, params).inner)
-
-
-def _explicit(plan: LeafPlan) -> LeafPlan:
-    """The plan of a pair, whose drawn factor is an array whatever law it came from."""
-    return dataclasses.replace(plan, sketch="")
