@@ -40,6 +40,10 @@ def heterolora(
     at the start the zero factor and the gradient of the drawn one are zero: ``snip`` is 0
     everywhere then, and ``grad_norm`` sees one factor.
 
+    Two scores of the paper are left out, since they ask for more than the loss of a
+    batch: SYNFLOW for a pass with the weights' absolute values over an input of ones,
+    and ALPHA-TEST for the metric of the task.
+
     A stacked leaf is one leaf. Moments of leaves at rest keep their place in memory, are
     counted, and decay as with zero gradients.
 
