@@ -1,11 +1,11 @@
 """The small Llama fine-tuned on a base of codes, its rounding error carried or let go.
 
-stories260K on tiny Shakespeare as in ``benchmarks.language``, the adapter form of RAC-LoRA
-of rank 16 with the orthogonal rule; 300 steps, links of 25 and of 5 steps. The seven
-matrices of each layer are in float32, in int8 or in nf4 (one scale a column). At a merge
-the error is carried (``raclora_jax.quantized``), or the sum is quantised anew and the
-error let go. Beside them LoRA on the nf4 base, which is never merged. Rates are tuned on
-one grid of powers of two, on seed 0; three seeds.
+stories260K on tiny Shakespeare as in ``benchmarks.language``: the adapter form of
+RAC-LoRA of rank 16 with the orthogonal rule, 300 steps, links of 25 and of 5 steps. The
+seven matrices of each layer are in float32, in int8 or in nf4 (one scale a column). At a
+merge the error is carried (``raclora_jax.quantized``), or the sum is quantised anew and
+the error let go. Beside them LoRA on the nf4 base, which is never merged. Rates are tuned
+on one grid of powers of two, on seed 0; three seeds.
 
     python -m benchmarks.quantized --data-dir DIR [--quick]
 """
@@ -69,8 +69,9 @@ class Contender(NamedTuple):
 
     @property
     def spec(self) -> rl.Spec:
-        """Of the chain."""
-        return rl.Spec(RANK, resample_every=self.link, alpha="dim", rest="frozen")
+        """Of the chain; of LoRA it says which leaves are quantised."""
+        every = self.link or LINKS[0]
+        return rl.Spec(RANK, resample_every=every, alpha="dim", rest="frozen")
 
     def entry(self) -> Entry:
         """For a ``contest``."""

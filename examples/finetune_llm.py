@@ -1,4 +1,4 @@
-"""Fine-tune a Llama or Qwen 3 on text, or on prompts and their completions.
+"""Fine-tune a Llama, Qwen 3 or Gemma 3 on text, or on prompts and their completions.
 
     python examples/finetune_llm.py --model DIR --train train.jsonl --dev dev.jsonl \\
         --out run
@@ -27,8 +27,6 @@ import numpy as np
 import optax
 from finetuning import decoder, loop, texts, training
 from finetuning.tokens import tokenizer_of
-
-from raclora_jax import peft
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -132,8 +130,7 @@ class Problem:
 def export(options: argparse.Namespace, problem: Problem, params: Any) -> None:
     """The model as Transformers loads it, or its parameters alone for llama2.c."""
     folder = options.model if options.model.is_dir() else None
-    spec, names = decoder.views(params), decoder.names(params)
-    peft.save_model(options.out / "model", params, spec, names, like=folder)
+    decoder.save(options.out / "model", params, like=folder)
     if folder is None and options.tokenizer is not None:
         shutil.copy(options.tokenizer, options.out / "model" / options.tokenizer.name)
 

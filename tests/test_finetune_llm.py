@@ -4,6 +4,7 @@ import json
 import re
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -116,36 +117,19 @@ SIZES = {
 def folder(program, tmp_path_factory):
     """A model's folder as the hub has it, without training."""
     import tokenizers
-    from finetuning import decoder
-    from flax import nnx
+    from finetuning import decoder, families
 
     from raclora_jax import flax as rl_flax
-    from raclora_jax import peft
 
-    sizes = {
-        "num_layers": 2,
-        "vocab_size": 32,
-        "embed_dim": 16,
-        "hidden_dim": 24,
-        "num_heads": 4,
-        "head_dim": 4,
-        "num_kv_heads": 2,
-        "rope_theta": 10_000,
-        "norm_eps": 1e-5,
-    }
-    config = decoder.llama.ModelConfig(**sizes, weight_tying=True)
-    tree, _ = rl_flax.to_tree(decoder.llama.Llama3(config, rngs=nnx.Rngs(0)))
+    where = tmp_path_factory.mktemp("models") / "tiny"
+    tree, _ = rl_flax.to_tree(families.model(where / "config.json", SIZES, remat=False))
     draw = np.random.default_rng(0)
 
     def some(leaf):
         noise = jnp.asarray(draw.normal(size=leaf.shape), jnp.float32)
         return 0.3 * noise if leaf.ndim > 1 else jnp.ones(leaf.shape)
 
-    import jax
-
-    tree = jax.tree.map(some, tree)
-    where = tmp_path_factory.mktemp("models") / "tiny"
-    peft.save_model(where, tree, decoder.views(tree), decoder.names(tree))
+    decoder.save(where, jax.tree.map(some, tree))
     (where / "config.json").write_text(json.dumps(SIZES))
     letters = {"[UNK]": 0, "<s>": 1, "</s>": 2} | {chr(97 + i): 3 + i for i in range(26)}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(letters, "[UNK]"))
@@ -255,38 +239,86 @@ def test_an_unknown_architecture(program, folder, table, tmp_path, monkeypatch, 
     (tmp_path / "odd" / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(SystemExit):
         run(monkeypatch, program, *asked(tmp_path / "odd", table, tmp_path / "out"))
-    assert "'mamba' is not among llama, qwen3" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "'mamba' is not among llama, qwen3, qwen3_moe, gemma3_text" in said
 
 
-@pytest.mark.parametrize("family", ["Llama", "tied Llama", "Qwen3"])
-def test_transformers_agrees(program, tmp_path, family):
-    """The judge, where it is installed: logits before, and tokens that follow."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    from finetuning import decoder
+GEMMA = {
+    "num_hidden_layers": 7,  # five with a window, one without, and one more
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 4,
+    "query_pre_attn_scalar": 8,
+    "max_position_embeddings": 64,
+}
+ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+}
+MOE = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "norm_topk_prob": True,
+}
+# Names of Transformers' classes, and what they are asked for beside ``SIZES``.
+JUDGES = {
+    "Llama": ("Llama", "LlamaConfig", {}),
+    "tied Llama": ("Llama", "LlamaConfig", {"tie_word_embeddings": True}),
+    "Qwen3": ("Qwen3", "Qwen3Config", {}),
+    "Qwen3 with experts": ("Qwen3Moe", "Qwen3MoeConfig", MOE),
+    "Gemma3": ("Gemma3", "Gemma3TextConfig", GEMMA),
+    "Gemma3 4B's rope": ("Gemma3", "Gemma3TextConfig", GEMMA | {"rope_parameters": ROPE}),
+    "Gemma3 27B's norm": (
+        "Gemma3",
+        "Gemma3TextConfig",
+        GEMMA | {"query_pre_attn_scalar": 4, "num_key_value_heads": 4},
+    ),
+}
 
-    from raclora_jax import peft
 
-    name = family.split()[-1]
-    sizes = {k: v for k, v in SIZES.items() if k not in ("model_type", "head_dim")}
-    sizes |= {"head_dim": 8, "tie_word_embeddings": "tied" in family}
+def transformers_model(family):
+    """A small one of theirs with weights at random."""
+    torch, transformers = (
+        pytest.importorskip(name) for name in ("torch", "transformers")
+    )
+    name, config, changed = JUDGES[family]
+    sizes = {k: v for k, v in SIZES.items() if k != "model_type"}
+    tied = "tie_word_embeddings" in changed or name == "Gemma3"
+    sizes |= {"head_dim": 8, "tie_word_embeddings": tied} | changed
+    if name == "Gemma3":
+        del sizes["rope_theta"]
     torch.manual_seed(0)
     kind = getattr(transformers, f"{name}ForCausalLM")
-    theirs = kind(getattr(transformers, f"{name}Config")(**sizes)).eval()
+    theirs = kind(getattr(transformers, config)(**sizes)).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(0.3 * torch.randn_like(parameter))
+    return theirs
+
+
+@pytest.mark.parametrize("family", JUDGES)
+def test_transformers_agrees(program, tmp_path, family):
+    """The judge, where it is installed: logits before, and tokens that follow."""
+    theirs = transformers_model(family)
+    import torch
+    from finetuning import decoder
+
     theirs.save_pretrained(tmp_path / "base")
     ours = decoder.load(tmp_path / "base", bf16=False, remat=False)
 
-    # A change of ours, written and read by them.
-    spec = decoder.spec_for(ours.params, 3)
-    params = {**ours.params, "final_norm": {"w": 1.5 * ours.params["final_norm"]["w"]}}
-    peft.save_model(
-        tmp_path / "m", params, spec, decoder.names(params), like=tmp_path / "base"
-    )
-    again = kind.from_pretrained(tmp_path / "m").eval()
-    ids = np.random.default_rng(0).integers(3, 32, size=(1, 6))
+    # A change of ours in every leaf, written and read by them.
+    draw = np.random.default_rng(0)
+
+    def changed(leaf):
+        return leaf + 0.05 * jnp.asarray(draw.normal(size=leaf.shape), jnp.float32)
+
+    params = jax.tree.map(changed, ours.params)
+    decoder.save(tmp_path / "m", params, like=tmp_path / "base")
+    again, told = type(theirs).from_pretrained(tmp_path / "m", output_loading_info=True)
+    again.eval()
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    ids = draw.integers(3, 32, size=(1, 9))
 
     def logits(ids):
         count = ids.shape[1]
@@ -303,3 +335,45 @@ def test_transformers_agrees(program, tmp_path, family):
         following = int(np.argmax(logits(ids)[0, -1]))
         ids = np.concatenate([ids, [[following]]], axis=1)
     assert ids[0].tolist() == told[0].tolist()
+
+
+REFUSED = {
+    "experts not normalised": ("Qwen3 with experts", {"norm_topk_prob": False}),
+    "layers without experts": ("Qwen3 with experts", {"mlp_only_layers": [1]}),
+    "a window": ("Qwen3", {"use_sliding_window": True}),
+    "another activation": ("Llama", {"hidden_act": "gelu"}),
+    "stretched heads": ("Llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
+    "Gemma 2's caps": ("Gemma3", {"final_logit_softcapping": 30.0}),
+    "another order of windows": ("Gemma3", {"layer_types": ["full_attention"] * 7}),
+    "another scale": ("Gemma3", {"query_pre_attn_scalar": 5}),
+    "another epsilon": ("Gemma3", {"rms_norm_eps": 1e-5}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_tunix_does_otherwise_is_refused(program, tmp_path, case):
+    """Rather than trained as another model than the checkpoint's."""
+    from finetuning import decoder
+
+    family, changed = REFUSED[case]
+    kinds = {"Qwen3 with experts": "qwen3_moe", "Qwen3": "qwen3", "Gemma3": "gemma3_text"}
+    stated = SIZES | JUDGES[family][2] | {"model_type": kinds.get(family, "llama")}
+    (tmp_path / "config.json").write_text(json.dumps(stated | changed))
+    (name,) = changed
+    named = "rope_type" if name == "rope_scaling" else name
+    with pytest.raises(ValueError, match=rf"config\.json: {named} .* is not read here"):
+        decoder.load(tmp_path, bf16=False, remat=False)
+
+
+def test_parameters_without_a_place_are_refused(program, folder, tmp_path):
+    import shutil
+
+    from finetuning import decoder
+    from safetensors.numpy import load_file, save_file
+
+    shutil.copytree(folder, tmp_path / "more")
+    tensors = load_file(folder / "model.safetensors")
+    bias = {"model.layers.0.self_attn.q_proj.bias": np.ones(16, np.float32)}
+    save_file(tensors | bias, tmp_path / "more" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"q_proj\.bias, for which .* no place"):
+        decoder.load(tmp_path / "more", bf16=False, remat=False)
