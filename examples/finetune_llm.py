@@ -25,8 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from finetuning import decoder, loop, texts, training
+from finetuning import beside, decoder, loop, texts, training
 from finetuning.tokens import tokenizer_of
+
+import raclora_jax as rl
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -56,6 +58,22 @@ def arguments() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--dry-run", action="store_true", help="say what it would cost, and stop")
     return parser
+
+
+def losses(
+    model: decoder.Decoder, params: Any, *batch: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The sum over the tokens of a batch that count, and how many these are."""
+    ids, places, seen, wanted, counts = batch
+    logits = model.logits(params, ids, places, seen)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
+    return jnp.sum(each * counts), jnp.sum(counts)
+
+
+def mean_loss(model: decoder.Decoder, params: Any, *batch: Any) -> jax.Array:
+    """Mean cross entropy of the tokens that count."""
+    total, count = losses(model, params, *batch)
+    return total / jnp.maximum(count, 1)
 
 
 class Problem:
@@ -94,23 +112,30 @@ class Problem:
         at = np.linspace(0, len(dev.ids) - 1, min(len(dev.ids), options.eval_rows))
         self.rows, self.dev = rows, texts.Rows(*(part[at.astype(int)] for part in dev))
         self.params = self.decoder.params
-        self._score = jax.jit(self._losses)
+        self._score = jax.jit(functools.partial(losses, self.decoder))
         self.facts = {
             "training rows": f"{len(rows.ids):,}",
             "dev rows": f"{len(self.dev.ids):,}",
             "texts cut": f"{self.cut:,}",
         }
 
-    def _losses(self, params: Any, *batch: Any) -> tuple[jax.Array, jax.Array]:
-        ids, places, seen, wanted, counts = batch
-        logits = self.decoder.logits(params, ids, places, seen)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
-        return jnp.sum(losses * counts), jnp.sum(counts)
-
     def loss(self, params: Any, *batch: Any) -> jax.Array:
         """Mean cross entropy of the tokens that count."""
-        total, count = self._losses(params, *batch)
-        return total / jnp.maximum(count, 1)
+        return mean_loss(self.decoder, params, *batch)
+
+    def trainer(
+        self, method: str, rate: optax.Schedule, spec: rl.Spec, seed: int
+    ) -> training.Trainer:
+        """A method on this model; LoRA is qwix's."""
+        if method != "lora":
+            return training.trainer(method, rate, spec, self.loss, seed)
+        return beside.trainer(
+            self.decoder,
+            spec,
+            rate,
+            lambda model: functools.partial(mean_loss, model),
+            seed,
+        )
 
     def batch(self, step: int, size: int, seed: int) -> tuple[np.ndarray, ...]:
         """The rows of a step."""

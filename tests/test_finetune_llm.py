@@ -113,6 +113,26 @@ SIZES = {
 }
 
 
+GEMMA = {
+    "head_dim": 8,
+    "num_hidden_layers": 7,  # five with a window, one without, and one more
+    "rms_norm_eps": 1e-6,
+    "sliding_window": 4,
+    "query_pre_attn_scalar": 8,
+    "max_position_embeddings": 64,
+}
+ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+}
+MOE = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 12,
+    "norm_topk_prob": True,
+}
+
+
 @pytest.fixture(scope="module")
 def folder(program, tmp_path_factory):
     """A model's folder as the hub has it, without training."""
@@ -194,6 +214,66 @@ def test_a_run_learns(program, folder, table, tmp_path, monkeypatch, words):
     assert "data:image/png" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_lora_is_qwix_beside_the_weights(program, folder, table, tmp_path, monkeypatch):
+    words = asked(folder, table, tmp_path / "out", method="lora", learning_rate=0.03)
+    run(monkeypatch, program, *words)
+    losses = [row["dev_loss"] for row in rows_of(tmp_path / "out")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_merged_lora_is_the_module_with_pairs(program, family):
+    import pathlib
+
+    import optax
+    from finetuning import beside, decoder, families
+
+    from raclora_jax import flax as rl_flax
+
+    stated = SIZES | (GEMMA if family == "gemma3_text" else {}) | {"model_type": family}
+    file, draw = pathlib.Path("config.json"), np.random.default_rng(0)
+    tree, restore = rl_flax.to_tree(families.model(file, stated, remat=False))
+
+    def some(leaf):
+        return 0.3 * jnp.asarray(draw.normal(size=leaf.shape), jnp.float32)
+
+    model = decoder.Decoder(jax.tree.map(some, tree), restore, 24, 32)
+    ids = jnp.asarray(draw.integers(3, 32, size=(2, 7)))
+    inputs = (ids, jnp.tile(jnp.arange(7), (2, 1)), jnp.tril(jnp.ones((2, 7, 7), bool)))
+
+    def loss_of(model):
+        return lambda params: jnp.mean(jnp.square(model.logits(params, *inputs)))
+
+    spec = decoder.spec_for(model.params, 3, alpha=6.0)
+    made = beside.trainer(model, spec, optax.constant_schedule(0.1), loss_of, 0)
+    state = made.init(model.params)
+    loss, step = loss_of(model), jax.jit(made.step)
+    state, value = step(state)
+    np.testing.assert_allclose(value, loss(model.params), rtol=1e-5)
+    for _ in range(3):
+        state, value = step(state)
+    np.testing.assert_allclose(step(state)[1], loss(made.params(state)), rtol=1e-4)
+    assert abs(value - loss(model.params)) > 0.01 * value
+
+
+def test_lora_without_a_pair_is_refused(program):
+    """qwix reads the parameters of modules; Tunix's experts are slices of one."""
+    import pathlib
+
+    from finetuning import beside, decoder, families
+
+    from raclora_jax import flax as rl_flax
+
+    stated = SIZES | MOE | {"model_type": "qwen3_moe"}
+    module = families.model(pathlib.Path("config.json"), stated, remat=False)
+    tree, restore = rl_flax.to_tree(module)
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), tree)
+    model = decoder.Decoder(params, restore, 24, 32)
+    spec = decoder.spec_for(params, 3)
+    with pytest.raises(ValueError, match=r"no LoRA for layers/0/mlp/down_proj"):
+        beside.trainer(model, spec, None, None, 0)
+
+
 def test_a_stopped_run_goes_on(program, folder, table, tmp_path, monkeypatch):
     settings = {"steps": 40, "eval_every": 10}
     run(monkeypatch, program, *asked(folder, table, tmp_path / "whole", **settings))
@@ -243,23 +323,6 @@ def test_an_unknown_architecture(program, folder, table, tmp_path, monkeypatch, 
     assert "'mamba' is not among llama, qwen3, qwen3_moe, gemma3_text" in said
 
 
-GEMMA = {
-    "num_hidden_layers": 7,  # five with a window, one without, and one more
-    "rms_norm_eps": 1e-6,
-    "sliding_window": 4,
-    "query_pre_attn_scalar": 8,
-    "max_position_embeddings": 64,
-}
-ROPE = {
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-}
-MOE = {
-    "num_experts": 5,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 12,
-    "norm_topk_prob": True,
-}
 # Names of Transformers' classes, and what they are asked for beside ``SIZES``.
 JUDGES = {
     "Llama": ("Llama", "LlamaConfig", {}),
@@ -363,6 +426,21 @@ def test_what_tunix_does_otherwise_is_refused(program, tmp_path, case):
     named = "rope_type" if name == "rope_scaling" else name
     with pytest.raises(ValueError, match=rf"config\.json: {named} .* is not read here"):
         decoder.load(tmp_path, bf16=False, remat=False)
+
+
+def test_a_config_that_is_silent(program, tmp_path):
+    """Transformers' experts are not normalised where nothing is said of it."""
+    from finetuning import decoder
+
+    stated = SIZES | MOE | {"model_type": "qwen3_moe"}
+    for name, match in (
+        ("norm_topk_prob", "norm_topk_prob False is not read here"),
+        ("num_key_value_heads", r"config\.json has no 'num_key_value_heads'"),
+    ):
+        silent = {key: value for key, value in stated.items() if key != name}
+        (tmp_path / "config.json").write_text(json.dumps(silent))
+        with pytest.raises(ValueError, match=match):
+            decoder.load(tmp_path, bf16=False, remat=False)
 
 
 def test_parameters_without_a_place_are_refused(program, folder, tmp_path):

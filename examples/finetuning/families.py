@@ -73,6 +73,14 @@ OTHERS = {
 _ROPE = {module: module.apply_rope for module in (llama, qwen)}
 
 
+def rows_of(path: str) -> tuple[int, ...]:
+    """The axes of a leaf that the model contracts over."""
+    name = path.split("/", 2)[-1]
+    if name in STACKS:
+        return (2,)
+    return MATRICES[name].rows if name in MATRICES else (0,)
+
+
 def model(file: pathlib.Path, stated: Stated, *, remat: bool) -> nnx.Module:
     """The family's module without weights.
 
@@ -89,7 +97,10 @@ def model(file: pathlib.Path, stated: Stated, *, remat: bool) -> nnx.Module:
         raise ValueError(
             f"{file}: model_type {family!r} is not among {', '.join(FAMILIES)}"
         )
-    return FAMILIES[family](file, stated, remat)
+    try:
+        return FAMILIES[family](file, stated, remat)
+    except KeyError as error:
+        raise ValueError(f"{file} has no {error}") from error
 
 
 def _llama(file: pathlib.Path, stated: Stated, remat: bool) -> nnx.Module:
@@ -106,7 +117,9 @@ def _qwen(file: pathlib.Path, stated: Stated, remat: bool, **more: Any) -> nnx.M
 
 
 def _qwen_moe(file: pathlib.Path, stated: Stated, remat: bool) -> nnx.Module:
-    _only(file, stated, norm_topk_prob=True, decoder_sparse_step=1, mlp_only_layers=[])
+    silent = {"norm_topk_prob": False}  # what Transformers takes it for
+    read = {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    _only(file, silent | stated, **read)
     return _qwen(
         file,
         stated,
