@@ -10,7 +10,7 @@ checkpoint of llama2.c. JSONL has the fields prompt and completion, and the loss
 of the completions; any other file is one text. The run's folder holds config, metrics,
 figures, report.html, checkpoints to go on from, and in model/ the fine-tuned weights.
 
-    pip install 'raclora_jax[tunix,peft,checkpoint]' tokenizers matplotlib rich
+    pip install 'raclora_jax[finetuning]'
 """
 
 from __future__ import annotations
@@ -160,6 +160,21 @@ def export(options: argparse.Namespace, problem: Problem, params: Any) -> None:
         shutil.copy(options.tokenizer, options.out / "model" / options.tokenizer.name)
 
 
+def fine_tune(options: argparse.Namespace) -> Problem:
+    """The run that the options ask for, and what it was about.
+
+    Raises:
+      ValueError: For bad input.
+    """
+    problem = Problem(options)
+    if options.spec is not None:
+        spec = training.spec_of(options.spec)
+    else:
+        spec = decoder.spec_for(problem.params, options.rank)
+    loop.train(options, problem, spec, options.steps, export)
+    return problem
+
+
 def main() -> None:
     """One line and exit code 2 for bad input."""
     parser = arguments()
@@ -167,12 +182,7 @@ def main() -> None:
     if options.out is None and not options.dry_run:
         parser.error("give --out, or --dry-run")
     with loop.one_line():
-        problem = Problem(options)
-        if options.spec is not None:
-            spec = training.spec_of(options.spec)
-        else:
-            spec = decoder.spec_for(problem.params, options.rank)
-        loop.train(options, problem, spec, options.steps, export)
+        fine_tune(options)
 
 
 if __name__ == "__main__":
