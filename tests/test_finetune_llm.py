@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import killed
 import numpy as np
 import pytest
 
@@ -292,6 +293,15 @@ def test_a_stopped_run_goes_on(program, folder, table, tmp_path, monkeypatch):
     monkeypatch.setattr(program.Problem, "batch", batch)
     run(monkeypatch, program, *words, "--resume")
     assert rows_of(tmp_path / "broken") == rows_of(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_an_unbroken_one(program, folder, table, tmp_path):
+    """SIGKILL in the midst of steps, of evaluations or of a checkpoint's writing."""
+    words = asked(folder, table, None, steps=48, eval_every=4)
+    killed.finished("finetune_llm.py", words, tmp_path / "whole")
+    killed.finished("finetune_llm.py", words, tmp_path / "broken", kills=(1, 2, 7))
+    killed.assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 @pytest.mark.parametrize(
