@@ -8,10 +8,13 @@ $(VENV)/.installed-%: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
 
-.PHONY: finetune federated test check format docs bench clean
+.PHONY: finetune finetune-text federated test check format docs bench clean
 
 finetune: $(VENV)/.installed-benchmarks
 	$(BIN)/python -m benchmarks.finetune $(ARGS)
+
+finetune-text: $(VENV)/.installed-finetuning
+	$(BIN)/python examples/finetune_text.py $(ARGS)
 
 federated: $(VENV)/.installed-federated
 	PYTHONPATH=examples/federated $(BIN)/python -m fedrac $(ARGS)

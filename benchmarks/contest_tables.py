@@ -119,6 +119,42 @@ def polynomials() -> str:
     return "\n".join(lines)
 
 
+def quantized() -> str:
+    """Losses on bases of codes, those in codes and those with the carried error."""
+    rows = _rows("quantized")
+    float_rows = {row["link"]: row for row in rows if row["base"] == "float32"}
+    lines = [
+        "| method | base, bytes | error, bytes | learning rate | loss in the codes "
+        "| loss with the error | over float32, seed by seed |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+
+    def spread(losses: list[float]) -> str:
+        return f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+
+    for row in sorted(rows, key=lambda row: -row["link"]):
+        carries = row["error_bytes"] > 0
+        plain = float_rows.get(row["link"])
+        gaps = (
+            [a - b for a, b in zip(row["loss"], plain["loss"], strict=True)]
+            if plain
+            else []
+        )
+        cells = (
+            row["method"],
+            f"{row['base_bytes_packed']:,}",
+            f"{row['error_bytes']:,}" if carries else "-",
+            f"{row['rate']:g}",
+            spread(row["loss"]),
+            spread(row["loss_exact"]) if carries else "-",
+            f"{statistics.mean(gaps):+.3f} ± {statistics.stdev(gaps):.3f}"
+            if gaps
+            else "-",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def _bytes_class(row: dict) -> int:
     """Optimizer bytes, those within a few per cent of each other alike."""
     return round(15 * math.log(max(row["optimizer_bytes"], 1000)))

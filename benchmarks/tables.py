@@ -172,6 +172,7 @@ TABLES = {
     "language_explored": lambda: contest_tables.losses("language", "explored"),
     "language_rates": contest_tables.rates,
     "polynomials": contest_tables.polynomials,
+    "quantized": contest_tables.quantized,
     "sentiment_steps": lambda: contest_tables.losses("sentiment", "equal steps"),
     "sentiment_times": lambda: contest_tables.times("sentiment"),
     "sentiment_time": lambda: contest_tables.losses("sentiment", "equal time"),

@@ -153,6 +153,12 @@ class Problem:
             return jnp.mean(optax.squared_error(found[:, 0], wanted)) / 2
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(found, wanted))
 
+    def trainer(
+        self, method: str, rate: optax.Schedule, spec: rl.Spec, seed: int
+    ) -> training.Trainer:
+        """A method on this model."""
+        return training.trainer(method, rate, spec, self.loss, seed)
+
     def batch(self, step: int, size: int, seed: int) -> tuple[np.ndarray, ...]:
         """The rows of a step."""
         return self.train.take(loop.rows_of(step, size, seed, len(self.train)))

@@ -1,4 +1,4 @@
-"""Fine-tune a Llama or Qwen 3 on text, or on prompts and their completions.
+"""Fine-tune a Llama, Qwen 3 or Gemma 3 on text, or on prompts and their completions.
 
     python examples/finetune_llm.py --model DIR --train train.jsonl --dev dev.jsonl \\
         --out run
@@ -10,7 +10,7 @@ checkpoint of llama2.c. JSONL has the fields prompt and completion, and the loss
 of the completions; any other file is one text. The run's folder holds config, metrics,
 figures, report.html, checkpoints to go on from, and in model/ the fine-tuned weights.
 
-    pip install 'raclora_jax[tunix,peft,checkpoint]' tokenizers matplotlib rich
+    pip install 'raclora_jax[finetuning]'
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from finetuning import decoder, loop, texts, training
+from finetuning import beside, decoder, loop, texts, training
 from finetuning.tokens import tokenizer_of
 
-from raclora_jax import peft
+import raclora_jax as rl
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -58,6 +58,22 @@ def arguments() -> argparse.ArgumentParser:
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--dry-run", action="store_true", help="say what it would cost, and stop")
     return parser
+
+
+def losses(
+    model: decoder.Decoder, params: Any, *batch: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The sum over the tokens of a batch that count, and how many these are."""
+    ids, places, seen, wanted, counts = batch
+    logits = model.logits(params, ids, places, seen)
+    each = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
+    return jnp.sum(each * counts), jnp.sum(counts)
+
+
+def mean_loss(model: decoder.Decoder, params: Any, *batch: Any) -> jax.Array:
+    """Mean cross entropy of the tokens that count."""
+    total, count = losses(model, params, *batch)
+    return total / jnp.maximum(count, 1)
 
 
 class Problem:
@@ -96,23 +112,30 @@ class Problem:
         at = np.linspace(0, len(dev.ids) - 1, min(len(dev.ids), options.eval_rows))
         self.rows, self.dev = rows, texts.Rows(*(part[at.astype(int)] for part in dev))
         self.params = self.decoder.params
-        self._score = jax.jit(self._losses)
+        self._score = jax.jit(functools.partial(losses, self.decoder))
         self.facts = {
             "training rows": f"{len(rows.ids):,}",
             "dev rows": f"{len(self.dev.ids):,}",
             "texts cut": f"{self.cut:,}",
         }
 
-    def _losses(self, params: Any, *batch: Any) -> tuple[jax.Array, jax.Array]:
-        ids, places, seen, wanted, counts = batch
-        logits = self.decoder.logits(params, ids, places, seen)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
-        return jnp.sum(losses * counts), jnp.sum(counts)
-
     def loss(self, params: Any, *batch: Any) -> jax.Array:
         """Mean cross entropy of the tokens that count."""
-        total, count = self._losses(params, *batch)
-        return total / jnp.maximum(count, 1)
+        return mean_loss(self.decoder, params, *batch)
+
+    def trainer(
+        self, method: str, rate: optax.Schedule, spec: rl.Spec, seed: int
+    ) -> training.Trainer:
+        """A method on this model; LoRA is qwix's."""
+        if method != "lora":
+            return training.trainer(method, rate, spec, self.loss, seed)
+        return beside.trainer(
+            self.decoder,
+            spec,
+            rate,
+            lambda model: functools.partial(mean_loss, model),
+            seed,
+        )
 
     def batch(self, step: int, size: int, seed: int) -> tuple[np.ndarray, ...]:
         """The rows of a step."""
@@ -132,10 +155,24 @@ class Problem:
 def export(options: argparse.Namespace, problem: Problem, params: Any) -> None:
     """The model as Transformers loads it, or its parameters alone for llama2.c."""
     folder = options.model if options.model.is_dir() else None
-    spec, names = decoder.views(params), decoder.names(params)
-    peft.save_model(options.out / "model", params, spec, names, like=folder)
+    decoder.save(options.out / "model", params, like=folder)
     if folder is None and options.tokenizer is not None:
         shutil.copy(options.tokenizer, options.out / "model" / options.tokenizer.name)
+
+
+def fine_tune(options: argparse.Namespace) -> Problem:
+    """The run that the options ask for, and what it was about.
+
+    Raises:
+      ValueError: For bad input.
+    """
+    problem = Problem(options)
+    if options.spec is not None:
+        spec = training.spec_of(options.spec)
+    else:
+        spec = decoder.spec_for(problem.params, options.rank)
+    loop.train(options, problem, spec, options.steps, export)
+    return problem
 
 
 def main() -> None:
@@ -145,12 +182,7 @@ def main() -> None:
     if options.out is None and not options.dry_run:
         parser.error("give --out, or --dry-run")
     with loop.one_line():
-        problem = Problem(options)
-        if options.spec is not None:
-            spec = training.spec_of(options.spec)
-        else:
-            spec = decoder.spec_for(problem.params, options.rank)
-        loop.train(options, problem, spec, options.steps, export)
+        fine_tune(options)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ ROOMS = {
     "_chain": "boxes inner orthogonal state step",
     "_forms": "pure optimizer gradient adapter factor_rules unmerged trace summary",
     "peft": "_files _targets _pairs _best _format _read _write _models",
+    "quantized": "_codes _merge",
     "theory": "_numbers _descent _variance_reduced _compressed _local _steps _lambda "
     "_lazy _smoothness _captured _certificate _report",
 }
@@ -35,6 +36,7 @@ BELOW = {
     "_chain": {"_core"},
     "_forms": {"_core", "_autodiff", "_chain"},
     "peft": {"_core", "_forms"},
+    "quantized": {"_core", "_forms"},
     "theory": {"_core", "_forms"},
 }
 # What a room imports that not everyone has installed.
@@ -44,6 +46,8 @@ OPTIONAL = {
     "_report.py": {"matplotlib"},
     "_checkpointer.py": {"orbax", "etils"},
     "_files.py": {"safetensors"},
+    "_codes.py": {"qwix"},
+    "_merge.py": {"qwix"},
     "tunix.py": {"flax", "tunix"},
 }
 STRANGERS = ({"sketch", "lowrank", "rounding"}, {"optimizer", "adapter"})
@@ -54,12 +58,14 @@ NAMESPACES = (
     "flax",
     "methods",
     "peft",
+    "quantized",
     "sharding",
     "theory",
     "tunix",
 )
 # Those whose package is not installed are read and not imported.
-ABSENT = {"tunix"} if importlib.util.find_spec("tunix") is None else set()
+NEEDS = {"quantized": "qwix", "tunix": "tunix"}
+ABSENT = {room for room, name in NEEDS.items() if not importlib.util.find_spec(name)}
 ALL_ROOMS = [(folder, room) for folder, rooms in ROOMS.items() for room in rooms.split()]
 
 
@@ -167,7 +173,7 @@ def test_no_private_modules():
 def modules():
     yield rl
     for found in pkgutil.walk_packages(rl.__path__, "raclora_jax."):
-        if found.name.rpartition(".")[2] not in ABSENT:
+        if found.name.split(".")[1] not in ABSENT:
             yield importlib.import_module(found.name)
 
 
@@ -180,9 +186,12 @@ def public_functions():
         "federated",
         "methods",
         "peft",
+        "quantized",
         "sharding",
         "theory",
     ):
+        if folder in ABSENT:
+            continue
         namespace = importlib.import_module(f"raclora_jax.{folder}")
         for name in namespace.__all__:
             yield f"{folder}.{name}", getattr(namespace, name)

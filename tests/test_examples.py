@@ -9,7 +9,7 @@ import pytest
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 # Tested by themselves: they take arguments and are longer.
-PROGRAMS_OF_THEIR_OWN = {"pod", "finetune_glue", "finetune_llm"}
+PROGRAMS_OF_THEIR_OWN = {"pod", "finetune_glue", "finetune_llm", "finetune_text"}
 PROGRAMS = sorted(p for p in EXAMPLES.glob("*.py") if p.stem not in PROGRAMS_OF_THEIR_OWN)
 
 pytestmark = pytest.mark.skipif(not PROGRAMS, reason="no examples beside the tests")

@@ -5,6 +5,7 @@ import re
 import sys
 
 import jax
+import killed
 import numpy as np
 import pytest
 from flax import nnx
@@ -178,6 +179,15 @@ def test_a_stopped_run_goes_on(folder, table, tmp_path, monkeypatch, method):
     monkeypatch.setattr(finetune_glue.Problem, "batch", batch)
     run(monkeypatch, *asked(folder, table, broken, **settings), "--resume")
     assert timeless(rows_of(broken)) == timeless(rows_of(straight))
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_an_unbroken_one(folder, table, tmp_path):
+    """SIGKILL in the midst of steps, of evaluations or of a checkpoint's writing."""
+    words = asked(folder, table, None, steps=48, eval_every=4)
+    killed.finished("finetune_glue.py", words, tmp_path / "whole")
+    killed.finished("finetune_glue.py", words, tmp_path / "broken", kills=(1, 2, 7))
+    killed.assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_pairs_and_numbers(folder, table, tmp_path, monkeypatch):

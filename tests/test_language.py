@@ -204,3 +204,22 @@ def test_program_saves_its_rows_and_adds_what_is_missing(monkeypatch, tmp_path):
     missing = [job["name"] for job in language.jobs(again, "equal steps", options)]
     assert missing == ["RAC r8 orthogonal"]
     assert language.steps_in_time({"over_full_adam": 0.72}) == 1390
+
+
+@pytest.mark.parametrize(
+    "contender", [("nf4", 5, True), ("nf4", 5, False), ("int8", 0, False)]
+)
+def test_the_study_of_quantised_bases_learns(shallow, contender):
+    """And says what it holds: codes of a byte here, packed ones at half of one."""
+    from benchmarks import quantized
+
+    runner = quantized.Runner(shallow, quantized.Contender(*contender))
+    start = shallow.validation_loss(runner.contender.read(shallow.params))
+    assert runner.run(0.004, 20, 0) < start - 0.05
+    held = runner.bytes()
+    numbers = sum(weight.size for weight in jax.tree.leaves(shallow.params))
+    scales = held["base_bytes"] - numbers
+    assert 0 < scales < numbers / 10
+    packed = numbers // 2 if contender[0] == "nf4" else numbers
+    assert held["base_bytes_packed"] == packed + scales
+    assert held["error_bytes"] == (held["base_bytes"] if contender[2] else 0)

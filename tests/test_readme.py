@@ -7,7 +7,16 @@ import pytest
 
 import raclora_jax as rl
 from benchmarks import tables
-from raclora_jax import checkpoint, estimators, federated, methods, peft, sharding, theory
+from raclora_jax import (
+    checkpoint,
+    estimators,
+    federated,
+    methods,
+    peft,
+    quantized,
+    sharding,
+    theory,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -70,6 +79,7 @@ def test_reference_has_every_public_name():
         federated,
         methods,
         peft,
+        quantized,
         sharding,
         theory,
     )

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import raclora_jax as rl
 from finetuning import runs, training
@@ -37,6 +38,11 @@ class Problem(Protocol):
 
     def loss(self, params: Any, *batch: Any) -> jax.Array:
         """Of a batch."""
+
+    def trainer(
+        self, method: str, rate: optax.Schedule, spec: rl.Spec, seed: int
+    ) -> training.Trainer:
+        """A method on this model."""
 
     def batch(self, step: int, size: int, seed: int) -> tuple[np.ndarray, ...]:
         """The rows of a step, a function of its number."""
@@ -72,7 +78,7 @@ def train(
     """Trains, from the last checkpoint if there is one, and writes everything."""
     peak = options.learning_rate or training.RATES[options.method]
     rate = training.schedule(peak, steps, 0.1)
-    method = training.trainer(options.method, rate, spec, problem.loss, options.seed)
+    method = problem.trainer(options.method, rate, spec, options.seed)
     if options.dry_run:
         inputs = problem.batch(0, options.batch, options.seed)
         print(rl.summary(problem.params, spec, problem.loss, *inputs))

@@ -48,17 +48,20 @@ class Run:
     def __init__(self, folder: pathlib.Path, config: dict[str, Any], *, resume: bool):
         self.folder, self.config = folder, config
         file = folder / "config.json"
-        if folder.exists() and any(folder.iterdir()):
+        held = folder.iterdir() if folder.exists() else ()
+        if any(entry.suffix != ".partial" for entry in held):
             if not resume:
                 raise ValueError(f"{folder} exists; name another, or say --resume")
-            held = json.loads(file.read_text()) if file.exists() else None
-            differing = [k for k in config if held is None or held.get(k) != config[k]]
+            stated = json.loads(file.read_text()) if file.exists() else {}
+            differing = [key for key in config if stated.get(key) != config[key]]
             if differing:
                 raise ValueError(
                     f"{folder} is a run of another {', '.join(differing)}; name another"
                 )
         folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(config, indent=1) + "\n")
+        partial = file.with_suffix(".partial")
+        partial.write_text(json.dumps(config, indent=1) + "\n")
+        partial.replace(file)
         self._file = folder / "metrics.jsonl"
         self.rows: list[dict[str, Any]] = []
         self.console = Console()

@@ -62,6 +62,11 @@ def stochastic(
     return jnp.where(inside, drawn, nearest(exact, dtype))
 
 
+def integers(exact: Array, key: Array) -> Array:
+    """One of the two integers around float32 values, right on average."""
+    return jnp.floor(exact + _fraction(_hash(key, _places(exact.shape))))
+
+
 def settle(
     exact: Array,
     dtype: DTypeLike,

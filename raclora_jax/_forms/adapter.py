@@ -138,8 +138,15 @@ def effective_params(
       >>> effective_params(W, factors, chain, 2)["kernel"].dtype
       dtype('float32')
     """
-    return _sum(
+    total = summed(
         base_params, factors, chain, as_spec(spec), lambda _, exact: exact, dequantize
+    )
+    if dequantize is None:
+        return total
+    return jax.tree.map(
+        lambda leaf: dequantize(leaf) if is_quantised(leaf) else leaf,
+        total,
+        is_leaf=is_quantised,
     )
 
 
@@ -168,13 +175,13 @@ def merge(
       True
     """
     spec = as_spec(spec)
-
-    def rounded(plan: LeafPlan, exact: Array) -> Array:
-        key = leaf_key(chain.key_data, "merge", plan.path)
-        key = jax.random.fold_in(key, chain.link)
-        return rounding.settle(exact, plan.dtype, spec.rounding, key).astype(plan.dtype)
-
-    return _sum(base_params, factors, chain, spec, rounded)
+    return summed(
+        base_params,
+        factors,
+        chain,
+        spec,
+        lambda plan, exact: settled(plan, exact, chain, spec),
+    )
 
 
 def next_link(
@@ -203,13 +210,27 @@ def next_link(
       1
     """
     spec = as_spec(spec)
-    merged = merge(base_params, factors, chain, spec)
+    return merge(base_params, factors, chain, spec), *begun(
+        base_params, factors, chain, spec
+    )
+
+
+def begun(
+    base_params: PyTree, factors: PyTree, chain: AdapterChain, spec: Spec
+) -> tuple[Any, AdapterChain]:
+    """Factors at zero, and the chain at its next link."""
     leaves, _ = paths.flatten(base_params, is_leaf=is_quantised)
-    plans = plan_leaves(spec, leaves)
     link = chain.link + 1
-    sketches = _cached(spec, chain.key_data, link, plans)
+    sketches = _cached(spec, chain.key_data, link, plan_leaves(spec, leaves))
     zeros = jax.tree.map(jnp.zeros_like, factors)
-    return merged, zeros, chain._replace(link=link, sketches=sketches)
+    return zeros, chain._replace(link=link, sketches=sketches)
+
+
+def settled(plan: LeafPlan, exact: Array, chain: AdapterChain, spec: Spec) -> Array:
+    """A sum brought to the dtype of its weight, as the spec says."""
+    key = leaf_key(chain.key_data, "merge", plan.path)
+    key = jax.random.fold_in(key, chain.link)
+    return rounding.settle(exact, plan.dtype, spec.rounding, key).astype(plan.dtype)
 
 
 def is_quantised(node: Leaf) -> bool:
@@ -217,7 +238,7 @@ def is_quantised(node: Leaf) -> bool:
     return hasattr(node, "qvalue") and hasattr(node, "shape")
 
 
-def _sum(
+def summed(
     base_params: PyTree,
     factors: PyTree,
     chain: AdapterChain,
@@ -225,21 +246,22 @@ def _sum(
     finish: Callable[[LeafPlan, Array], Array],
     dequantize: Callable[[Any], Array] | None = None,
 ) -> PyTree:
-    """``finish(plan, W + lift(F))`` for every trained leaf."""
+    """``finish(plan, W + lift(F))`` for every trained leaf; frozen ones as they are."""
     leaves, treedef, plans, values = matched(base_params, factors, chain, spec)
     sketches = sketches_of(chain, plans)
     if dequantize is None:
         way_out = (
-            "sum them with effective_params(..., dequantize=...), then quantise anew"
+            "merge with raclora_jax.quantized, which carries the rounding error, or sum "
+            "in full precision with effective_params(..., dequantize=...)"
         )
         refuse_quantised(leaves, plans, "merged into", way_out)
 
     def one(path: str, weight: Leaf) -> Leaf:
         plan = plans[path]
-        if dequantize is not None and is_quantised(weight):
-            weight = dequantize(weight)
         if plan.mode == "frozen":
             return weight
+        if dequantize is not None and is_quantised(weight):
+            weight = dequantize(weight)
         delta = values[path]
         if plan.mode == "lowrank":
             delta = lift_leaf(delta, sketches[path], plan)
