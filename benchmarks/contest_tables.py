@@ -40,32 +40,6 @@ def losses(name: str, study: str) -> str:
     return "\n".join(lines)
 
 
-def glue(kind: str) -> str:
-    """The metric of every method on the dev table of each task, in percent."""
-    rows = [row for row in _rows("glue") if row["study"].endswith(f", {kind}")]
-    tasks = list(dict.fromkeys(row["study"].partition(",")[0] for row in rows))
-    by_cell = {(row["method"], row["study"]): row for row in rows}
-    methods = dict.fromkeys(row["method"] for row in rows)
-    lines = [
-        "| method | optimizer bytes | " + " | ".join(tasks) + " |",
-        "|---|---:|" + "---:|" * len(tasks),
-    ]
-    for method in methods:
-        own = [by_cell.get((method, f"{task}, {kind}")) for task in tasks]
-        size = next(row["optimizer_bytes"] for row in own if row)
-        scores = [
-            f"{row['score_mean']:.1f} ± {row['score_std']:.1f}" if row else "-"
-            for row in own
-        ]
-        lines.append(f"| {method} | {size:,} | " + " | ".join(scores) + " |")
-    starts = [
-        next(f"{row['start']:.1f}" for row in rows if row["study"].startswith(task))
-        for task in tasks
-    ]
-    lines.append("| before tuning | 0 | " + " | ".join(starts) + " |")
-    return "\n".join(lines)
-
-
 def times(name: str) -> str:
     """Milliseconds a step, timed in turn."""
     lines = ["| method | milliseconds a step | over full Adam |", "|---|---:|---:|"]

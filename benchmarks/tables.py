@@ -176,7 +176,6 @@ TABLES = {
     "sentiment_steps": lambda: contest_tables.losses("sentiment", "equal steps"),
     "sentiment_times": lambda: contest_tables.times("sentiment"),
     "sentiment_time": lambda: contest_tables.losses("sentiment", "equal time"),
-    "glue": lambda: contest_tables.glue("equal steps"),
     "data_parallel": data_parallel_table,
     "laws": laws_table,
     "gpu": gpu_table,
