@@ -28,9 +28,11 @@ SEEDS = (0, 1, 2)
 STEPS = 300
 # Name, method, rank, and where the search of its rate starts.
 METHODS = (
-    ("RAC-LoRA r12", "raclora", 12, 4e-3),
-    ("LoRA r8", "lora", 8, 8e-3),
-    ("full", "full", 8, 2e-3),
+    ("RAC-LoRA r16, orthogonal", "raclora-orthogonal", 16, 2e-3),
+    ("RAC-LoRA r32, orthogonal", "raclora-orthogonal", 32, 2e-3),
+    ("RAC-LoRA r12, Adam", "raclora", 12, 4e-3),
+    ("LoRA r8, Adam", "lora", 8, 8e-3),
+    ("full, Adam", "full", 8, 2e-3),
 )
 
 

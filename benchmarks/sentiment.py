@@ -130,6 +130,8 @@ def entries() -> list[Entry]:
     table.append(
         ours("RAC r16 Adam, link 100", 16, inner=None, resample_every=100, guess=4e-4)
     )
+    name = "RAC r16 Adam, link 25, moments kept"
+    table.append(ours(name, 16, inner=None, moments="keep", guess=2e-4))
     momentum = contenders.momentum
     # What tells LoRA from RAC-LoRA as published, one thing after the other.
     asymmetric, published = methods.asymmetric, methods.published_raclora

@@ -205,6 +205,7 @@ def spec_for(options: argparse.Namespace) -> rl.Spec:
             rl.Rule(".*/kernel", rows=(0,)),
             rl.Rule(".*", mode="frozen"),
         ],
+        **(training.STATELESS if options.method == "raclora-orthogonal" else {}),
     )
 
 

@@ -170,7 +170,8 @@ def fine_tune(options: argparse.Namespace) -> Problem:
     if options.spec is not None:
         spec = training.spec_of(options.spec)
     else:
-        spec = decoder.spec_for(problem.params, options.rank)
+        more = training.STATELESS if options.method == "raclora-orthogonal" else {}
+        spec = decoder.spec_for(problem.params, options.rank, **more)
     loop.train(options, problem, spec, options.steps, export)
     return problem
 

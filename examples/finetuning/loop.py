@@ -116,7 +116,7 @@ def train(
             )
             params = method.params(state)
             row |= problem.judge(params)
-            if options.method == "raclora":
+            if options.method.startswith("raclora"):
                 link = done // spec.resample_every
                 row["captured"], row["lambda"] = training.captured(
                     problem.loss, params, spec, link, options.seed, *batch
@@ -173,7 +173,7 @@ def report(
     moved = training.moved(problem.params, params)
     sizes = {path: size for path, size in moved.items() if size}
     figures["Update size per layer"] = runs.bars(sizes, "|change| / |weight|")
-    if options.method == "raclora":
+    if options.method.startswith("raclora"):
         shares = {"captured": run.curve("captured"), "lambda": run.curve("lambda")}
         figures["Captured share per link"] = runs.lines(shares, "share of the gradient")
     speed = np.median(run.curve("tokens_per_second")[1])

@@ -16,7 +16,9 @@ from jax import Array
 import raclora_jax as rl
 from raclora_jax import methods, theory
 
-RATES = {"raclora": 1e-3, "lora": 2e-3, "full": 1e-4}
+RATES = {"raclora": 1e-3, "raclora-orthogonal": 1e-3, "lora": 2e-3, "full": 1e-4}
+# Of ``raclora-orthogonal``: blocks of rows, full fine-tuning's rate at every rank.
+STATELESS = {"alpha": "dim", "sketch": "block", "resample_every": 25}
 
 
 class Trainer(NamedTuple):
@@ -59,8 +61,9 @@ def trainer(
     method: str, rate: optax.Schedule, spec: rl.Spec, loss_fn: Any, seed: int
 ) -> Trainer:
     """``raclora`` in factor form, ``lora`` beside the weights, or ``full``."""
-    if method == "raclora":
-        return _raclora(rate, spec, loss_fn, seed)
+    if method.startswith("raclora"):
+        inner = rl.orthogonal() if method == "raclora-orthogonal" else None
+        return _raclora(rate, spec, loss_fn, inner, seed)
     made = methods.full(rate)
     if method == "lora":
         made = methods.lora(rate, spec, key=seed)
@@ -72,8 +75,14 @@ def trainer(
     )
 
 
-def _raclora(rate: optax.Schedule, spec: rl.Spec, loss_fn: Any, seed: int) -> Trainer:
-    tx = rl.raclora(rate, spec, key=seed)
+def _raclora(
+    rate: optax.Schedule,
+    spec: rl.Spec,
+    loss_fn: Any,
+    inner: optax.GradientTransformation | None,
+    seed: int,
+) -> Trainer:
+    tx = rl.raclora(rate, spec, inner=inner, key=seed)
     grad_fn = rl.value_and_grad(loss_fn, spec)
 
     def step(state: Any, *batch: Array) -> tuple[Any, Array]:
@@ -83,7 +92,8 @@ def _raclora(rate: optax.Schedule, spec: rl.Spec, loss_fn: Any, seed: int) -> Tr
         return (rl.apply_updates(params, updates, opt_state, spec), opt_state), loss
 
     def size(params: Any) -> int:
-        return rl.summary(params, spec).total.state_bytes
+        kept = jax.eval_shape(tx.init, params).inner_state
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
 
     return Trainer(
         lambda params: (params, tx.init(params)), step, lambda state: state[0], size
