@@ -1,30 +1,51 @@
 """The other methods of the field, for comparison, on the same pieces.
 
-Each is a ``Method`` with the same three functions, so that one loop trains them all:
-``full``, ``lora``, ``asymmetric``, ``cola``, ``published_raclora``, ``galore``,
-``golore``, ``flora``, and the library's own ``raclora`` beside them.
+Each is a ``Method`` with the same three functions, so that one loop trains them all.
+``full`` trains every number; a pair of factors beside frozen weights is trained by
+``lora``, ``rslora``, ``lora_fa``, ``asymmetric``, ``dora``, ``sora``, ``lora_pro``,
+``lora_rite``, ``allora`` and ``heterolora``, and in a chain by ``cola``, ``xgblora`` and
+``published_raclora``. ``galore``, ``golore`` and ``flora`` form the gradient and keep
+their state in a low-rank basis. The library's own ``raclora`` stands beside them.
 """
 
+from raclora_jax.methods._allora import allora
 from raclora_jax.methods._asymmetric import asymmetric
 from raclora_jax.methods._cola import cola
+from raclora_jax.methods._dora import dora
 from raclora_jax.methods._flora import flora
 from raclora_jax.methods._full import full
 from raclora_jax.methods._galore import galore
 from raclora_jax.methods._golore import golore
+from raclora_jax.methods._heterolora import heterolora
 from raclora_jax.methods._lora import lora
+from raclora_jax.methods._lora_fa import lora_fa
+from raclora_jax.methods._lora_pro import lora_pro
+from raclora_jax.methods._lora_rite import lora_rite
 from raclora_jax.methods._method import Method
 from raclora_jax.methods._published import published_raclora
 from raclora_jax.methods._raclora import raclora
+from raclora_jax.methods._rslora import rslora
+from raclora_jax.methods._sora import sora
+from raclora_jax.methods._xgblora import xgblora
 
 __all__ = [
     "Method",
+    "allora",
     "asymmetric",
     "cola",
+    "dora",
     "flora",
     "full",
     "galore",
     "golore",
+    "heterolora",
     "lora",
+    "lora_fa",
+    "lora_pro",
+    "lora_rite",
     "published_raclora",
     "raclora",
+    "rslora",
+    "sora",
+    "xgblora",
 ]

@@ -8,6 +8,7 @@ from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import KeyLike
 from raclora_jax.methods._method import Method
 from raclora_jax.methods._pair import pair_method
+from raclora_jax.methods._pieces import Pieces
 
 
 def asymmetric(
@@ -38,11 +39,5 @@ def asymmetric(
       <https://arxiv.org/abs/2402.16842>`_, 2024.
     """
     return pair_method(
-        learning_rate,
-        spec,
-        inner=inner,
-        train_drawn=False,
-        chain=False,
-        restart=False,
-        key=key,
+        learning_rate, spec, Pieces(inner=inner, train_drawn=False), key=key
     )

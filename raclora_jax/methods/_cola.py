@@ -8,6 +8,7 @@ from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import KeyLike
 from raclora_jax.methods._method import Method
 from raclora_jax.methods._pair import pair_method
+from raclora_jax.methods._pieces import Pieces
 
 
 def cola(
@@ -36,12 +37,4 @@ def cola(
     References:
       Xia et al., `Chain of LoRA <https://arxiv.org/abs/2401.04151>`_, 2024.
     """
-    return pair_method(
-        learning_rate,
-        spec,
-        inner=inner,
-        train_drawn=True,
-        chain=True,
-        restart=True,
-        key=key,
-    )
+    return pair_method(learning_rate, spec, Pieces(inner=inner, chain=True), key=key)

@@ -8,6 +8,7 @@ from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import KeyLike
 from raclora_jax.methods._method import Method
 from raclora_jax.methods._pair import pair_method
+from raclora_jax.methods._pieces import Pieces
 
 
 def lora(
@@ -36,12 +37,4 @@ def lora(
     References:
       Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_, 2021.
     """
-    return pair_method(
-        learning_rate,
-        spec,
-        inner=inner,
-        train_drawn=True,
-        chain=False,
-        restart=False,
-        key=key,
-    )
+    return pair_method(learning_rate, spec, Pieces(inner=inner), key=key)

@@ -1,14 +1,14 @@
 """Methods that train a pair of factors beside frozen weights.
 
 One factor of each adapted leaf is drawn, the other starts at zero; in the words of the
-plan, the drawn one has the shape of the sketch and the other that of the factor. LoRA,
-Asymmetric LoRA, Chain of LoRA and RAC-LoRA as published differ in three switches.
+plan, the drawn one has the shape of the sketch and the other that of the factor. What
+tells one method from another is in its ``Pieces``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from raclora_jax._chain.inner import as_rule, knowing
 from raclora_jax._core import paths
-from raclora_jax._core.keys import key_data
+from raclora_jax._core.keys import key_data, leaf_key
 from raclora_jax._core.lowrank import formed, lift_leaf
 from raclora_jax._core.plan import LeafPlan, plan_tree
 from raclora_jax._core.sketch import draw_all
@@ -25,36 +25,15 @@ from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import KeyLike, LossFn, PyTree
 from raclora_jax._forms.unmerged import unmerged
 from raclora_jax.methods._method import Method, nbytes, rate_at, size
-
-
-class PairState(NamedTuple):
-    """State of a pair method; every dict is keyed by path.
-
-    Attributes:
-      base: The weights the pair is added to.
-      drawn: The factors that start random.
-      zero: The factors that start at zero.
-      dense: Trained differences of the leaves that are not adapted.
-      inner: ``{group: state}`` of the inner rule for each trained group.
-      count: int32 scalar, steps taken.
-    """
-
-    base: PyTree
-    drawn: dict[str, Array]
-    zero: dict[str, Array]
-    dense: dict[str, Array]
-    inner: dict[str, Any]
-    count: Array  # type: ignore[assignment]  # hides tuple.count, as in optax
+from raclora_jax.methods._pair_state import Groups, PairState, by_name, of_pairs, where
+from raclora_jax.methods._pieces import Pair, Pieces
 
 
 def pair_method(
     learning_rate: optax.ScalarOrSchedule,
     spec: Spec | int,
+    pieces: Pieces,
     *,
-    inner: optax.GradientTransformation | None,
-    train_drawn: bool,
-    chain: bool,
-    restart: bool,
     key: KeyLike,
 ) -> Method:
     """A method with the pair ``W + scaling * drawn * zero``.
@@ -62,14 +41,12 @@ def pair_method(
     Args:
       learning_rate: A float or a schedule of the steps.
       spec: Which leaves, ranks, scaling, law of the drawn factor and length of a link.
-      inner: Preconditioner without learning rate; Adam by default.
-      train_drawn: Whether the drawn factor is trained too.
-      chain: Whether the pair is merged and begun anew every ``spec.resample_every``.
-      restart: Whether the moments of the pair start again with it.
+      pieces: What the method does with the pair.
       key: Typed threefry key, raw key data, or int seed.
 
     Returns:
-      A ``Method``.
+      A ``Method``. Its trained numbers are the most of any step. ``init`` raises
+      ``ValueError`` if no leaf has a pair, or a leaf does not suit the method.
     """
     spec, data = as_spec(spec), key_data(key)
     for side in (spec.side, *(rule.side for rule in spec.rules)):
@@ -79,100 +56,220 @@ def pair_method(
                 "drawn and one zero factor for good; give side='left' or 'right', or "
                 "use methods.raclora"
             )
-    inner = optax.scale_by_adam() if inner is None else inner
-    rule = as_rule(inner)
-    groups = ("zero", "drawn", "dense") if train_drawn else ("zero", "dense")
+    made = _PairMethod(learning_rate, spec, data, pieces)
+    return Method(made.init, made.step, made.params, made.trained, made.optimizer_bytes)
 
-    def begin(
-        params: PyTree, link: Array | int
-    ) -> tuple[dict[str, Array], dict[str, Array]]:
-        plans = {p: plan for p, plan in plan_tree(spec, params).items() if plan.adapted}
-        drawn = {
-            path: formed(sketch, plans[path])
-            for path, sketch in draw_all(data, link, plans.values()).items()
-        }
-        zero = {
-            path: jnp.zeros(plan.factor_shape, plan.wide_dtype)
-            for path, plan in plans.items()
-        }
-        return drawn, zero
 
-    def init(params: PyTree) -> PairState:
+@dataclasses.dataclass(frozen=True, eq=False)
+class _PairMethod:
+    """The functions of a ``Method``, on what ``pair_method`` was given."""
+
+    learning_rate: optax.ScalarOrSchedule
+    spec: Spec
+    data: Array
+    pieces: Pieces
+
+    def init(self, params: PyTree) -> PairState:
         leaves, treedef = paths.flatten(params)
         base = paths.unflatten(treedef, {p: jnp.asarray(w) for p, w in leaves.items()})
-        drawn, zero = begin(base, 0)
+        plans = self.plans(base)
+        groups = by_name(self.begin(base, 0))
         dense = {
             path: jnp.zeros(plan.shape, plan.wide_dtype)
-            for path, plan in plan_tree(spec, base).items()
+            for path, plan in plans.items()
             if plan.mode == "dense"
         }
-        state = PairState(base, drawn, zero, dense, {}, jnp.zeros((), jnp.int32))
-        with knowing(plan_tree(spec, base)):
-            inner = {g: rule.init(getattr(state, g)) for g in groups}
-        return state._replace(inner=inner)
+        drawn, zero = groups.pop("drawn"), groups.pop("zero")
+        subset = self.pieces.subset
+        chosen = () if subset is None else subset.init(len(zero))
+        count = jnp.zeros((), jnp.int32)
+        state = PairState(base, drawn, zero, groups, dense, {}, chosen, count)
+        return state._replace(inner=self.begin_rules(plans, state))
 
-    def params(state: PairState) -> PyTree:
-        plans = _explicit(plan_tree(spec, state.base))
+    def plans(self, base: PyTree) -> dict[str, LeafPlan]:
+        """Plans whose drawn factor is an array, whatever law it came from."""
+        return {
+            path: dataclasses.replace(plan, sketch="")
+            for path, plan in plan_tree(self.spec, base).items()
+        }
+
+    def begin(self, base: PyTree, link: Array | int) -> dict[str, Pair]:
+        """The pairs of a new link."""
+        leaves, _ = paths.flatten(base)
+        plans = plan_tree(self.spec, base)
+        adapted = {path: plan for path, plan in plans.items() if plan.adapted}
+        if not adapted:
+            shown = ", ".join(f"{paths.show(p)} is {plans[p].mode}" for p in plans)
+            raise ValueError(
+                f"no leaf is left for a pair: {shown}; adapt one in the spec"
+            )
+        for plan in adapted.values():
+            if self.pieces.check is not None:
+                self.pieces.check(plan)
+        pairs: dict[str, Pair] = {}
+        for path, sketch in draw_all(self.data, link, adapted.values()).items():
+            plan = adapted[path]
+            zero = jnp.zeros(plan.factor_shape, plan.wide_dtype)
+            pairs[path] = {"drawn": formed(sketch, plan), "zero": zero}
+            if self.pieces.extra is not None:
+                key = jax.random.fold_in(leaf_key(self.data, "extra", path), link)
+                pairs[path] |= self.pieces.extra(plan, leaves[path], key)
+        return pairs
+
+    def params(self, state: PairState) -> PyTree:
+        plans, pairs = self.plans(state.base), state.pairs
         leaves, treedef = paths.flatten(state.base)
-        merged = {p: _effective(plans[p], weight, state) for p, weight in leaves.items()}
-        return paths.unflatten(treedef, merged)
 
-    def next_link(state: PairState) -> PairState:
-        base = params(state._replace(dense=jax.tree.map(jnp.zeros_like, state.dense)))
-        drawn, zero = begin(base, state.count // spec.resample_every)
-        state = state._replace(base=base, drawn=drawn, zero=zero)
-        if not restart:
+        def effective(path: str, weight: Array) -> Array:
+            plan = plans[path]
+            if plan.mode == "frozen":
+                return weight
+            wide = weight.astype(plan.wide_dtype)
+            if plan.mode == "dense":
+                exact = wide + state.dense[path]
+            elif self.pieces.weight is not None:
+                exact = self.pieces.weight(plan, wide, pairs[path])
+            else:
+                drawn, factor = self.beside(plan, pairs[path])
+                exact = wide + lift_leaf(factor, drawn, plan)
+            return exact.astype(weight.dtype)
+
+        return paths.unflatten(treedef, {p: effective(p, w) for p, w in leaves.items()})
+
+    def beside(self, plan: LeafPlan, pair: Pair) -> tuple[Array, Array]:
+        """The two factors of the change."""
+        if self.pieces.beside is not None:
+            return self.pieces.beside(plan, pair)
+        return pair["drawn"], pair["zero"]
+
+    def next_link(self, state: PairState) -> PairState:
+        still = state._replace(dense=jax.tree.map(jnp.zeros_like, state.dense))
+        base = self.params(still)
+        pairs = self.begin(base, state.count // self.spec.resample_every)
+        state = state._replace(base=base).holding(by_name(pairs))
+        if not self.pieces.restart:
             return state
-        with knowing(plan_tree(spec, base)):
-            fresh = {g: rule.init(getattr(state, g)) for g in groups if g != "dense"}
-        return state._replace(inner={**state.inner, **fresh})
+        fresh = self.begin_rules(self.plans(base), state)
+        return state._replace(inner={**fresh, "dense": state.inner["dense"]})
 
-    def step(state: PairState, loss_fn: LossFn, *args: Any) -> tuple[PairState, Array]:
-        if chain:
-            ends = (state.count > 0) & (state.count % spec.resample_every == 0)
-            state = lax.cond(ends, next_link, lambda state: state, state)
-        trained = {group: getattr(state, group) for group in groups}
-
-        plans = plan_tree(spec, state.base)
-
-        def loss(trained: dict[str, Any]) -> Array:
-            now = state._replace(**trained)
-            beside = unmerged(loss_fn, _explicit(plans), now.zero | now.dense, now.drawn)
-            return beside(now.base, *args)
-
-        value, grads = jax.value_and_grad(loss)(trained)
-        rate = rate_at(learning_rate, state.count)
-        states = {}
-        for group in groups:
-            with knowing(plans):
-                moved, states[group] = rule.update(
-                    grads[group], state.inner[group], trained[group], plans=plans
-                )
-            moved = jax.tree.map(lambda u: -rate * u, moved)
-            trained[group] = optax.apply_updates(trained[group], moved)
+    def step(
+        self, state: PairState, loss_fn: LossFn, *args: Any
+    ) -> tuple[PairState, Array]:
+        if self.pieces.chain:
+            ends = (state.count > 0) & (state.count % self.spec.resample_every == 0)
+            state = lax.cond(ends, self.next_link, lambda state: state, state)
+        plans, trained = self.plans(state.base), self.groups(state)
+        value, grads = jax.value_and_grad(self.loss)(trained, plans, state, loss_fn, args)
+        grads = self.mapped(plans, grads, state)
+        live, chosen = self.live(grads, state)
+        grads = where(live, grads, jax.tree.map(jnp.zeros_like, grads))
+        directions, inner = self.directions(plans, grads, state)
+        rate = rate_at(self.learning_rate, state.count)
+        moved = jax.tree.map(lambda u: -rate * u, directions)
+        after = self.settled(plans, state.holding(optax.apply_updates(trained, moved)))
+        after = where(live, after, trained)
         count = optax.safe_increment(state.count)
-        return state._replace(**trained, inner=states, count=count), value
+        state = state._replace(inner=inner, subset=chosen, count=count)
+        return state.holding(after), value
 
-    def trained(params: PyTree) -> int:
-        state = jax.eval_shape(init, params)
-        return sum(size(getattr(state, group)) for group in groups)
+    def groups(self, state: PairState) -> Groups:
+        """What is trained."""
+        drawn = {"drawn": state.drawn} if self.pieces.train_drawn else {}
+        return {"zero": state.zero, **drawn, "dense": state.dense, **state.extra}
 
-    def optimizer_bytes(params: PyTree) -> int:
-        return nbytes(jax.eval_shape(init, params).inner)
+    def loss(
+        self,
+        trained: Groups,
+        plans: dict[str, LeafPlan],
+        state: PairState,
+        loss_fn: LossFn,
+        args: tuple[Any, ...],
+    ) -> Array:
+        """The loss of what is trained; the change stays beside the weight if it can."""
+        now = state.holding(trained)
+        if self.pieces.weight is not None:
+            return loss_fn(self.params(now), *args)
+        seen = {path: self.beside(plans[path], pair) for path, pair in now.pairs.items()}
+        drawn = {path: pair[0] for path, pair in seen.items()}
+        factors = {path: pair[1] for path, pair in seen.items()}
+        return unmerged(loss_fn, plans, factors | now.dense, drawn)(now.base, *args)
 
-    return Method(init, step, params, trained, optimizer_bytes)
+    def mapped(
+        self, plans: dict[str, LeafPlan], grads: Groups, state: PairState
+    ) -> Groups:
+        """The gradients as the method wants them."""
+        if self.pieces.gradient is None:
+            return grads
+        own = of_pairs(grads)
+        for path, pair in state.pairs.items():
+            own[path] = self.pieces.gradient(plans[path], own[path], pair)
+        return grads | by_name(own)
 
+    def live(
+        self, grads: Groups, state: PairState
+    ) -> tuple[dict[str, Array] | None, PyTree]:
+        """Which leaves are trained, ``None`` for all, and what decides next time."""
+        if self.pieces.subset is None:
+            return None, state.subset
+        pairs = state.pairs
+        flags, chosen = self.pieces.subset.update(
+            state.subset, state.count, of_pairs(grads), pairs
+        )
+        return {path: flags[index] for index, path in enumerate(pairs)}, chosen
 
-def _effective(plan: LeafPlan, weight: Array, state: PairState) -> Array:
-    if plan.mode == "frozen":
-        return weight
-    if plan.mode == "dense":
-        delta = state.dense[plan.path]
-    else:
-        delta = lift_leaf(state.zero[plan.path], state.drawn[plan.path], plan)
-    return (weight.astype(plan.wide_dtype) + delta).astype(weight.dtype)
+    def settled(self, plans: dict[str, LeafPlan], state: PairState) -> Groups:
+        """What is trained, as the method leaves it after a step."""
+        if self.pieces.settle is None:
+            return self.groups(state)
+        pairs = state.pairs
+        settled = {p: self.pieces.settle(plans[p], pair) for p, pair in pairs.items()}
+        return self.groups(state.holding(by_name(settled)))
 
+    def rule(self, group: str) -> optax.GradientTransformationExtraArgs:
+        inner = optax.scale_by_adam() if self.pieces.inner is None else self.pieces.inner
+        return as_rule(self.pieces.rules.get(group, inner))
 
-def _explicit(plans: dict[str, LeafPlan]) -> dict[str, LeafPlan]:
-    """The plans of a pair, whose drawn factor is an array whatever law it came from."""
-    return {path: dataclasses.replace(plan, sketch="") for path, plan in plans.items()}
+    def alone(self, state: PairState) -> Groups:
+        """The groups whose rule sees them alone."""
+        joint = () if self.pieces.joint is None else ("zero", "drawn")
+        return {g: held for g, held in self.groups(state).items() if g not in joint}
+
+    def begin_rules(self, plans: dict[str, LeafPlan], state: PairState) -> dict[str, Any]:
+        """Inner states at their start."""
+        with knowing(plans):
+            inner = {g: self.rule(g).init(held) for g, held in self.alone(state).items()}
+        if self.pieces.joint is None:
+            return inner
+        init = self.pieces.joint.init
+        return inner | {"pair": {p: init(plans[p], w) for p, w in state.pairs.items()}}
+
+    def directions(
+        self, plans: dict[str, LeafPlan], grads: Groups, state: PairState
+    ) -> tuple[Groups, dict[str, Any]]:
+        """What the learning rate multiplies, and the inner states after it."""
+        moved: Groups = {}
+        inner = {}
+        for group, held in self.alone(state).items():
+            with knowing(plans):
+                moved[group], inner[group] = self.rule(group).update(
+                    grads[group], state.inner[group], held, plans=plans
+                )
+        if self.pieces.joint is None:
+            return moved, inner
+        own, after = {}, {}
+        joint, gradients = state.inner["pair"], of_pairs(grads)
+        for path, pair in state.pairs.items():
+            own[path], after[path] = self.pieces.joint.update(
+                plans[path], gradients[path], joint[path], pair
+            )
+        return moved | by_name(own), inner | {"pair": after}
+
+    def trained(self, params: PyTree) -> int:
+        groups = self.groups(jax.eval_shape(self.init, params))
+        sizes = sorted(map(size, of_pairs(groups).values()), reverse=True)
+        if self.pieces.subset is not None:
+            sizes = sizes[: self.pieces.subset.size(len(sizes))]
+        return size(groups["dense"]) + sum(sizes)
+
+    def optimizer_bytes(self, params: PyTree) -> int:
+        return nbytes(jax.eval_shape(self.init, params).inner)

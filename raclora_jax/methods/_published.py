@@ -10,6 +10,7 @@ from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import KeyLike
 from raclora_jax.methods._method import Method
 from raclora_jax.methods._pair import pair_method
+from raclora_jax.methods._pieces import Pieces
 
 
 def published_raclora(
@@ -42,12 +43,11 @@ def published_raclora(
     """
     spec = as_spec(spec)
     rules = tuple(dataclasses.replace(rule, sketch=None) for rule in spec.rules)
-    return pair_method(
-        learning_rate,
-        dataclasses.replace(spec, sketch="gaussian_raw", rules=rules),
+    pieces = Pieces(
         inner=optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.01)),
         train_drawn=False,
         chain=True,
         restart=False,
-        key=key,
     )
+    raw = dataclasses.replace(spec, sketch="gaussian_raw", rules=rules)
+    return pair_method(learning_rate, raw, pieces, key=key)
