@@ -13,7 +13,7 @@ import optax
 from jax import Array, lax
 
 from benchmarks.contest import warm_cosine
-from benchmarks.field.entries import Entry
+from benchmarks.field.entries import Entry, Setting
 from benchmarks.field.tasks import Task
 from raclora_jax.methods import Method
 
@@ -37,7 +37,7 @@ class Runner:
 
     def __init__(self, task: Task, entry: Entry, rank: int, seeds: tuple[int, ...]):
         self.task, self.entry, self.rank, self.seeds = task, entry, rank, seeds
-        self.spec = task.spec(rank)
+        self.setting = setting_of(task, rank)
         every = [task.batches(seed, LONGEST * task.steps) for seed in seeds]
         self.batches = tuple(np.stack(parts) for parts in zip(*every, strict=True))
         run = self._run
@@ -47,7 +47,7 @@ class Runner:
 
     def method(self, schedule: optax.Schedule, key: Array) -> Method:
         """The method over a schedule."""
-        return self.entry.method(self.spec, schedule, key, self.task.steps)
+        return self.entry.method(self.setting, schedule, key)
 
     def _run(
         self, rate: Array, place: Array, steps: Array, batches: tuple[Array, ...]
@@ -96,10 +96,16 @@ def _finite(value: Any) -> float:
     return float(value) if np.isfinite(value) else float("inf")
 
 
+def setting_of(task: Task, rank: int) -> Setting:
+    """What a task gives to a method of some rank."""
+    shapes = jax.eval_shape(task.start, jax.random.key(0))
+    return Setting.of(task.spec(rank), shapes, task.steps)
+
+
 def facts(task: Task, entry: Entry, rank: int) -> dict[str, int]:
     """Trained numbers and optimizer bytes at some rank."""
     key = jax.random.key(0)
-    method = entry.method(task.spec(rank), lambda count: 0.0 * count, key, task.steps)
+    method = entry.method(setting_of(task, rank), lambda count: 0.0 * count, key)
     shapes = jax.eval_shape(task.start, key)
     return {
         "trained": method.trained(shapes),
