@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from benchmarks import timing
-from benchmarks.field import runs
+from benchmarks.field import report, runs
 from benchmarks.field.entries import ENTRIES, Entry
 from benchmarks.field.tasks import NAMES, Task
 from benchmarks.standings import Results, side_by_side, use_one_core
@@ -202,6 +202,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
         run(options, results)
+    if out is not None:
+        report.draw(out.with_suffix(".png"), results.rows)
 
 
 if __name__ == "__main__":
