@@ -4,14 +4,19 @@ The oracles are the papers' formulae, with ``W (e, d)``, the drawn factor ``A (r
 the zero factor ``B (e, r)``; a leaf with ``side="left"`` is that ``W`` transposed.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from field import QUICK
 
 import raclora_jax as rl
 from raclora_jax import methods
+
+quickly = functools.partial(jax.jit, compiler_options=QUICK)
 
 ROWS, COLS, RANK, SCALING = 7, 5, 3, 1.5
 LEFT_AND_RIGHT = pytest.mark.parametrize("side", ["left", "right"])
@@ -44,9 +49,10 @@ def quadratic(params, x, y):
     return jnp.mean((x @ params["kernel"] - y) ** 2)
 
 
-def random_pair(method, seed=0, size=1.0):
+def random_pair(method, seed=0, size=1.0, weight=None):
     """A state of a method whose factors are both far from zero."""
-    state = method.init({"kernel": jnp.asarray(kernel())})
+    weight = kernel() if weight is None else weight
+    state = method.init({"kernel": jnp.asarray(weight)})
     random = np.random.default_rng(seed)
     drawn, zero = (
         {"kernel": jnp.asarray(size * random.normal(size=held["kernel"].shape))}
@@ -67,6 +73,60 @@ def moved(before, after, name):
 
 def projector(columns):
     return columns @ np.linalg.pinv(columns)
+
+
+# Stacks and groups of axes
+
+FORMS = {
+    "lora_fa": {},
+    "dora": {"detach_norm": False},
+    "sora": {"threshold": 0.1},
+    "lora_pro": {},
+    "lora_rite": {},
+    "allora": {"eta": 3.0},
+}
+
+
+SLOW = {"lora_fa", "sora", "allora"}
+CASES = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FORMS]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_stack_with_groups_of_axes_is_its_matrices(name):
+    """Two steps on a leaf (2, 7, 3, 2) are those on two leaves (7, 6)."""
+    x, y = kernel(1, (9, 7)), kernel(2, (9, 6))
+    weights = [kernel(seed, (7, 6)) for seed in (3, 4)]
+
+    def each(params):
+        stack = params["kernel"]
+        return sum(quadratic({"kernel": one.reshape(7, 6)}, x, y) for one in stack)
+
+    def alone(params):
+        return quadratic(params, x, y)
+
+    def make(*rules):
+        own = rl.Spec(RANK, side="left", rules=rules)
+        return getattr(methods, name)(0.05, own, key=0, **FORMS[name])
+
+    def stepped(method, loss):
+        step = quickly(lambda state: method.step(state, loss)[0])
+        return lambda state: step(step(state))
+
+    def stacked(like, *leaves):
+        return jnp.stack(leaves).reshape(like.shape) if like.ndim else leaves[0]
+
+    single, whole = make(), make(rl.Rule("kernel", rows=(1,), batch=(0,)))
+    starts = [random_pair(single, seed, weight=w) for seed, w in enumerate(weights)]
+    like = whole.init({"kernel": jnp.asarray(weights).reshape(2, 7, 3, 2)})
+    start = jax.tree.map(stacked, like, *starts)
+    ends = [*map(stepped(single, alone), starts)]
+    found, expected = stepped(whole, each)(start), jax.tree.map(stacked, like, *ends)
+    for got, wanted in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-7, atol=1e-10)
+    shown = [single.params(state)["kernel"] for state in ends]
+    whole_shown = whole.params(found)["kernel"].reshape(2, 7, 6)
+    np.testing.assert_allclose(whole_shown, np.stack(shown), rtol=1e-9)
+    assert np.abs(whole_shown - np.stack(weights)).max() > 0.01
 
 
 # LoRA-FA
@@ -191,7 +251,7 @@ def test_sora_shut_gate_stays_shut_and_can_be_pruned():
     gate = state.extra["gate"]["kernel"].at[jnp.array([0, 2])].set(0)
     state = state._replace(extra={"gate": {"kernel": gate}})
     x, y = kernel(1, (9, ROWS)), kernel(2, (9, COLS))
-    step = jax.jit(lambda state: method.step(state, quadratic, x, y))
+    step = quickly(lambda state: method.step(state, quadratic, x, y))
     for _ in range(4):
         state, _ = step(state)
     gate = np.array(state.extra["gate"]["kernel"])
@@ -383,7 +443,7 @@ def test_lora_rite_does_not_depend_on_the_split_and_adam_does():
     x, y = kernel(1, (9, ROWS)), kernel(2, (9, COLS))
 
     def gap(method):
-        step = jax.jit(lambda state: method.step(state, quadratic, x, y)[0])
+        step = quickly(lambda state: method.step(state, quadratic, x, y)[0])
         one = random_pair(method)
         other = one._replace(
             drawn={"kernel": split.T @ one.drawn["kernel"]},

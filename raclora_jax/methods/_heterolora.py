@@ -49,12 +49,14 @@ def heterolora(
       score: ``"grad_norm"``, ``"snip"`` or ``"constant"``.
       budget: Which part of the adapted leaves is trained, above 0 and at most 1.
       search: Steps of the first search; 32 in the authors' code, 2 or more for ``snip``.
-      every: Steps between later choices; by default the first one stays.
+      every: Steps between later choices, a tenth or a fifth of an epoch in the authors'
+        code; by default the first choice stays.
       inner: Preconditioner without learning rate; Adam by default.
       key: Typed threefry key, raw key data, or int seed.
 
     Returns:
-      A ``Method``; its trained numbers are the most that the budget can buy.
+      A ``Method``; its trained numbers are the most that the budget can buy, as after
+      the first search.
 
     Raises:
       ValueError: If an argument is out of range; from ``init``, if the budget is below

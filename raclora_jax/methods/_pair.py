@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from raclora_jax._chain.inner import as_rule, knowing
+from raclora_jax._chain.inner import ADAM, as_rule, knowing
 from raclora_jax._core import paths
 from raclora_jax._core.keys import key_data, leaf_key
 from raclora_jax._core.lowrank import formed, lift_leaf
@@ -45,8 +45,9 @@ def pair_method(
       key: Typed threefry key, raw key data, or int seed.
 
     Returns:
-      A ``Method``. Its trained numbers are the most of any step. ``init`` raises
-      ``ValueError`` if no leaf has a pair, or a leaf does not suit the method.
+      A ``Method``. With a subset its trained numbers are those of the largest leaves
+      that may be chosen together. ``init`` raises ``ValueError`` if no leaf has a pair,
+      or a leaf does not suit the method.
     """
     spec, data = as_spec(spec), key_data(key)
     for side in (spec.side, *(rule.side for rule in spec.rules)):
@@ -226,7 +227,7 @@ class _PairMethod:
         return self.groups(state.holding(by_name(settled)))
 
     def rule(self, group: str) -> optax.GradientTransformationExtraArgs:
-        inner = optax.scale_by_adam() if self.pieces.inner is None else self.pieces.inner
+        inner = ADAM if self.pieces.inner is None else self.pieces.inner
         return as_rule(self.pieces.rules.get(group, inner))
 
     def alone(self, state: PairState) -> Groups:
