@@ -163,6 +163,8 @@ def ahead() -> str:
             order = sorted(found, key=lambda method: found[method]["loss_mean"])
             others = [m for m in order if FAMILIES[m] != "RAC-LoRA"]
             own = [m for m in order if FAMILIES[m] == "RAC-LoRA"]
+            if not (others and own):  # a run of some methods only
+                continue
             cells = [task, study]
             for method in (order[0], others[0], own[0]):
                 cells += [method, _number(found[method])]
