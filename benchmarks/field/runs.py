@@ -20,6 +20,11 @@ from raclora_jax.methods import Method
 # Of every method alike, then the double and the half of the best.
 RATES = tuple(4.0**power for power in range(-6, 2))
 SIDE_BY_SIDE = 8  # runs in one program, where they are short
+# Where steps are short, compiling costs more than running.
+COMPILED_FAST = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+}
 LONGEST = 3  # times the steps of the task: what a fast method may do in equal time
 
 Case = tuple[float, int]  # a learning rate and a seed
@@ -40,10 +45,11 @@ class Runner:
         self.setting = setting_of(task, rank)
         every = [task.batches(seed, LONGEST * task.steps) for seed in seeds]
         self.batches = tuple(np.stack(parts) for parts in zip(*every, strict=True))
-        run = self._run
         if task.together:
-            run = jax.vmap(run, in_axes=(0, 0, None, None))
-        self._compiled = jax.jit(run)
+            many = jax.vmap(self._run, in_axes=(0, 0, None, None))
+            self._compiled = jax.jit(many, compiler_options=COMPILED_FAST)
+        else:
+            self._compiled = jax.jit(self._run)
 
     def method(self, schedule: optax.Schedule, key: Array) -> Method:
         """The method over a schedule."""
