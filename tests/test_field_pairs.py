@@ -297,10 +297,10 @@ def lora_pro_directions(a, b, g):
     return h_a, outside @ np.linalg.inv(a @ a.T) / SCALING**2 - b @ x, g_a, g_b
 
 
-def lora_pro_step(side, split=None):
+def lora_pro_step(side, split=None, size=1e3):
     """Factors, gradient and directions of a step; the size makes the ridge nothing."""
     method = methods.lora_pro(1.0, spec(side), form="sgd", key=0)
-    state, gradient = random_pair(method, size=1e3), kernel(1)
+    state, gradient = random_pair(method, size=size), kernel(1)
     if split is not None:
         # (B T, T^-1 A)
         state = state._replace(
@@ -332,14 +332,15 @@ def test_lora_pro_moves_as_near_to_the_gradient_as_a_pair_can(side):
 
 
 def test_lora_pro_is_the_nearest_of_its_family_to_the_factors_gradients():
-    a, b, g, h_a, h_b = lora_pro_step("left")
+    a, b, g, h_a, h_b = lora_pro_step("left", size=30.0)
     _, _, g_a, g_b = lora_pro_directions(a, b, g)
 
     def distance(x):
         return np.sum((h_a + x @ a - g_a) ** 2) + np.sum((h_b - b @ x - g_b) ** 2)
 
     random = np.random.default_rng(0)
-    others = [distance(1e-3 * random.normal(size=(RANK, RANK))) for _ in range(200)]
+    sizes = 10 ** random.uniform(-6, -3, 200)
+    others = [distance(size * random.normal(size=(RANK, RANK))) for size in sizes]
     assert min(others) > distance(np.zeros((RANK, RANK)))
 
 
