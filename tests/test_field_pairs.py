@@ -87,7 +87,7 @@ FORMS = {
 }
 
 
-SLOW = {"lora_fa", "sora", "allora"}
+SLOW = {"lora_fa", "dora", "sora", "allora"}
 CASES = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FORMS]
 
 

@@ -23,8 +23,9 @@ def lora_fa(
     """LoRA-FA: asymmetric LoRA with ``g' = g (A A^T + 1e-8 I)^-1 / scaling^2``.
 
     ``scaling * g' A`` is the gradient projected on the rows of the drawn ``A``, for any
-    ``A``: with ``inner=optax.identity()`` one step is one link of RAC-LoRA. This is the
-    form of the PEFT library; the paper's own, without the inverse, is ``asymmetric``.
+    ``A``: with ``inner=optax.identity()`` a step is a link of RAC-LoRA whose gamma is the
+    learning rate. This is the form of the PEFT library; the paper's own, without the
+    inverse, is ``asymmetric``.
 
     Args:
       learning_rate: A float or a schedule of the steps.

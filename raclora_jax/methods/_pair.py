@@ -212,7 +212,8 @@ class _PairMethod:
         """Which leaves are trained, ``None`` for all, and what decides next time."""
         if self.pieces.subset is None:
             return None, state.subset
-        pairs = state.pairs
+        # JAX sorts the keys of a dict it has handled, and leaves are told apart by place.
+        pairs = dict(sorted(state.pairs.items()))
         flags, chosen = self.pieces.subset.update(
             state.subset, state.count, of_pairs(grads), pairs
         )

@@ -41,9 +41,9 @@ class Subset(NamedTuple):
 
     Attributes:
       size: ``size(leaves) -> int``, how many of so many leaves train at once.
-      init: ``init(leaves) -> state`` for so many leaves, in tree order.
+      init: ``init(leaves) -> state`` for so many leaves.
       update: ``update(state, count, gradients, pairs) -> (live, state)`` before each
-        step, of ``{path: Pair}``; ``live`` is bool, one number for each leaf.
+        step, of ``{path: Pair}``; ``live`` is bool, one for each of ``pairs`` in order.
     """
 
     size: Callable[[int], int]
