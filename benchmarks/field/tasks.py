@@ -111,13 +111,20 @@ def least_squares() -> Task:
     problem = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), made)
     first = problem.gap(jnp.zeros((24, 12)))
 
-    def relative(params: PyTree) -> Array:
-        return problem.gap(params["w"]) / first
+    def gap(params: PyTree) -> Array:
+        return problem.gap(params["w"])
 
     def start(key: Array) -> PyTree:
         return {"w": 1e-3 * jax.random.normal(key, (24, 12))}
 
-    return _convex("least squares", "relative gap", start, relative, relative, rank=2)
+    return _convex(
+        "least squares",
+        "relative gap",
+        start,
+        gap,
+        lambda params: gap(params) / first,
+        rank=2,
+    )
 
 
 def logistic() -> Task:
