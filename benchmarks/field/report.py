@@ -150,26 +150,36 @@ def one_task(task: str) -> str:
 
 
 def ahead() -> str:
-    """Who is ahead on each task with all studies, and by how much."""
+    """The first of full fine-tuning, of the other methods and of ours, task by task."""
     rows = read()
+    groups = (("full",), ("pairs", "projected"), ("RAC-LoRA",))
     lines = [
-        "| task | study | first | its number | best of the others' | its number "
-        "| first of ours | its number |",
-        "|---|---|---|---:|---|---:|---|---:|",
+        "| task | study | first in full | | first of the others | | first of ours | "
+        "| ours over full | ours over the others |",
+        "|---|---|---|---:|---|---:|---|---:|---:|---:|",
     ]
     for study in STUDIES:
         for task in tasks_of(rows, study):
-            found = of_study(rows, task, study)
-            order = sorted(found, key=lambda method: found[method]["loss_mean"])
-            others = [m for m in order if FAMILIES[m] != "RAC-LoRA"]
-            own = [m for m in order if FAMILIES[m] == "RAC-LoRA"]
-            if not (others and own):  # a run of some methods only
+            found = of_study(rows, task, study).values()
+            parts = [[r for r in found if FAMILIES[r["method"]] in g] for g in groups]
+            if not all(parts):  # a run of some methods only
                 continue
+            first = [min(part, key=lambda row: row["loss_mean"]) for part in parts]
             cells = [task, study]
-            for method in (order[0], others[0], own[0]):
-                cells += [method, _number(found[method])]
+            for row in first:
+                cells += [row["method"], _number(row)]
+            cells += [_over(first[2], other) for other in first[:2]]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _over(ours: Row, theirs: Row) -> str:
+    """The difference of two rows of the same data; solved tasks have none to speak of."""
+    gaps = [a - b for a, b in zip(ours["loss"], theirs["loss"], strict=True)]
+    mean, spread = statistics.mean(gaps), statistics.stdev(gaps)
+    if max(abs(mean), spread) < 0.001:
+        return f"{mean:+.1e}"
+    return f"{mean:+.3f} ± {spread:.3f}"
 
 
 def _whole(row: Row | None, name: str) -> str:
