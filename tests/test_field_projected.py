@@ -278,6 +278,19 @@ def test_flora_projections_are_the_identity_in_the_mean():
     np.testing.assert_allclose(mean, np.eye(5), atol=5 / np.sqrt(draws))
 
 
+def test_a_new_projection_lengthens_the_momentum():
+    """``|A' A^T M|^2`` is ``dim / rank |M|^2`` in the mean: why links must be long."""
+    draws, law, wide = 2000, rl.Spec(2, sketch="gaussian_raw"), jnp.zeros((31, 20))
+    every = jax.vmap(lambda link: rl.sample_sketch(wide, law, key=7, link=link))(
+        jnp.arange(2 * draws)
+    )
+    old, new = np.asarray(every, np.float64).reshape(2, draws, 2, 20) / np.sqrt(2)
+    M = np.random.default_rng(0).standard_normal((2, 31))
+    grown = np.sum((new @ old.mT @ M) ** 2, axis=(1, 2)) / np.sum(M**2)
+    error = grown.std() / np.sqrt(draws)
+    assert abs(grown.mean() - 20 / 2) < 4 * error < 2
+
+
 def test_flora_without_compression_is_momentum():
     """With no momentum A drops out: b A^T M + (1 - b) G is G."""
     plain = run(methods.flora(0.3, spec(), inner=SGD, momentum=0.0, key=1), 5)[-1].params

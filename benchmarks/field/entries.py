@@ -86,9 +86,9 @@ def pair(
     )
 
 
-def projected(name: str, make: Callable[..., Method]) -> Entry:
+def projected(name: str, make: Callable[..., Method], **fields: Any) -> Entry:
     """A method that forms the dense gradient and steps in a basis."""
-    return Entry(name, make, {}, True, "projected")
+    return Entry(name, make, fields, True, "projected")
 
 
 def ours(
@@ -160,7 +160,8 @@ ENTRIES = (
     pair("RAC-LoRA as published", methods.published_raclora),
     projected("GaLore", galore),
     projected("GoLore", golore),
-    projected("Flora", flora),
+    # In links of 10 or 25 its momentum may grow faster than it decays.
+    projected("Flora", flora, resample_every=50),
     ours("RAC-LoRA, gradient descent", optax.identity),
     ours("RAC-LoRA, Adam", optax.scale_by_adam),
     ours("RAC-LoRA, orthogonal", rl.orthogonal),

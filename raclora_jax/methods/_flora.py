@@ -55,9 +55,12 @@ def flora(
     with entries N(0, 1/rank), so ``E A^T A = I``. A is drawn anew every
     ``spec.resample_every`` steps, and then ``M <- A' (A^T M)`` with the old A inside and
     the new one outside; the released optax code uses the old one for both and reads the
-    result with the new. A comes from the key and is never stored. Published: rank 4,
-    ``resample_every=1000``. Left out of the released code: the step scaled by the size
-    of the parameter, and small or oblong leaves passed over; say so by rules.
+    result with the new. ``A' A^T`` multiplies the length of M by ``sqrt(dim / rank)`` in
+    the mean square, so M stays bounded only if
+    ``momentum^resample_every sqrt(dim / rank) < 1`` (our remark). A comes from the key
+    and is never stored. Published: rank 4, ``resample_every=1000``. Left out of the released
+    code: the step scaled by the size of the parameter, and small or oblong leaves passed
+    over; say so by rules.
 
     Args:
       learning_rate: A float or a schedule.
