@@ -58,9 +58,9 @@ def flora(
     result with the new. ``A' A^T`` multiplies the length of M by ``sqrt(dim / rank)`` in
     the mean square, so M stays bounded only if
     ``momentum^resample_every sqrt(dim / rank) < 1`` (our remark). A comes from the key
-    and is never stored. Published: rank 4, ``resample_every=1000``. Left out of the released
-    code: the step scaled by the size of the parameter, and small or oblong leaves passed
-    over; say so by rules.
+    and is never stored. Published: rank 4, ``resample_every=1000``. Left out of the
+    released code: the step scaled by the size of the parameter, and small or oblong
+    leaves passed over; say so by rules.
 
     Args:
       learning_rate: A float or a schedule.
