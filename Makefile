@@ -8,7 +8,7 @@ $(VENV)/.installed-%: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[$*]'
 	touch $@
 
-.PHONY: finetune finetune-text federated test check format docs bench clean
+.PHONY: finetune finetune-text federated test check format docs bench bench-field clean
 
 finetune: $(VENV)/.installed-benchmarks
 	$(BIN)/python -m benchmarks.finetune $(ARGS)
@@ -39,6 +39,7 @@ bench: $(VENV)/.installed-benchmarks
 	$(BIN)/python -m benchmarks.counterexample
 	$(BIN)/python -m benchmarks.linear_regression
 	$(BIN)/python -m benchmarks.rates
+	$(BIN)/python -m benchmarks.ntk
 	$(BIN)/python -m benchmarks.step_time
 	$(BIN)/python -m benchmarks.laws
 	$(BIN)/python -m benchmarks.sides
@@ -46,6 +47,10 @@ bench: $(VENV)/.installed-benchmarks
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.trace_time
 	$(BIN)/python -m benchmarks.inner_loop
+
+# ARGS="--data-dir DIR", and --quick for a look.
+bench-field: $(VENV)/.installed-benchmarks
+	$(BIN)/python -m benchmarks.field $(ARGS)
 
 clean:
 	rm -rf $(VENV) out dist build docs/_build

@@ -57,21 +57,28 @@ class Task:
             yield stories.windows(self.text.train, starts, LENGTH)
 
 
-def rate_of(
-    entry: Entry, peak: Array | float, steps: Array | int
-) -> Callable[[Any], Array]:
-    """Linear warm-up, cosine to zero; with ``rewarm``, up again after each new link."""
+def warm_cosine(peak: Array | float, steps: Array | int) -> Callable[[Any], Array]:
+    """Linear warm-up, then a cosine to zero."""
     warm = WARM_UP * steps
 
     def schedule(count: Any) -> Array:
         rising = jnp.minimum((count + 1) / warm, 1.0)
         done = jnp.clip((count - warm) / (steps - warm), 0, 1)
-        rate = peak * rising * (1 + jnp.cos(jnp.pi * done)) / 2
-        if entry.rewarm:
-            rate *= jnp.minimum((count % entry.link + 1) / entry.rewarm, 1.0)
-        return rate
+        return peak * rising * (1 + jnp.cos(jnp.pi * done)) / 2
 
     return schedule
+
+
+def rate_of(
+    entry: Entry, peak: Array | float, steps: Array | int
+) -> Callable[[Any], Array]:
+    """``warm_cosine``; with ``rewarm``, it rises again after each new link."""
+    once = warm_cosine(peak, steps)
+    if not entry.rewarm:
+        return once
+    return lambda count: (
+        once(count) * jnp.minimum((count % entry.link + 1) / entry.rewarm, 1.0)
+    )
 
 
 class Runner:

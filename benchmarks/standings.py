@@ -17,8 +17,13 @@ ONE_CORE = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
 
 def use_one_core() -> None:
-    """Gives each process of this program one core; before JAX starts."""
+    """Gives each process of this program one core; before JAX starts.
+
+    The linear algebra of NumPy and SciPy, which a singular value decomposition goes to,
+    reads its own variable when it is loaded: in the processes begun after this.
+    """
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {ONE_CORE}"
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 
 class Results:
@@ -68,9 +73,10 @@ class Results:
         work: Callable[..., dict[str, Any]],
         jobs: Iterable[dict[str, Any]],
         workers: int,
+        each: int = 4,
     ) -> None:
         """Adds ``work(**job)`` for every job, several side by side, and prints it."""
-        for _, row in side_by_side(_Keywords(work), list(jobs), workers):
+        for _, row in side_by_side(_Keywords(work), list(jobs), workers, each):
             self.add(row)
             print(
                 f"{row['study']:16} {row['method']:44} {row['steps']:5} steps "

@@ -17,12 +17,19 @@ from benchmarks import (
     pod_tables,
     theory_tables,
 )
+from benchmarks.field import report as field_report
 from benchmarks.rows import RESULTS
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = tuple(
     ROOT / page
-    for page in ("README.md", "docs/results.md", "docs/performance.md", "docs/theory.md")
+    for page in (
+        "README.md",
+        "docs/results.md",
+        "docs/field.md",
+        "docs/performance.md",
+        "docs/theory.md",
+    )
 )
 
 
@@ -184,6 +191,14 @@ TABLES = {
     "rates": theory_tables.rates,
     "estimators": theory_tables.estimators,
     "certificates": theory_tables.certificates,
+    "field_ranking": field_report.ranking,
+    "field_ahead": field_report.ahead,
+    "field_language": lambda: field_report.one_task("language model"),
+    "field_mnist": lambda: field_report.one_task("MNIST 5-9"),
+    "field_steps": field_report.steps,
+    "ntk_full": field_report.ntk_full,
+    "ntk_lora": field_report.ntk,
+    "ntk_chain": field_report.ntk_chain,
     "federated": lambda: federated_report.table("federated_mnist"),
     "federated_explored": lambda: federated_report.table("federated_mnist_explored"),
 }

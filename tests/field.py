@@ -32,7 +32,8 @@ class Row(NamedTuple):
       learning_rate: With which the loss falls.
       spec: What it is built for.
       moments: ``moments(state)``, the part of a state that is optimizer memory.
-      whole: Whether it trains every number whatever the spec says, and draws nothing.
+      whole: Whether it trains every number whatever the spec says.
+      draws: Whether its key matters.
       subset: Whether it leaves some adapted leaves at rest.
     """
 
@@ -41,6 +42,7 @@ class Row(NamedTuple):
     spec: Any = SPEC
     moments: Callable[[Any], Any] = lambda state: state.inner
     whole: bool = False
+    draws: bool = True
     subset: bool = False
 
 
@@ -55,11 +57,22 @@ def inner_state(state: Any) -> Any:
     return find_state(state.opt_state).inner_state
 
 
+def in_a_basis(state: Any) -> Any:
+    """What GaLore and GoLore keep, the basis included."""
+    return state.opt_state[0].basis, state.opt_state[0].inner
+
+
+def compressed(state: Any) -> Any:
+    """What Flora keeps."""
+    return state.opt_state[0].momentum, state.opt_state[0].inner
+
+
 ROWS = {
     "full": Row(
         lambda rate, spec, key: methods.full(rate),
         moments=lambda state: state.opt_state,
         whole=True,
+        draws=False,
     ),
     "raclora": Row(pair("raclora"), moments=inner_state),
     "published_raclora": Row(pair("published_raclora")),
@@ -77,6 +90,13 @@ ROWS = {
         pair("xgblora", boosters=6, steps=STEPS, leaves=2), spec=ONES, subset=True
     ),
     "heterolora": Row(pair("heterolora", search=4, budget=0.5), subset=True),
+    "galore": Row(
+        lambda rate, spec, key: methods.galore(rate, spec),
+        moments=in_a_basis,
+        draws=False,
+    ),
+    "golore": Row(pair("golore", random_from=STEPS // 2), moments=in_a_basis),
+    "flora": Row(pair("flora"), spec=rl.Spec(2, rules=RULES), moments=compressed),
     "allora": Row(pair("allora", eta=2.0), spec=rl.Spec(2, rules=RULES)),
 }
 
@@ -210,4 +230,5 @@ def check_same_key_same_bits(done: Run, row: Row) -> None:
     """The key is all the randomness there is."""
     pairs = zip(leaf_arrays(done.states[-1]), leaf_arrays(done.again), strict=True)
     assert all(np.array_equal(first, second) for first, second in pairs)
-    assert np.array_equal(done.shown[1]["up"], done.other["up"]) == row.whole
+    equal = np.array_equal(done.shown[1]["up"], done.other["up"])
+    assert equal != row.draws

@@ -12,13 +12,19 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+from jax.tree_util import DictKey, GetAttrKey
 
+from raclora_jax._core.lowrank import in_basis
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.types import Leaf, OptState, PyTree
 
 # One object: what is compiled for a rule is found again by the rule's identity, also when
 # optax.inject_hyperparams builds the transformation anew in every step.
 ADAM = optax.scale_by_adam()
+
+# Fields of optax states that hold a first moment: linear in the gradient, so that a
+# change of basis carries them over.
+_FIRST_MOMENTS = ("mu", "trace", "momentum")
 
 # What a rule is tried on before it is used.
 _PROBE = LeafPlan(
@@ -187,6 +193,30 @@ def restarted(old: OptState, fresh: OptState) -> OptState:
         return fresh
 
     return jax.tree.map(one, old, fresh, is_leaf=outlives)
+
+
+def in_bases(
+    inner: OptState, bases: dict[str, Array], plans: dict[str, LeafPlan]
+) -> OptState:
+    """An inner state with its first moments in new coordinates, all else as it was.
+
+    Args:
+      inner: State of a rule for ``{path: factor}``.
+      bases: ``{path: change_of_basis(...)}``.
+      plans: ``{path: LeafPlan}`` of the same leaves.
+
+    Returns:
+      The state.
+    """
+
+    def moved(keypath: tuple[Any, ...], leaf: Array) -> Array:
+        match keypath[-2:]:
+            case (GetAttrKey(name=name), DictKey(key=path)):
+                if name in _FIRST_MOMENTS and path in bases:
+                    return in_basis(bases[path], leaf, plans[path])
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(moved, inner)
 
 
 class OrthogonalState(NamedTuple):

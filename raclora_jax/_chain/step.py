@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
-from jax.tree_util import DictKey, GetAttrKey
 
 from raclora_jax._chain.boxes import boxed, boxes_of
 from raclora_jax._chain.inner import (
@@ -19,6 +18,7 @@ from raclora_jax._chain.inner import (
     as_rule,
     check_inner,
     emitted,
+    in_bases,
     knowing,
     restarted,
     same_type,
@@ -41,7 +41,6 @@ from raclora_jax._core.keys import key_data
 from raclora_jax._core.layout import mesh_of, on_mesh, typed, typed_mesh, zeros
 from raclora_jax._core.lowrank import (
     change_of_basis,
-    in_basis,
     is_factor,
     lift_leaf,
     project_leaf,
@@ -68,10 +67,6 @@ from raclora_jax._core.types import (
 )
 
 _MOMENTS: tuple[str, ...] = get_args(Moments)
-
-# Fields of optax states that hold a first moment: linear in the gradient, so that a
-# change of basis carries them over.
-_FIRST_MOMENTS = ("mu", "trace", "momentum")
 
 
 class Step(NamedTuple):
@@ -296,14 +291,7 @@ class Run:
             for path, plan in adapted.items()
         }
 
-        def transport(keypath: tuple[Any, ...], leaf: Array) -> Array:
-            match keypath[-2:]:
-                case (GetAttrKey(name=name), DictKey(key=path)):
-                    if name in _FIRST_MOMENTS and path in bases:
-                        return in_basis(bases[path], leaf, adapted[path])
-            return leaf
-
-        return jax.tree_util.tree_map_with_path(transport, state.inner_state.lowrank)
+        return in_bases(state.inner_state.lowrank, bases, adapted)
 
     def _inner_init(self, plans: Plans, mode: str) -> OptState:
         own = _named(plan for plan in plans if plan.mode == mode)

@@ -4,14 +4,18 @@ Each is a ``Method`` with the same three functions, so that one loop trains them
 ``full`` trains every number; a pair of factors beside frozen weights is trained by
 ``lora``, ``rslora``, ``lora_fa``, ``asymmetric``, ``dora``, ``sora``, ``lora_pro``,
 ``lora_rite``, ``allora`` and ``heterolora``, and in a chain by ``cola``, ``xgblora`` and
-``published_raclora``. The library's own ``raclora`` stands beside them.
+``published_raclora``. ``galore``, ``golore`` and ``flora`` form the gradient and keep
+their state in a low-rank basis. The library's own ``raclora`` stands beside them.
 """
 
 from raclora_jax.methods._allora import allora
 from raclora_jax.methods._asymmetric import asymmetric
 from raclora_jax.methods._cola import cola
 from raclora_jax.methods._dora import dora
+from raclora_jax.methods._flora import flora
 from raclora_jax.methods._full import full
+from raclora_jax.methods._galore import galore
+from raclora_jax.methods._golore import golore
 from raclora_jax.methods._heterolora import heterolora
 from raclora_jax.methods._lora import lora
 from raclora_jax.methods._lora_fa import lora_fa
@@ -30,7 +34,10 @@ __all__ = [
     "asymmetric",
     "cola",
     "dora",
+    "flora",
     "full",
+    "galore",
+    "golore",
     "heterolora",
     "lora",
     "lora_fa",

@@ -1,0 +1,1 @@
+"""Every method of ``raclora_jax.methods`` on one bench: seven tasks, one harness."""

@@ -1,0 +1,194 @@
+"""Methods that form the dense gradient and keep their state in a low-rank basis.
+
+GaLore, GoLore and Flora. The basis has the shape of the plan's sketch and what is kept in
+it that of the factor, so projecting and lifting are the library's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from raclora_jax._chain.inner import as_rule, check_inner, in_bases, knowing
+from raclora_jax._core import paths
+from raclora_jax._core.lowrank import change_of_basis, lift_leaf, project_leaf
+from raclora_jax._core.plan import LeafPlan, plan_tree
+from raclora_jax._core.sketch import draw_all
+from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.types import Leaves, PyTree
+from raclora_jax.methods._method import Method, from_transform
+
+Plans = dict[str, LeafPlan]
+# Dense gradients, plans and the count of steps to ``{path: basis}``.
+Choose = Callable[[Leaves, Plans, Array], dict[str, Array]]
+
+
+class ProjectedState(NamedTuple):
+    """State of a method that steps in a basis; every dict is keyed by path.
+
+    Attributes:
+      basis: Arrays of ``plan.sketch_shape``, with orthonormal rows.
+      inner: State of the inner rule.
+      count: int32 scalar, steps taken.
+    """
+
+    basis: dict[str, Array]
+    inner: Any
+    count: Array  # type: ignore[assignment]  # hides tuple.count, as in optax
+
+
+def projected_method(
+    learning_rate: optax.ScalarOrSchedule,
+    spec: Spec,
+    *,
+    inner: optax.GradientTransformation | None,
+    choose: Choose,
+    transport: bool,
+) -> Method:
+    """A method with the step ``W <- W - lr * scaling * P inner(P^T G)``.
+
+    Args:
+      learning_rate: A float or a schedule.
+      spec: Which leaves, ranks and scaling, and the steps a basis lives.
+      inner: Preconditioner without learning rate; Adam by default.
+      choose: What gives the basis, called every ``spec.resample_every`` steps.
+      transport: Whether first moments are re-expressed in a new basis.
+
+    Returns:
+      A ``Method``.
+    """
+    if inner is not None:
+        check_inner(inner)
+    rule = as_rule(optax.scale_by_adam() if inner is None else inner)
+
+    def init(params: PyTree) -> ProjectedState:
+        plans = basis_plans(spec, params)
+        basis = {
+            path: jnp.zeros(plan.sketch_shape, plan.wide_dtype)
+            for path, plan in plans.items()
+            if plan.adapted
+        }
+        stepped = {
+            path: jnp.zeros(plan.trained_shape, plan.wide_dtype)
+            for path, plan in plans.items()
+            if plan.mode != "frozen"
+        }
+        with knowing(plans):
+            return ProjectedState(basis, rule.init(stepped), jnp.zeros((), jnp.int32))
+
+    def renewed(grads: Leaves, state: ProjectedState, plans: Plans) -> ProjectedState:
+        basis = choose(grads, plans, state.count)
+        if not transport:
+            return state._replace(basis=basis)
+        bases = {
+            path: change_of_basis(basis[path], old, plans[path])
+            for path, old in state.basis.items()
+        }
+        return state._replace(basis=basis, inner=in_bases(state.inner, bases, plans))
+
+    def update(
+        grads: PyTree, state: ProjectedState, params: PyTree = None
+    ) -> tuple[PyTree, ProjectedState]:
+        del params
+        plans = basis_plans(spec, grads)
+        leaves, treedef = paths.flatten(grads)
+        begins = state.count % spec.resample_every == 0
+        state = lax.cond(begins, lambda: renewed(leaves, state, plans), lambda: state)
+        coordinates = {
+            path: seen_in(state.basis, leaves[path], plan)
+            for path, plan in plans.items()
+            if plan.mode != "frozen"
+        }
+        with knowing(plans):
+            moved, inner = rule.update(coordinates, state.inner, None, plans=plans)
+
+        updates = jax.tree.map(jnp.zeros_like, leaves)
+        for path, step in moved.items():
+            updates[path] = step
+            if plans[path].adapted:
+                updates[path] = lift_leaf(step, state.basis[path], plans[path])
+        count = optax.safe_increment(state.count)
+        return paths.unflatten(treedef, updates), ProjectedState(
+            state.basis, inner, count
+        )
+
+    tx = optax.chain(
+        optax.GradientTransformation(init, update),
+        optax.scale_by_learning_rate(learning_rate),
+    )
+    return from_transform(
+        tx,
+        trained=lambda params: sum(
+            plan.trained_size for plan in basis_plans(spec, params).values()
+        ),
+        moments=lambda opt_state: (opt_state[0].basis, opt_state[0].inner),
+    )
+
+
+def of_one_side(spec: Spec | int) -> Spec:
+    """The spec, refused where it draws the side: moments live on one side for good."""
+    spec = as_spec(spec)
+    for side in (spec.side, *(rule.side for rule in spec.rules)):
+        if isinstance(side, float):
+            raise ValueError(
+                f"side={side} draws the side for each link, but the moments of this "
+                "method stay on one; give side='auto', 'left' or 'right', or use "
+                "methods.raclora"
+            )
+    return spec
+
+
+def basis_plans(spec: Spec, tree: PyTree) -> Plans:
+    """The plans of a tree, each with a basis that is an array."""
+    plans = plan_tree(spec, tree)
+    for plan in plans.values():
+        other = plan.size_of(plan.trained)
+        if plan.adapted and plan.rank > other:
+            raise ValueError(
+                f"leaf {paths.show(plan.path)} of shape {plan.shape}: a basis of rank "
+                f"{plan.rank} has more directions than the {other} numbers beside it; "
+                "lower the rank, or take side='auto'"
+            )
+    return {p: dataclasses.replace(plan, sketch="") for p, plan in plans.items()}
+
+
+def seen_in(basis: dict[str, Array], dense: Array, plan: LeafPlan) -> Array:
+    """What the inner rule is given of a leaf: its coordinates, or the whole of it."""
+    if not plan.adapted:
+        return dense.astype(plan.wide_dtype)
+    return project_leaf(dense, basis[plan.path], dataclasses.replace(plan, scaling=1.0))
+
+
+def top_directions(grads: Leaves, plans: Plans) -> dict[str, Array]:
+    """The leading singular vectors of each gradient on its sketched side.
+
+    Args:
+      grads: ``{path: dense gradient}``.
+      plans: ``{path: LeafPlan}``.
+
+    Returns:
+      ``{path: array of plan.sketch_shape}`` for the adapted leaves.
+    """
+
+    def of(gradient: Array, plan: LeafPlan) -> Array:
+        order = (*plan.batch, *plan.sketched, *plan.trained)
+        matrix = jnp.transpose(gradient.astype(plan.wide_dtype), order)
+        matrix = matrix.reshape(*plan.batch_shape, plan.dim, -1)
+        left, _, _ = jnp.linalg.svd(matrix, full_matrices=False)
+        return left[..., : plan.rank].mT.reshape(plan.sketch_shape)
+
+    return {path: of(grads[path], plan) for path, plan in plans.items() if plan.adapted}
+
+
+def drawn_directions(
+    data: Array, link: Array | int, plans: Plans, law: str
+) -> dict[str, Array]:
+    """A random basis for each adapted leaf, a pure function of key, path and link."""
+    lawful = (dataclasses.replace(plan, sketch=law) for plan in plans.values())
+    return dict(draw_all(data, link, lawful))
