@@ -65,7 +65,12 @@ def arguments() -> argparse.ArgumentParser:
     add("--text", help="its column, or two separated by a comma")
     add("--label", help="the column of the label")
     add("--regression", action="store_true", help="the label is a number")
-    add("--method", choices=training.RATES, default="raclora")
+    add(
+        "--method",
+        choices=training.RATES,
+        default="raclora",
+        help="raclora has Adam inside; raclora-orthogonal keeps no state",
+    )
     add("--rank", type=int, default=16)
     add("--spec", type=pathlib.Path, help="a spec in TOML, in place of --rank")
     add("--learning-rate", type=float, help="peak; after 10 %% warm-up a cosine to zero")

@@ -41,7 +41,12 @@ def arguments() -> argparse.ArgumentParser:
     add("--tokenizer", type=pathlib.Path, help="of a llama2.c checkpoint")
     add("--train", type=pathlib.Path, required=True, help="text or JSONL, gzipped or not")
     add("--dev", type=pathlib.Path, help="to judge by; by default a tenth of the rows")
-    add("--method", choices=training.RATES, default="raclora")
+    add(
+        "--method",
+        choices=training.RATES,
+        default="raclora",
+        help="raclora has Adam inside; raclora-orthogonal keeps no state",
+    )
     add("--rank", type=int, default=16)
     add("--spec", type=pathlib.Path, help="a spec in TOML, in place of --rank")
     add("--learning-rate", type=float, help="peak; after 10 %% warm-up a cosine to zero")

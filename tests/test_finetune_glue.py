@@ -155,6 +155,7 @@ def test_the_written_model_is_the_best_one(whole, folder, table):
     "method",
     [
         "raclora",
+        pytest.param("raclora-orthogonal", marks=pytest.mark.slow),
         pytest.param("lora", marks=pytest.mark.slow),
         pytest.param("full", marks=pytest.mark.slow),
     ],
