@@ -40,6 +40,25 @@ def losses(name: str, study: str) -> str:
     return "\n".join(lines)
 
 
+def programs() -> str:
+    """The runs of the decoder's program."""
+    lines = [
+        "| method | optimizer bytes | learning rate | loss on held-out text "
+        "| processor seconds of the command |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in _rows("programs"):
+        cells = (
+            row["method"],
+            f"{row['optimizer_bytes']:,}",
+            f"{row['rate']:g}",
+            f"{row['loss_mean']:.3f} ± {row['loss_std']:.3f}",
+            f"{row['cpu_seconds']:.0f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def times(name: str) -> str:
     """Milliseconds a step, timed in turn."""
     lines = ["| method | milliseconds a step | over full Adam |", "|---|---:|---:|"]

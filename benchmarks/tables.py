@@ -179,6 +179,7 @@ TABLES = {
     "language_explored": lambda: contest_tables.losses("language", "explored"),
     "language_rates": contest_tables.rates,
     "polynomials": contest_tables.polynomials,
+    "programs": contest_tables.programs,
     "quantized": contest_tables.quantized,
     "sentiment_steps": lambda: contest_tables.losses("sentiment", "equal steps"),
     "sentiment_times": lambda: contest_tables.times("sentiment"),
