@@ -8,6 +8,42 @@ import pytest
 
 chex.set_n_cpu_devices(8)
 
+# Seconds each, for what a quicker case or another test shows too.
+REPEATS = {
+    "test_devices.py::test_same_steps[adam-orthonormal]",
+    "test_explicit_meshes.py::test_explicit_is_automatic_is_one_device"
+    "[AxisType.Explicit-shape1-both-dense-right]",
+    "test_explicit_meshes.py::test_explicit_is_automatic_is_one_device"
+    "[AxisType.Explicit-shape2-fsdp-factor-right]",
+    "test_finetune_glue.py::test_a_stopped_run_goes_on[raclora]",
+    "test_forms.py::test_all_forms_are_one_trajectory[orthogonal-auto-4-only4-orthonormal]",
+    "test_forms.py::test_all_forms_are_one_trajectory[orthogonal-auto-7-only7-block]",
+    "test_forms.py::test_all_forms_are_one_trajectory[orthogonal-left-5-only5-coordinate]",
+    "test_forms.py::test_all_forms_are_one_trajectory[orthogonal-left-8-only8-block]",
+    "test_forms.py::test_all_forms_are_one_trajectory[trace-left-1-only1-orthonormal]",
+    "test_gradient_runs.py::test_three_hundred_steps_of_a_decoder[left]",
+    "test_orthogonal.py::test_no_gradient_gives_no_step_and_no_nan[bfloat16]",
+    "test_quantized.py::test_small_steps_add_up_over_200_merges[nf4-None]",
+    "test_rounding.py::test_dense_form_and_factor_form_draw_the_same_neighbours[auto]",
+    "test_select.py::test_gradients_of_a_model_in_its_own_dtype[bfloat16-left-coordinate]",
+    "test_select.py::test_gradients_of_a_model_in_its_own_dtype[bfloat16-right-block]",
+    "test_select.py::test_gradients_of_a_model_in_its_own_dtype[bfloat16-right-coordinate]",
+    "test_sketch.py::test_drawn_together_or_alone[rademacher]",
+    "test_sketch.py::test_other_leaves_and_tree_order_do_not_enter[rademacher]",
+    "test_sketch.py::test_small_sketches_are_orthonormal_at_any_rank[rademacher]",
+    "test_sketch.py::test_the_process_and_its_transformations_do_not_enter[rademacher]",
+    "test_strict.py::test_under_debugging_switches[others, float32-dense]",
+    "test_unmerged.py::test_loss_and_gradient_are_those_of_the_sum[left]",
+    "test_variance_reduction.py::test_page_has_no_floor_and_mvr_a_lower_one[0]",
+}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.removeprefix("tests/") in REPEATS:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(scope="module")
 def quick_draws():

@@ -162,6 +162,7 @@ def final_gap(name):
     return float(gap(run(start)) / gap(start[0]))
 
 
+@pytest.mark.slow
 def test_marina_and_ef21_have_no_floor():
     assert final_gap("marina") < 1e-10
     assert final_gap("ef21") < 1e-10

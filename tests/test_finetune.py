@@ -71,6 +71,7 @@ def test_program_writes_tables_figures_rows_and_weights(monkeypatch, tmp_path, c
     )
 
 
+@pytest.mark.slow
 def test_one_study_alone(monkeypatch, tmp_path):
     small(monkeypatch, tmp_path, "--studies", "orthogonal")
     assert {path.name for path in tmp_path.iterdir()} == {

@@ -210,6 +210,7 @@ def test_gathers_of_a_real_program_are_those_of_its_weights():
     assert sum(one.carried for one in found) == 2 * once
 
 
+@pytest.mark.slow
 def test_data_parallel_sums_the_factors_and_the_loss():
     """Eight devices, the 512-wide decoder, rank 8: a fiftieth of full fine-tuning."""
     model = models.decoder(sequences=8, length=64, scan=True, remat=True)

@@ -111,6 +111,7 @@ def test_rank_one_is_the_normalised_gradient():
     )
 
 
+@pytest.mark.slow
 def test_the_mean_captured_nuclear_norm():
     """E |S G|_* >= lambda |G|_*, for every law, by 400 draws."""
     gradient = normal(3, 16, 24)
@@ -174,6 +175,7 @@ def test_columns_are_evened():
     assert spread[True] < 1.6 < 3 < spread[False]
 
 
+@pytest.mark.slow
 def test_one_rate_for_all_ranks():
     """With alpha="dim" a step has the same root mean square at every rank and side."""
     grads = {"kernel": jnp.asarray(normal(0, 24, 60), jnp.float32)}

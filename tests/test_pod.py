@@ -89,6 +89,7 @@ def losses(said):
     return [float(line.split()[-1]) for line in said.splitlines() if " loss " in line]
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_one_goes_on(tmp_path, cache):
     """SIGTERM to one saves in both; it goes on in one, as if it had never been two."""
     words = ("--steps=16", "--save-every=100")

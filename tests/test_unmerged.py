@@ -150,6 +150,7 @@ def test_a_quantised_base_without_a_reader_is_refused():
         rl.next_link(base, factors, chain, SPEC)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_base_keeps_float32_factors():
     base, args = params(jnp.bfloat16), inputs(jnp.bfloat16)
     factors, chain = trained(base, SPEC)
