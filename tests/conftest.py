@@ -34,6 +34,13 @@ REPEATS = {
     "test_sketch.py::test_the_process_and_its_transformations_do_not_enter[rademacher]",
     "test_strict.py::test_under_debugging_switches[others, float32-dense]",
     "test_unmerged.py::test_loss_and_gradient_are_those_of_the_sum[left]",
+    "test_federated.py::test_vmap_shard_map_and_a_loop_agree[raclora-orthonormal]",
+    "test_forms.py::test_all_forms_are_one_trajectory"
+    "[orthogonal, momentum-right-6-only6-orthonormal]",
+    "test_models.py::test_gradients_are_the_dense_ones_projected[decoder]",
+    "test_quantized.py::test_small_steps_add_up_over_200_merges[int8-5]",
+    "test_rounding.py::test_a_lift_is_one_sum_however_it_is_computed[16]",
+    "test_select.py::test_gradients_of_a_model_in_its_own_dtype[bfloat16-left-block]",
     "test_variance_reduction.py::test_page_has_no_floor_and_mvr_a_lower_one[0]",
 }
 
