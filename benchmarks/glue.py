@@ -234,11 +234,16 @@ def _work(
     task = _task(*where)
     found = {entry.name: entry for entry in entries(where[-1].steps, batch)}
     runner = contest.Runner(task, found[method])
-    tried = {guess: None}
-    if study.endswith("equal steps"):
-        tried = contest.search(lambda rate: runner.run(rate, steps, seeds[0]), guess)
-    rate = min(tried, key=lambda rate: tried[rate] or 0.0)
-    ends = [runner.trained(rate, steps, seed) for seed in seeds]
+    first: dict[float, Any] = {}
+
+    def score(rate: float) -> float:
+        first[rate] = runner.trained(rate, steps, seeds[0])
+        return task.validation_loss(first[rate])
+
+    tune = study.endswith("equal steps")
+    tried = contest.search(score, guess) if tune else {guess: score(guess)}
+    rate = min(tried, key=lambda rate: tried[rate])
+    ends = [first[rate], *(runner.trained(rate, steps, seed) for seed in seeds[1:])]
     losses = [task.validation_loss(end) for end in ends]
     scores = [task.score(end) for end in ends]
     return {

@@ -78,7 +78,7 @@ def arguments() -> argparse.ArgumentParser:
     add("--batch", type=int, default=32)
     add("--length", type=int, help="tokens of a training text, the rest is cut")
     add("--eval-every", type=int, default=100)
-    add("--patience", type=int, default=5, help="evaluations without gain before a stop")
+    add("--patience", type=int, default=10, help="evaluations without gain before a stop")
     add("--seed", type=int, default=0)
     add("--out", type=pathlib.Path, help="the run's folder")
     add("--resume", action="store_true", help="go on with the run in --out")

@@ -46,10 +46,16 @@ REPEATS = {
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    for item in items:
-        if item.nodeid.removeprefix("tests/") in REPEATS:
-            item.add_marker(pytest.mark.slow)
+def pytest_collection_modifyitems(config, items):
+    names = {item.nodeid.removeprefix("tests/"): item for item in items}
+    for name in REPEATS & {*names}:
+        names[name].add_marker(pytest.mark.slow)
+    if any("::" in word for word in config.args):
+        return
+    files = {name.partition("::")[0] for name in names}
+    gone = {name for name in REPEATS - {*names} if name.partition("::")[0] in files}
+    if gone:
+        raise pytest.UsageError(f"tests/conftest.py names no test: {sorted(gone)}")
 
 
 @pytest.fixture(scope="module")
