@@ -13,7 +13,7 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build", "jupyter_execute"]
 
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
-myst_heading_anchors = 2
+myst_heading_anchors = 3
 
 # Every cell runs at every build, and one that fails fails the build.
 nb_execution_mode = "force"
