@@ -59,6 +59,60 @@ def programs() -> str:
     return "\n".join(lines)
 
 
+def encoder_program() -> str:
+    """The run of the encoder's program."""
+    (row,) = _rows("encoder_program")
+    return (
+        "| accuracy on the dev table | at step | steps | seconds of the command "
+        "| processor seconds |\n|---:|---:|---:|---:|---:|\n"
+        f"| {100 * row['dev_accuracy']:.1f} % | {row['at_step']:,} | {row['steps']:,} "
+        f"| {row['seconds']:.0f} | {row['cpu_seconds']:.0f} |"
+    )
+
+
+def glue(study: str) -> str:
+    """The metric of every task, and their mean, in percent."""
+    everything = _rows("glue")
+    tasks = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2"}
+    rows = {
+        (row["method"], task): row
+        for row in everything
+        for task in tasks
+        if row["study"] == f"{task}, {study}"
+    }
+    methods = list(dict.fromkeys(method for method, _ in rows))
+
+    def means(method: str) -> list[float]:
+        """Of the tasks, a seed each."""
+        scores = [rows[method, task]["score"] for task in tasks]
+        return [statistics.mean(seed) for seed in zip(*scores, strict=True)]
+
+    def cell(values: list[float], sign: str = "") -> str:
+        return f"{statistics.mean(values):{sign}.1f} ± {statistics.stdev(values):.1f}"
+
+    start = [rows[methods[0], task]["start"] for task in tasks]
+    lines = [
+        "| method | optimizer bytes | " + " | ".join(tasks.values()) + " | mean "
+        "| over LoRA, seed by seed |",
+        "|---" + "|---:" * (len(tasks) + 3) + "|",
+        "| before tuning | - | "
+        + " | ".join(f"{score:.1f}" for score in (*start, statistics.mean(start)))
+        + " | - |",
+    ]
+    rival = means("LoRA r8 Adam")
+    for method in methods:
+        mean = means(method)
+        cells = (
+            method,
+            f"{rows[method, 'cola']['optimizer_bytes']:,}",
+            *(cell(rows[method, task]["score"]) for task in tasks),
+            cell(mean),
+            cell([a - b for a, b in zip(mean, rival, strict=True)], "+"),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def times(name: str) -> str:
     """Milliseconds a step, timed in turn."""
     lines = ["| method | milliseconds a step | over full Adam |", "|---|---:|---:|"]

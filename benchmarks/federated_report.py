@@ -58,7 +58,7 @@ def table(name: str) -> str:
             str(clients),
             start,
             rule,
-            "-" if rule == "FedAvg" else str(row["rank"]),
+            "-" if rule.startswith("FedAvg") else str(row["rank"]),
             str(row["steps"]),
             f"{row['rate']:g}",
             str(row["exchanges"]),

@@ -1,8 +1,8 @@
 """Pod: one program for a laptop, for several processes and for a TPU slice.
 
 Trains a small Llama-like model on bytes of text, sharded by FSDP and tensor parallelism.
-Stopped by SIGTERM or killed, it goes on with the same bits when started again, on as many
-devices as there are then.
+Stopped by SIGTERM or killed, it goes on when started again: with the same bits on the
+same devices, and up to rounding on as many as there are then.
 
     python examples/pod.py --directory runs/pod
     python examples/pod.py --directory gs://... --distributed --tp 4  # on each host

@@ -72,7 +72,8 @@ def raclora(spec: Spec | int, *, rounds_per_link: int = 1) -> Strategy:
       A ``Strategy``.
 
     Raises:
-      ValueError: If ``rounds_per_link`` is not positive, or a side is drawn.
+      TypeError: If ``rounds_per_link`` is not an int.
+      ValueError: If it is not positive, or a side is drawn.
 
     Example:
       >>> raclora(4).rounds_per_link

@@ -1,6 +1,6 @@
 """The other methods of the field, for comparison, on the same pieces.
 
-Each is a ``Method`` with the same three functions, so that one loop trains them all.
+Each is a ``Method`` with the same five functions, so that one loop trains them all.
 ``full`` trains every number; a pair of factors beside frozen weights is trained by
 ``lora``, ``rslora``, ``lora_fa``, ``asymmetric``, ``dora``, ``sora``, ``lora_pro``,
 ``lora_rite``, ``allora`` and ``heterolora``, and in a chain by ``cola``, ``xgblora`` and

@@ -1,4 +1,4 @@
-"""What every method of comparison is: three functions around one state."""
+"""What every method of comparison is: five functions around one state."""
 
 from __future__ import annotations
 

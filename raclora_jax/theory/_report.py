@@ -26,7 +26,7 @@ def report(
     """Says in one line what broke first, or that nothing did, and draws the run.
 
     The figure has the mean share of the gradient so far over lambda, for the leaves of
-    lowest z, inside the band of four standard deviations; and the gap of the loss beside
+    lowest z, above the line of four standard deviations; and the gap of the loss beside
     what the descents guarantee and, where it is given, a bound.
 
     Args:
