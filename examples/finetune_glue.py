@@ -51,11 +51,9 @@ TASKS = {
 }
 
 
-def arguments() -> argparse.ArgumentParser:
+def arguments() -> loop.Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = loop.Parser(__doc__)
     add = parser.add_argument
     add("--model", type=pathlib.Path, required=True, help="folder of the checkpoint")
     add("--task", choices=TASKS, help="a preset; needs --data-dir")
@@ -65,24 +63,16 @@ def arguments() -> argparse.ArgumentParser:
     add("--text", help="its column, or two separated by a comma")
     add("--label", help="the column of the label")
     add("--regression", action="store_true", help="the label is a number")
+    add("--steps", type=loop.count)
+    add("--batch", type=loop.count, default=32)
+    add("--length", type=loop.count, help="tokens of a training text, the rest is cut")
+    add("--eval-every", type=loop.count, default=100)
     add(
-        "--method",
-        choices=training.RATES,
-        default="raclora",
-        help="raclora has Adam inside; raclora-orthogonal keeps no state",
+        "--patience",
+        type=loop.count,
+        default=10,
+        help="evaluations without gain",
     )
-    add("--rank", type=int, default=16)
-    add("--spec", type=pathlib.Path, help="a spec in TOML, in place of --rank")
-    add("--learning-rate", type=float, help="peak; after 10 %% warm-up a cosine to zero")
-    add("--steps", type=int)
-    add("--batch", type=int, default=32)
-    add("--length", type=int, help="tokens of a training text, the rest is cut")
-    add("--eval-every", type=int, default=100)
-    add("--patience", type=int, default=10, help="evaluations without gain before a stop")
-    add("--seed", type=int, default=0)
-    add("--out", type=pathlib.Path, help="the run's folder")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--dry-run", action="store_true", help="say what it would cost, and stop")
     return parser
 
 
@@ -214,9 +204,10 @@ def spec_for(options: argparse.Namespace) -> rl.Spec:
     )
 
 
-def export(options: argparse.Namespace, problem: Problem, params: Any) -> None:
+def export(
+    folder: pathlib.Path, options: argparse.Namespace, problem: Problem, params: Any
+) -> None:
     """The model as Transformers loads it, with config and tokenizer of the old one."""
-    folder = options.out / "model"
     names = bert.names(problem.model.config, problem.params, None)
     # No leaf has more than two axes: any spec says the views.
     peft.save_model(folder, params, 1, names)
@@ -239,10 +230,7 @@ def _say_labels(file: pathlib.Path, labels: list[str] | None) -> None:
 
 def main() -> None:
     """One line and exit code 2 for bad input."""
-    parser = arguments()
-    options = parser.parse_args()
-    if options.out is None and not options.dry_run:
-        parser.error("give --out, or --dry-run")
+    options = arguments().asked()
     with loop.one_line():
         problem = Problem(options)
         steps = options.steps or problem.task.steps

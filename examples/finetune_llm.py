@@ -31,37 +31,27 @@ from finetuning.tokens import tokenizer_of
 import raclora_jax as rl
 
 
-def arguments() -> argparse.ArgumentParser:
+def arguments() -> loop.Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = loop.Parser(__doc__)
     add = parser.add_argument
     add("--model", type=pathlib.Path, required=True, help="folder, or llama2.c's .bin")
     add("--tokenizer", type=pathlib.Path, help="of a llama2.c checkpoint")
     add("--train", type=pathlib.Path, required=True, help="text or JSONL, gzipped or not")
     add("--dev", type=pathlib.Path, help="to judge by; by default a tenth of the rows")
-    add(
-        "--method",
-        choices=training.RATES,
-        default="raclora",
-        help="raclora has Adam inside; raclora-orthogonal keeps no state",
-    )
-    add("--rank", type=int, default=16)
-    add("--spec", type=pathlib.Path, help="a spec in TOML, in place of --rank")
-    add("--learning-rate", type=float, help="peak; after 10 %% warm-up a cosine to zero")
-    add("--steps", type=int, default=300)
-    add("--batch", type=int, default=8)
-    add("--length", type=int, default=64, help="tokens a row")
+    add("--steps", type=loop.count, default=300)
+    add("--batch", type=loop.count, default=8)
+    add("--length", type=loop.count, default=64, help="tokens a row")
     add("--bf16", action="store_true", help="weights in bfloat16")
     add("--remat", action="store_true", help="compute layers again in the backward pass")
-    add("--eval-every", type=int, default=50)
-    add("--eval-rows", type=int, default=256, help="rows to judge by at most")
-    add("--patience", type=int, default=5, help="evaluations without gain before a stop")
-    add("--seed", type=int, default=0)
-    add("--out", type=pathlib.Path, help="the run's folder")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    add("--dry-run", action="store_true", help="say what it would cost, and stop")
+    add("--eval-every", type=loop.count, default=50)
+    add("--eval-rows", type=loop.count, default=256, help="rows to judge by at most")
+    add(
+        "--patience",
+        type=loop.count,
+        default=5,
+        help="evaluations without gain",
+    )
     return parser
 
 
@@ -98,7 +88,7 @@ class Problem:
         pack = functools.partial(
             texts.pack, tokenizer=tokenizer, length=self.length, begin=begin, end=end
         )
-        rows, self.cut = pack(texts.read(options.train))
+        rows, left = pack(texts.read(options.train))
         if options.dev is None:
             kept = max(1, len(rows.ids) // 10)
             if len(rows.ids) < 2:
@@ -106,9 +96,9 @@ class Problem:
             dev = texts.Rows(*(part[-kept:] for part in rows))
             rows = texts.Rows(*(part[:-kept] for part in rows))
         else:
-            dev, cut = pack(texts.read(options.dev))
-            self.cut += cut
-        if rows.ids.max() >= self.decoder.vocab:
+            dev, more = pack(texts.read(options.dev))
+            left = texts.Left(left.cut + more.cut, left.out + more.out)
+        if max(rows.ids.max(), dev.ids.max()) >= self.decoder.vocab:
             raise ValueError(f"{where} has more tokens than the model")
         if len(rows.ids) < options.batch:
             raise ValueError(
@@ -121,7 +111,8 @@ class Problem:
         self.facts = {
             "training rows": f"{len(rows.ids):,}",
             "dev rows": f"{len(self.dev.ids):,}",
-            "texts cut": f"{self.cut:,}",
+            "completions cut": f"{left.cut:,}",
+            "prompts left out, being too long": f"{left.out:,}",
         }
 
     def loss(self, params: Any, *batch: Any) -> jax.Array:
@@ -157,12 +148,15 @@ class Problem:
         return {"dev_loss": total / count, "dev_metric": -total / count}
 
 
-def export(options: argparse.Namespace, problem: Problem, params: Any) -> None:
+def export(
+    folder: pathlib.Path, options: argparse.Namespace, problem: Problem, params: Any
+) -> None:
     """The model as Transformers loads it, or its parameters alone for llama2.c."""
-    folder = options.model if options.model.is_dir() else None
-    decoder.save(options.out / "model", params, like=folder)
-    if folder is None and options.tokenizer is not None:
-        shutil.copy(options.tokenizer, options.out / "model" / options.tokenizer.name)
+    del problem
+    like = options.model if options.model.is_dir() else None
+    decoder.save(folder, params, like=like)
+    if like is None and options.tokenizer is not None:
+        shutil.copy(options.tokenizer, folder / options.tokenizer.name)
 
 
 def fine_tune(options: argparse.Namespace) -> Problem:
@@ -183,10 +177,7 @@ def fine_tune(options: argparse.Namespace) -> Problem:
 
 def main() -> None:
     """One line and exit code 2 for bad input."""
-    parser = arguments()
-    options = parser.parse_args()
-    if options.out is None and not options.dry_run:
-        parser.error("give --out, or --dry-run")
+    options = arguments().asked()
     with loop.one_line():
         fine_tune(options)
 

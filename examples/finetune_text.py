@@ -26,9 +26,14 @@ def arguments() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--out", type=pathlib.Path, default=pathlib.Path("out/text"))
-    add("--start-steps", type=int, default=600, help="on the reference, from random")
-    add("--steps", type=int, default=300, help="on the library")
-    add("--rank", type=int, default=32)
+    add(
+        "--start-steps",
+        type=loop.count,
+        default=600,
+        help="on the reference, from random",
+    )
+    add("--steps", type=loop.count, default=300, help="on the library")
+    add("--rank", type=loop.count, default=32)
     add("--seed", type=int, default=0)
     add("--resume", action="store_true", help="go on with the runs in --out")
     return parser

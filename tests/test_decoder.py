@@ -157,6 +157,36 @@ def test_parameters_without_a_place_are_refused(tmp_path):
         decoder.load(tmp_path / "m", bf16=False, remat=False)
 
 
+def test_a_head_beside_the_embedding_it_is_tied_to(tmp_path):
+    """Written with the embedding's change; another matrix there is refused."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    made = families.model(tmp_path / "config.json", SIZES, remat=False)
+    tree, _ = rl_flax.to_tree(made)
+    draw = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda leaf: jnp.asarray(draw.normal(size=leaf.shape), jnp.float32), tree
+    )
+    decoder.save(tmp_path / "plain", params)
+    held = safetensors.load_file(tmp_path / "plain" / "model.safetensors")
+    table = held["model.embed_tokens.weight"]
+
+    def folder(name, head):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(SIZES))
+        with_head = held | {"lm_head.weight": head}
+        safetensors.save_file(with_head, tmp_path / name / "model.safetensors")
+        return tmp_path / name
+
+    both = folder("both", table.copy())
+    loaded = decoder.load(both, bf16=False, remat=False)
+    moved = jax.tree.map(lambda leaf: leaf + 1, loaded.params)
+    decoder.save(tmp_path / "moved", moved, like=both)
+    written = safetensors.load_file(tmp_path / "moved" / "model.safetensors")
+    np.testing.assert_array_equal(written["lm_head.weight"], table + 1)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is another matrix"):
+        decoder.load(folder("other", table + 1), bf16=False, remat=False)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_merged_lora_is_the_module_with_pairs(family):
     model = small(model_type=family, **(GEMMA if family == "gemma3_text" else {}))

@@ -221,6 +221,10 @@ BAD = {
     "not numbers": ({"regression": ""}, "a label is no number"),
     "length": ({"length": 17}, "beyond the model's 16 positions"),
     "spec": ({"spec": "nowhere.toml"}, r"nowhere\.toml"),
+    "three texts": ({"text": "a,b,c"}, "3 columns of texts"),
+    "no steps": ({"steps": 0}, "--steps: expected a whole number from 1 on, got 0"),
+    "batch": ({"batch": -1}, "--batch: expected a whole number from 1 on, got -1"),
+    "rate": ({"learning_rate": 0}, "--learning-rate: expected a number above 0, got 0"),
 }
 
 
@@ -244,17 +248,71 @@ def test_tables_are_read_whole_or_not(folder, table, tmp_path, monkeypatch, caps
         "empty": ("", "no column"),
         "only a header": ("text\tlabel\n", "holds no row"),
         "short row": (whole + "alone\n", "1 columns only"),
+        "no text.jsonl": ('{"text": 3, "label": "good"}\n', "text 3 is no text"),
+        "no label.jsonl": (
+            '{"text": "a", "label": null}\n',
+            "the label None is no text and no number",
+        ),
         "label outside": (
             whole + "a film\tugly\n",
             "'ugly' is outside the set bad, good",
         ),
     }
     for name, (text, match) in cases.items():
-        file = tmp_path / f"{name.replace(' ', '_')}.tsv"
+        file = tmp_path / f"{name.replace(' ', '_')}{'' if '.' in name else '.tsv'}"
         file.write_text(text)
         with pytest.raises(SystemExit):
             run(monkeypatch, *asked(folder, table, tmp_path / "out", dev=file))
         assert match in capsys.readouterr().err
+
+
+def test_a_folder_of_another_task_or_of_the_first_berts(folder, whole, tmp_path):
+    """A head with other outputs begins anew; norms may have their old names."""
+    _, fresh = bert.load(whole / "model", 3, 0)
+    assert fresh == ["head/bias", "head/kernel"]
+    safetensors = pytest.importorskip("safetensors.numpy")
+    held = safetensors.load_file(folder / "model.safetensors")
+    old = {
+        name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): array
+        for name, array in held.items()
+    }
+    safetensors.save_file(old, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(SIZES))
+    for one, other in zip(
+        jax.tree.leaves(nnx.state(bert.load(tmp_path, 2, 0)[0], nnx.Param)),
+        jax.tree.leaves(nnx.state(bert.load(folder, 2, 0)[0], nnx.Param)),
+        strict=True,
+    ):
+        assert (one == other).all()
+
+
+def test_a_law_without_projectors(folder, table, tmp_path, monkeypatch):
+    """Such a run has no captured share to report, and is run all the same."""
+    spec = tmp_path / "spec.toml"
+    spec.write_text(
+        'rank = 4\nsketch = "gaussian_raw"\n[[rules]]\npath = "head/.*"\nmode = "dense"\n'
+        '[[rules]]\npath = ".*(embedding|bias|scale)"\nmode = "frozen"\n'
+    )
+    out = tmp_path / "out"
+    run(monkeypatch, *asked(folder, table, out, spec=spec, steps=20))
+    assert "captured" not in rows_of(out)[0]
+    assert not (out / "captured_share_per_link.png").exists()
+
+
+def test_an_export_that_was_cut_off_is_done_again(folder, table, tmp_path, monkeypatch):
+    words = asked(folder, table, tmp_path / "out", steps=20)
+    with monkeypatch.context() as patch:
+
+        def full(*_):
+            raise OSError("no space left")
+
+        patch.setattr(finetune_glue, "_say_labels", full)
+        with pytest.raises(SystemExit):
+            run(monkeypatch, *words)
+    assert not (tmp_path / "out" / "model").exists()
+    run(monkeypatch, *words, "--resume")
+    config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert config["id2label"] == {"0": "bad", "1": "good"}
 
 
 def test_a_run_is_never_written_over(folder, table, whole, monkeypatch, capsys):

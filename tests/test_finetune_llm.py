@@ -29,8 +29,8 @@ def packed(length=9, pairs=PAIRS):
 
 
 def test_pairs_stand_in_rows_whole():
-    rows, cut = packed()
-    assert cut == 0
+    rows, left = packed()
+    assert left == (0, 0)
     assert rows.ids.shape == (4, 10)
     assert rows.ids[0].tolist() == [1, 3, 4, 5, 6, 7, 2, 0, 0, 0]
     assert rows.text[0].tolist() == [1] * 7 + [0] * 3
@@ -56,14 +56,40 @@ def test_texts_of_a_row_do_not_see_each_other():
 
 
 def test_a_long_pair_is_cut_and_said():
-    rows, cut = packed(5)
-    assert cut == 2
+    rows, left = packed(5)
+    assert left == (2, 0)
     assert rows.ids.shape[1] == 6
 
 
+def test_a_prompt_that_fills_a_row_is_left_out_and_said():
+    rows, left = packed(3, [("abc", "d"), ("a", "b")])
+    assert left == (0, 1)
+    assert rows.ids.tolist() == [[1, 3, 4, 2]]
+    with pytest.raises(ValueError, match="every prompt fills its row"):
+        packed(2, [("abc", "d"), ("ab", "")])
+
+
+def test_a_completion_has_an_end():
+    with pytest.raises(ValueError, match="names no token that ends a completion"):
+        texts.pack(PAIRS, Letters(), 9, [1], [])
+
+
+class Words:
+    """One token a word, with the spaces before it: 3 and its letters."""
+
+    def encode(self, text):
+        return [3 + len(word) for word in re.findall(" *[^ ]+| +", text)]
+
+
+def test_a_completion_is_what_the_text_has_behind_the_prompt():
+    rows, _ = texts.pack([("ab", " cde"), ("ab", "cde")], Words(), 3, [1], [2])
+    # " cde" in the text and not by itself; "abcde" would be one word: the parts' own.
+    assert rows.ids.tolist() == [[1, 5, 7, 2], [1, 5, 6, 2]]
+
+
 def test_a_plain_text_runs_on():
-    rows, cut = texts.pack([("", "abcdefghij")], Letters(), 3, [1], [2])
-    assert cut == 0
+    rows, left = texts.pack([("", "abcdefghij")], Letters(), 3, [1], [2])
+    assert left == (0, 0)
     assert rows.ids.tolist() == [[3, 4, 5, 6], [6, 7, 8, 9], [9, 10, 11, 12]]
     _, _, _, wanted, counts = texts.inputs(rows)
     assert counts.all()
@@ -79,6 +105,8 @@ def test_a_plain_text_runs_on():
         ("cut.txt.gz", b"\x1f\x8b\x08", "no whole text"),
         ("a.jsonl", b'{"prompt": "a"}\n', r"line 1: no field 'completion'"),
         ("b.jsonl", b'{"prompt": "a", "completion": "b"}\n{"pro', "line 2: no JSON"),
+        ("c.jsonl", b'{"prompt": [], "completion": "b"}\n', r"line 1: \[\] is no text"),
+        ("d.txt.gz", b"\x1f\x8b\x08\x00" + 6 * b"\x00" + 9 * b"\xff", "no whole text"),
     ],
 )
 def test_bad_texts(tmp_path, name, content, match):
@@ -86,6 +114,14 @@ def test_bad_texts(tmp_path, name, content, match):
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=match):
         texts.read(tmp_path / name)
+
+
+def test_lines_end_where_json_says(tmp_path):
+    """A separator of lines inside a string is a letter, and a BOM is none."""
+    pair = {"prompt": "a\u2028b", "completion": "c\x85"}
+    text = json.dumps(pair, ensure_ascii=False) + "\r\n"
+    (tmp_path / "a.jsonl").write_bytes(text.encode("utf-8-sig"))
+    assert texts.read(tmp_path / "a.jsonl") == [tuple(pair.values())]
 
 
 # With Tunix ---------------------------------------------------------------------------
@@ -123,6 +159,8 @@ def folder(program, tmp_path_factory):
         tokenizers.Regex("."), "isolated"
     )
     words.save(str(where / "tokenizer.json"))
+    marks = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+    (where / "tokenizer_config.json").write_text(json.dumps(marks))
     return where
 
 
@@ -223,6 +261,10 @@ def test_a_killed_run_ends_as_an_unbroken_one(program, folder, table, tmp_path):
         ({"length": 25}, "beyond the model's 24"),
         ({"train": "nowhere.txt"}, "does not exist"),
         ({"batch": 500}, "fewer than --batch"),
+        ({"length": 3}, "every prompt fills its row"),
+        ({"steps": 0}, "argument --steps: expected a whole number from 1 on, got 0"),
+        ({"patience": -1}, "argument --patience: expected a whole number"),
+        ({"learning_rate": 0}, "argument --learning-rate: expected a number above 0"),
     ],
 )
 def test_bad_input(program, folder, table, tmp_path, monkeypatch, capsys, changed, match):

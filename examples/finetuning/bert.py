@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,20 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from finetuning import naming
+from finetuning import folders, naming
 from raclora_jax import flax as rl_flax
 from raclora_jax import peft
+
+_SIZES = (  # in the order of ``Config``
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "type_vocab_size",
+    "layer_norm_eps",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +50,7 @@ class Config:
     @classmethod
     def read(cls, folder: pathlib.Path) -> Config:
         """From a folder in the hub's layout."""
-        file = folder / "config.json"
-        if not file.exists():
-            raise ValueError(f"{folder} has no config.json: it is no model's folder")
-        stated = json.loads(file.read_text())
+        file, stated = folder / "config.json", folders.stated(folder)
         kind, act = stated.get("model_type"), stated.get("hidden_act")
         if kind not in ("bert", "roberta") or act != "gelu":
             raise ValueError(
@@ -50,19 +58,12 @@ class Config:
                 f"{kind} with {act}"
             )
         padding = stated.get("pad_token_id", 0)
-        return cls(
-            kind,
-            stated["vocab_size"],
-            stated["hidden_size"],
-            stated["intermediate_size"],
-            stated["num_hidden_layers"],
-            stated["num_attention_heads"],
-            stated["max_position_embeddings"],
-            stated["type_vocab_size"],
-            stated["layer_norm_eps"],
-            padding,
-            padding + 1 if kind == "roberta" else 0,
-        )
+        offset = padding + 1 if kind == "roberta" else 0
+        try:
+            sizes = [stated[name] for name in _SIZES]
+        except KeyError as error:
+            raise ValueError(f"{file} has no {error}") from error
+        return cls(kind, *sizes, padding, offset)
 
 
 class Attention(nnx.Module):
@@ -175,17 +176,25 @@ def names(config: Config, params: dict, start: str | None) -> dict[str, peft.Tar
 
 
 def load(folder: pathlib.Path, outputs: int, seed: int) -> tuple[Classifier, list[str]]:
-    """A classifier with the weights of a folder, and the leaves that it has not."""
+    """A classifier with the weights of a folder, and the leaves that it has not.
+
+    The head of another task, with other outputs, is begun anew.
+    """
     config = Config.read(folder)
     model = Classifier(config, outputs, nnx.Rngs(seed))
     tree, restore = rl_flax.to_tree(model)
-    targets = names(config, tree, prefix(folder))
     held = peft.parameters(folder)
+    targets = {
+        path: dataclasses.replace(target, name=_held_as(target.name, held))
+        for path, target in names(config, tree, prefix(folder)).items()
+    }
     leaves = flatten_dict(tree, sep="/")
+    other_head = held.get(targets["head/bias"].name) != (outputs,)
     fresh = [
         path
         for path in leaves
-        if path.startswith(("pooler/", "head/")) and targets[path].name not in held
+        if (path.startswith(("pooler/", "head/")) and targets[path].name not in held)
+        or (path.startswith("head/") and other_head)
     ]
     known = {path: leaf for path, leaf in leaves.items() if path not in fresh}
     read = peft.load_model(
@@ -193,6 +202,13 @@ def load(folder: pathlib.Path, outputs: int, seed: int) -> tuple[Classifier, lis
     )
     everything = leaves | flatten_dict(read, sep="/")
     return restore(unflatten_dict(everything, sep="/")), fresh
+
+
+def _held_as(name: str, held: dict[str, tuple[int, ...]]) -> str:
+    """The name of a parameter in a folder; the first BERTs have other ones of norms."""
+    old = re.sub("LayerNorm.weight$", "LayerNorm.gamma", name)
+    old = re.sub("LayerNorm.bias$", "LayerNorm.beta", old)
+    return old if name not in held and old in held else name
 
 
 def prefix(folder: pathlib.Path) -> str:

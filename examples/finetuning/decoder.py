@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import raclora_jax as rl
-from finetuning import families, llama2c, naming
+from finetuning import families, folders, llama2c, naming
 from raclora_jax import flax as rl_flax
 from raclora_jax import peft
 
@@ -57,14 +56,13 @@ def load(folder: pathlib.Path, *, bf16: bool, remat: bool) -> Decoder:
         whole = {path: jnp.asarray(leaf, dtype) for path, leaf in leaves.items()}
         params = unflatten_dict(whole, sep="/")
     else:
-        file = folder / "config.json"
-        if not file.exists():
-            raise ValueError(f"{folder} has no config.json: it is no model's folder")
-        stated = json.loads(file.read_text())
-        like, restore = _empty(file, stated, dtype, remat)
-        hub = jax.eval_shape(_apart, like)
-        _check_all_is_read(folder, hub, tied="lm_head" not in like)
+        stated = folders.stated(folder)
+        like, restore = _empty(folder / "config.json", stated, dtype, remat)
+        hub = _with_head(jax.eval_shape(_apart, like), folder)
+        _check_all_is_read(folder, hub)
         read = peft.load_model(folder, hub, spec_for(hub, 1), names(hub))
+        if "lm_head" not in like:
+            _check_tied(folder, read)
         params = _together(read, like)
     return Decoder(
         params, restore, stated["max_position_embeddings"], stated["vocab_size"]
@@ -74,6 +72,8 @@ def load(folder: pathlib.Path, *, bf16: bool, remat: bool) -> Decoder:
 def save(folder: pathlib.Path, params: Any, like: pathlib.Path | None = None) -> None:
     """Writes the weights as a folder of the hub; see ``peft.save_model``."""
     hub = _apart(params)
+    if like is not None:
+        hub = _with_head(hub, like)
     peft.save_model(folder, hub, spec_for(hub, 1), names(hub), like=like)
 
 
@@ -143,11 +143,31 @@ def _together(hub: Any, like: Any) -> Any:
     return unflatten_dict(whole, sep="/")
 
 
-def _check_all_is_read(folder: pathlib.Path, hub: Any, tied: bool) -> None:
+def _with_head(hub: Any, folder: pathlib.Path) -> Any:
+    """The tree, with the head that a folder holds beside the embedding it is tied to."""
+    if "lm_head" in hub or "lm_head.weight" not in peft.parameters(folder):
+        return hub
+    table = hub["embedder"]["input_embedding"]
+    if isinstance(table, jax.ShapeDtypeStruct):
+        head = jax.ShapeDtypeStruct(table.shape[::-1], table.dtype)
+    else:
+        head = table.T
+    return hub | {"lm_head": {"w": head}}
+
+
+def _check_tied(folder: pathlib.Path, read: Any) -> None:
+    """Refuses a head that is not what its config says it is."""
+    head, table = read.get("lm_head"), read["embedder"]["input_embedding"]
+    if head is not None and not jnp.array_equal(head["w"].T, table):
+        raise ValueError(
+            f"{folder}: config.json ties the head to the embedding, and lm_head.weight "
+            "is another matrix: state tie_word_embeddings false, or drop the parameter"
+        )
+
+
+def _check_all_is_read(folder: pathlib.Path, hub: Any) -> None:
     """Refuses a folder whose model has more in it than Tunix's."""
     known = {target.name for target in names(hub).values()}
-    if tied:
-        known.add("lm_head.weight")
     spare = [
         name
         for name in peft.parameters(folder)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
-from finetuning import decoder, families
+from finetuning import decoder, families, folders
 from raclora_jax import flax as rl_flax
 
 VOCABULARY = 512
@@ -34,6 +34,8 @@ CONFIG = {
     "rms_norm_eps": 1e-5,
     "rope_theta": 10_000.0,
     "tie_word_embeddings": True,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
 }
 _MOST = 2**21  # letters of code
 
@@ -75,9 +77,10 @@ def write(folder: pathlib.Path, texts: list[str], seed: int) -> None:
         size = 0.02 if name.startswith("embedder") else inputs**-0.5
         return jnp.asarray(size * draw.normal(size=leaf.shape), jnp.float32)
 
-    decoder.save(folder, jax.tree.map_with_path(one, like))
-    (folder / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
-    _tokenizer(texts).save(str(folder / "tokenizer.json"))
+    with folders.whole(folder) as partial:
+        decoder.save(partial, jax.tree.map_with_path(one, like))
+        (partial / "config.json").write_text(json.dumps(CONFIG, indent=1) + "\n")
+        _tokenizer(texts).save(str(partial / "tokenizer.json"))
 
 
 def _tokenizer(texts: list[str]) -> tokenizers.Tokenizer:

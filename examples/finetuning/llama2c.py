@@ -17,12 +17,15 @@ def read(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     Version 0: seven sizes, then float32 matrices.
 
     Raises:
-      ValueError: If the file is shorter than its sizes say.
+      ValueError: If the file is shorter than its sizes say, or says none.
     """
     data = file.read_bytes()
     if len(data) < 28:
         raise ValueError(f"{file} is cut short")
     sizes = dict(zip(_HEADER, struct.unpack("7i", data[:28]), strict=True))
+    counts = [abs(count) for count in sizes.values()]
+    if not all(counts) or sizes["width"] % sizes["heads"]:
+        raise ValueError(f"{file} is no checkpoint of llama2.c: it begins with {sizes}")
     tied, vocab = sizes["vocab"] > 0, abs(sizes["vocab"])
     width, layers, heads = sizes["width"], sizes["layers"], sizes["heads"]
     kv_heads, hidden, size = sizes["kv_heads"], sizes["hidden"], width // heads

@@ -6,21 +6,30 @@ import dataclasses
 import gzip
 import json
 import pathlib
+import zlib
 from collections.abc import Iterator
 
 import numpy as np
-import tokenizers
+
+from finetuning import folders
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Where a table has its texts and its label.
+    """Where a table has its texts, one or a pair, and its label.
 
     A column is a name of the header, or the number of one in a table without a header.
     """
 
     texts: tuple[str, ...]
     label: str
+
+    def __post_init__(self) -> None:
+        if len(self.texts) > 2:
+            raise ValueError(
+                f"{', '.join(self.texts)} are {len(self.texts)} columns of texts: a "
+                "model reads one text or a pair"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +81,7 @@ def _lines(file: pathlib.Path) -> Iterator[tuple[int, str]]:
         with opener(file, "rt", encoding="utf-8-sig", newline="\n") as lines:
             for number, line in enumerate(lines, 1):
                 yield number, line.rstrip("\r\n")
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file} is no whole text in UTF-8 ({error})") from error
 
 
@@ -102,11 +111,20 @@ def _jsonl(file: pathlib.Path, columns: Columns) -> Iterator[list[str]]:
             continue
         try:
             row = json.loads(line)
-            yield [str(row[name]) for name in (*columns.texts, columns.label)]
+            cells = [row[name] for name in (*columns.texts, columns.label)]
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}, line {number}: no JSON ({error})") from error
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file}, line {number}: no field {error}") from error
+        *texts, label = cells
+        for name, cell in zip(columns.texts, texts, strict=True):
+            if not isinstance(cell, str):
+                raise ValueError(f"{file}, line {number}: {name} {cell!r} is no text")
+        if not isinstance(label, str | int | float):
+            raise ValueError(
+                f"{file}, line {number}: the label {label!r} is no text and no number"
+            )
+        yield [*texts, str(label)]
 
 
 def labels_of(rows: Rows) -> list[str]:
@@ -146,9 +164,7 @@ def encode(
 
     The arrays are as long as the longest row that is left, in eights.
     """
-    if not tokenizer.exists():
-        raise ValueError(f"{tokenizer} does not exist: the folder has no tokenizer")
-    encoder = tokenizers.Tokenizer.from_file(str(tokenizer))
+    encoder = folders.tokenizer(tokenizer)
     encoder.no_padding()
     encoder.no_truncation()
     texts = [row if len(row) == 2 else row[0] for row in rows.texts]

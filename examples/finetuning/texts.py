@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import pathlib
+import zlib
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -15,6 +16,18 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without marks at its ends."""
+
+
+class Left(NamedTuple):
+    """What of the texts is not in the rows.
+
+    Attributes:
+      cut: How many pairs lack the end of their completion.
+      out: How many are left out, since their prompt fills a row.
+    """
+
+    cut: int
+    out: int
 
 
 class Rows(NamedTuple):
@@ -41,25 +54,31 @@ def read(file: pathlib.Path) -> list[tuple[str, str]]:
         raise ValueError(f"{file} does not exist")
     opener = gzip.open if file.suffix == ".gz" else open
     try:
-        with opener(file, "rt", encoding="utf-8") as opened:
+        with opener(file, "rt", encoding="utf-8-sig") as opened:
             whole = opened.read()
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{file} is no whole text in UTF-8 ({error})") from error
     if not whole.strip():
         raise ValueError(f"{file} is empty")
     if ".jsonl" not in file.name:
         return [("", whole)]
     pairs = []
-    for number, line in enumerate(whole.splitlines(), 1):
+    for number, line in enumerate(whole.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-            pairs.append((str(row["prompt"]), str(row["completion"])))
+            pair = row["prompt"], row["completion"]
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}, line {number}: no JSON ({error})") from error
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file}, line {number}: no field {error}") from error
+        for text in pair:
+            if not isinstance(text, str):
+                raise ValueError(f"{file}, line {number}: {text!r} is no text")
+        pairs.append(pair)
+    if not pairs:
+        raise ValueError(f"{file} holds no row")
     return pairs
 
 
@@ -69,11 +88,14 @@ def pack(
     length: int,
     begin: list[int],
     end: list[int],
-) -> tuple[Rows, int]:
-    """Fills rows with texts one behind another, and says how many were cut.
+) -> tuple[Rows, Left]:
+    """Fills rows with texts one behind another, and says what did not fit.
 
     A plain text runs on from row to row. Of prompt and completion each pair stands in
     one row whole, or is cut at its end.
+
+    Raises:
+      ValueError: If not one row is filled, or a completion has no mark for its end.
     """
     size = length + 1
     if len(pairs) == 1 and not pairs[0][0]:
@@ -85,12 +107,21 @@ def pack(
             )
         at = np.arange(count)[:, None] * length + np.arange(size)
         every = np.ones((count, size), np.int32)
-        return Rows(ids[at], every, every.astype(bool)), 0
-    rows: list[list[tuple[list[int], int]]] = [[]]
-    held = cut = 0
+        return Rows(ids[at], every, every.astype(bool)), Left(0, 0)
+    if not end:
+        raise ValueError(
+            "the tokenizer names no token that ends a completion: state eos_token in "
+            "tokenizer_config.json"
+        )
+    rows: list[list[tuple[list[int], int]]] = []
+    held, cut, out = size, 0, 0
     for prompt, completion in pairs:
-        before = [*begin, *tokenizer.encode(prompt)]
-        ids = [*before, *tokenizer.encode(completion), *end]
+        before, behind = _apart(tokenizer, prompt, completion)
+        before = [*begin, *before]
+        if len(before) >= size:
+            out += 1
+            continue
+        ids = [*before, *behind, *end]
         cut += len(ids) > size
         ids = ids[:size]
         if held + len(ids) > size:
@@ -98,6 +129,11 @@ def pack(
             held = 0
         rows[-1].append((ids, len(before)))
         held += len(ids)
+    if not rows:
+        raise ValueError(
+            f"every prompt fills its row, with no place for a completion in {size} "
+            "tokens: raise --length"
+        )
     packed = Rows(
         *(np.zeros((len(rows), size), kind) for kind in (np.int32, np.int32, bool))
     )
@@ -108,7 +144,21 @@ def pack(
             packed.text[row, at : at + len(ids)] = number
             packed.judged[row, at + before : at + len(ids)] = True
             at += len(ids)
-    return packed, cut
+    return packed, Left(cut, out)
+
+
+def _apart(
+    tokenizer: Tokenizer, prompt: str, completion: str
+) -> tuple[list[int], list[int]]:
+    """Ids of a prompt, and of what a model is to say behind them.
+
+    These are what the whole text has behind the prompt's ids; or, where pieces reach
+    over the seam, the completion's own.
+    """
+    before, whole = tokenizer.encode(prompt), tokenizer.encode(prompt + completion)
+    if whole[: len(before)] == before:
+        return before, whole[len(before) :]
+    return before, tokenizer.encode(completion)
 
 
 def inputs(rows: Rows) -> tuple[np.ndarray, ...]:

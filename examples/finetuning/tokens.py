@@ -7,6 +7,7 @@ import pathlib
 import re
 import struct
 
+from finetuning import folders
 from finetuning.texts import Tokenizer
 
 _BEGIN, _END = 1, 2  # in llama2.c
@@ -15,45 +16,81 @@ _BEGIN, _END = 1, 2  # in llama2.c
 def tokenizer_of(file: pathlib.Path) -> tuple[Tokenizer, list[int], list[int]]:
     """A tokenizer, and the ids to put before and behind a text.
 
+    Before it stands what the hub's tokenizer puts there itself or its config names,
+    behind it the token that ends a text for the model.
+
     Raises:
       ValueError: If the file is not there or is none of the two.
     """
-    if not file.exists():
-        raise ValueError(f"{file} does not exist: name the --tokenizer")
     if file.suffix == ".bin":
         return _Merges(file), [_BEGIN], [_END]
-    import tokenizers
+    hub = _Hub(file)
+    return hub, hub.begin(), hub.end()
 
-    held = tokenizers.Tokenizer.from_file(str(file))
-    ends = [held.token_to_id(name) for name in ("</s>", "<|im_end|>", "<|end_of_text|>")]
-    begin = [held.token_to_id(name) for name in ("<s>", "<|begin_of_text|>")]
 
-    class Hub:
-        def encode(self, text: str) -> list[int]:
-            return held.encode(text, add_special_tokens=False).ids
+class _Hub:
+    """One of the hub, with what the files beside it say of its marks."""
 
-    first = [one for one in begin if one is not None][:1]
-    return Hub(), first, [one for one in ends if one is not None][:1]
+    def __init__(self, file: pathlib.Path) -> None:
+        self._file, self._held = file, folders.tokenizer(file)
+
+    def encode(self, text: str) -> list[int]:
+        """Without marks."""
+        return self._held.encode(text, add_special_tokens=False).ids
+
+    def begin(self) -> list[int]:
+        """Before a text, if anything."""
+        others = {*self.end(), *self.encode("")}
+        own = [one for one in self._held.encode("").ids if one not in others]
+        return own or self._named("bos_token")
+
+    def end(self) -> list[int]:
+        """Behind a text: by name, else by the number that the model's config has."""
+        named = self._named("eos_token")
+        for name in ("generation_config.json", "config.json"):
+            if not named and (self._file.parent / name).exists():
+                number = folders.stated(self._file.parent, name).get("eos_token_id")
+                number = number[0] if isinstance(number, list) and number else number
+                named = [number] if isinstance(number, int) else []
+        return named
+
+    def _named(self, mark: str) -> list[int]:
+        name = folders.stated(self._file.parent, "tokenizer_config.json").get(mark)
+        name = name.get("content") if isinstance(name, dict) else name
+        if name is None:
+            return []
+        number = self._held.token_to_id(name)
+        if number is None:
+            raise ValueError(
+                f"{self._file} has no token {name!r}, which tokenizer_config.json names "
+                f"as {mark}"
+            )
+        return [number]
 
 
 class _Merges:
     """llama2.c's: pieces with scores, merged pair by pair, the best score first."""
 
     def __init__(self, file: pathlib.Path) -> None:
+        if not file.exists():
+            raise ValueError(f"{file} does not exist: name the --tokenizer")
         data, at = file.read_bytes(), 4
         self._pieces: dict[bytes, int] = {}
         self._scores: list[float] = []
         while at < len(data):
-            score, size = struct.unpack_from("fi", data, at)
-            self._pieces.setdefault(data[at + 8 : at + 8 + size], len(self._scores))
+            score, size = _entry(file, data, at)
+            piece = data[at + 8 : at + 8 + size]
+            if b" " in piece.strip(b" ") or piece.lstrip(b" ") != piece.strip(b" "):
+                raise ValueError(f"{file}: the piece {piece!r} goes on behind a space")
+            self._pieces.setdefault(piece, len(self._scores))
             self._scores.append(score)
             at += 8 + size
         self._memory: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Word by word, each with the space before it: no piece has one further in."""
+        """Word by word, each with the spaces before it: no piece has one further in."""
         found = []
-        for word in re.findall(" ?[^ ]+| ", f" {text}"):
+        for word in re.findall(" *[^ ]+| +", f" {text}" if text else ""):
             if word not in self._memory:
                 self._memory[word] = self._word(word)
             found += self._memory[word]
@@ -80,3 +117,12 @@ class _Merges:
             piece = joined[place]
             pieces[place : place + 2] = [piece]
             ids[place : place + 2] = [self._pieces[piece]]
+
+
+def _entry(file: pathlib.Path, data: bytes, at: int) -> tuple[float, int]:
+    """Score and length of the piece that starts there."""
+    if at + 8 <= len(data):
+        score, size = struct.unpack_from("fi", data, at)
+        if 0 <= size <= len(data) - at - 8:
+            return score, size
+    raise ValueError(f"{file} is cut short, or no tokenizer of llama2.c")

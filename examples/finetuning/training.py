@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
 import raclora_jax as rl
@@ -100,17 +100,45 @@ def _raclora(
     )
 
 
+def projects(spec: rl.Spec) -> bool:
+    """Whether its sketches are projectors, of which one can ask what they hold."""
+    laws = (spec.sketch, *(rule.sketch for rule in spec.rules))
+    return "gaussian_raw" not in laws
+
+
 def captured(
-    loss_fn: Any, params: Any, spec: rl.Spec, link: int, seed: int, *batch: Array
-) -> tuple[float, float]:
-    """The mean share of the gradient that a link's sketches hold, and the mean lambda."""
-    grads = jax.grad(loss_fn)(params, *batch)
-    sketches = rl.sample_sketch(params, spec, key=seed, link=link)
-    seen = theory.captured(grads, sketches, spec)
-    shares, lambdas = (
-        np.mean([float(x) for x in part.values()]) for part in (seen.share, seen.lam)
-    )
-    return float(shares), float(lambdas)
+    loss_fn: Any, spec: rl.Spec, seed: int
+) -> Callable[..., tuple[float, float]]:
+    """A function of weights, link and batch that asks what the link's sketches hold.
+
+    It gives the mean share of the gradient and the mean lambda. The gradients are dense,
+    of the adapted leaves alone.
+    """
+
+    @jax.jit
+    def seen(params: Any, link: Array, *batch: Array) -> tuple[Array, Array]:
+        leaves = flatten_dict(params, sep="/")
+        rows = rl.summary(params, spec).rows
+        adapted = {row.path: leaves[row.path] for row in rows if row.mode == "lowrank"}
+
+        def loss(adapted: dict[str, Array]) -> Array:
+            return loss_fn(unflatten_dict(leaves | adapted, sep="/"), *batch)
+
+        zeros = jax.tree.map(jnp.zeros_like, leaves)
+        grads = unflatten_dict(zeros | jax.grad(loss)(adapted), sep="/")
+        sketches = rl.sample_sketch(params, spec, key=seed, link=link)
+        found = theory.captured(grads, sketches, spec)
+        share, lam = (
+            jnp.mean(jnp.stack([jnp.asarray(one) for one in part.values()]))
+            for part in (found.share, found.lam)
+        )
+        return share, lam
+
+    def ask(params: Any, link: int, *batch: Array) -> tuple[float, float]:
+        share, lam = seen(params, link, *batch)
+        return float(share), float(lam)
+
+    return ask
 
 
 def moved(before: Any, after: Any) -> dict[str, float]:

@@ -43,11 +43,17 @@ def optimizer(options):
 
     def get_optimizer(config, learning_rate_schedule, model=None, mesh=None):
         del model, mesh
-        if config.skip_step_on_spikes or config.trainable_parameters_mask:
+        if config.opt_type != "adamw":
             raise ValueError(
-                "skip_step_on_spikes and trainable_parameters_mask belong to MaxText's "
-                "own optimizers; freeze leaves by a Rule, or leave both out"
+                f"opt_type={config.opt_type}: raclora has Adam inside here, with the "
+                "numbers of adamw; leave opt_type out"
             )
+        for name in ("skip_step_on_spikes", "trainable_parameters_mask", "adamw_mask"):
+            if getattr(config, name):
+                raise ValueError(
+                    f"{name} belongs to MaxText's own optimizers; freeze leaves by a "
+                    "Rule, or leave it out"
+                )
         spec = rl.Spec(
             rank=options.rank,
             alpha="dim",
@@ -57,7 +63,13 @@ def optimizer(options):
         return rl.raclora(
             learning_rate_schedule,
             spec,
-            inner=optax.scale_by_adam(config.adam_b1, config.adam_b2, config.adam_eps),
+            inner=optax.scale_by_adam(
+                config.adam_b1,
+                config.adam_b2,
+                config.adam_eps,
+                config.adam_eps_root,
+                config.mu_dtype,
+            ),
             weight_decay=config.adam_weight_decay,
             key=options.seed,
         )
