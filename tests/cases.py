@@ -1206,7 +1206,81 @@ add(
         (lambda h, w: h @ w)(*jax.checkpoint(lambda x, w: (jnp.sin(x), w))(x, p["w"]))
     ),
     X,
-    may=("w",),
+)
+add(
+    "remat in remat that returns a leaf",
+    {"w": SQUARE},
+    lambda p, x: total(
+        (lambda h, w: h @ w)(
+            *jax.checkpoint(jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), w)))(x, p["w"])
+        )
+    ),
+    X,
+)
+
+
+def layer_handed_on(h, w):
+    return jnp.tanh(h @ w), w
+
+
+for label, one in (
+    ("", layer_handed_on),
+    (", under remat", jax.checkpoint(layer_handed_on)),
+    (", under jit and remat", jax.jit(jax.checkpoint(layer_handed_on))),
+):
+    add(
+        f"scan that hands its layers on{label}",
+        {"w": STACK},
+        lambda p, x, one=one: total(lax.scan(block, *lax.scan(one, x, p["w"]))[0]),
+        X,
+        views=LAYERS,
+    )
+add(
+    "scan in remat, layers handed on",
+    {"w": STACK},
+    lambda p, x: total(
+        lax.scan(
+            block,
+            *jax.checkpoint(lambda x, w: lax.scan(layer_handed_on, x, w))(x, p["w"]),
+        )[0]
+    ),
+    X,
+    views=LAYERS,
+)
+add(
+    "loop under remat whose carry is a leaf",
+    {"w": SQUARE},
+    lambda p, x: total(
+        lax.fori_loop(
+            0, 3, lambda _, carry: jax.checkpoint(layer_handed_on)(*carry), (x, p["w"])
+        )[0]
+    ),
+    X,
+)
+add(
+    "cond that hands a leaf on",
+    {"w": SQUARE},
+    lambda p, x: total(
+        (lambda h, w: h @ w)(
+            *lax.cond(
+                x[0, 0] > 0,
+                layer_handed_on,
+                lambda h, w: (jnp.sin(h @ w), w),
+                x,
+                p["w"],
+            )
+        )
+    ),
+    X,
+)
+add(
+    "cond that hands one of two leaves on",
+    {"v": SQUARE, "w": SQUARE},
+    lambda p, x: total(
+        x @ lax.cond(x[0, 0] > 0, lambda v, w: v, lambda v, w: w, p["v"], p["w"])
+    ),
+    X,
+    falls={"v": "cond", "w": "cond"},
 )
 
 # --- Vectorising, and derivatives inside the loss ---------------------------------------

@@ -1,5 +1,8 @@
 """One canonical path, and so one sketch, for every Flax view of one model."""
 
+import warnings
+
+import chex
 import flax
 import flax.linen as nn
 import jax
@@ -321,3 +324,53 @@ def test_the_optimizer_refuses():
         optimizer.update(model, {"first": {"kernel": jnp.ones((6, 7))}})
     with pytest.raises(TypeError, match=r"flax\.Optimizer takes an nnx\.Module"):
         rl.flax.Optimizer(linen_variables(), rl.raclora(0.1, SPEC, key=0), SPEC)
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(6, 6, rngs=rngs)
+
+    def __call__(self, x):
+        return x + jnp.tanh(self.linear(x))
+
+
+def in_turn(blocks, x):
+    for block in blocks:
+        x = nnx.remat(lambda block, x: block(x))(block, x)
+    return x
+
+
+def stacked(blocks, x):
+    scan = nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    return scan(nnx.remat(lambda x, block: block(x)))(x, blocks)
+
+
+def blocks_in_turn():
+    return nnx.List([Block(nnx.Rngs(seed)) for seed in range(2)])
+
+
+def blocks_stacked():
+    make = nnx.vmap(lambda key: Block(nnx.Rngs(key)), in_axes=0, out_axes=0)
+    return make(jax.random.split(jax.random.key(0), 3))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "run"), [(blocks_in_turn, in_turn), (blocks_stacked, stacked)]
+)
+def test_remat_of_nnx_forms_no_gradient(blocks, run):
+    """A module comes out of it with all its leaves, unchanged; no leaf is formed."""
+    tree, restore = to_tree(blocks())
+
+    def loss(params, x):
+        return jnp.mean(run(restore(params), x) ** 2)
+
+    x = jax.random.normal(jax.random.key(1), (4, 6))
+    spec = rl.trace_spec(loss, tree, x, rank=2)
+    assert {row.mode for row in rl.summary(tree, spec).rows} == {"lowrank", "dense"}
+    state = rl.raclora(0.1, spec, key=0).init(tree)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, grads = rl.value_and_grad(loss, spec)(tree, state, x)
+    sketches = rl.sample_sketch(tree, spec, key=0)
+    expected = rl.project(jax.grad(loss)(tree, x), sketches, spec)
+    chex.assert_trees_all_close(grads, expected, atol=1e-6)

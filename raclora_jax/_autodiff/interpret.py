@@ -142,26 +142,33 @@ def _by_rule(eqn: Eqn, operands: list[Value]) -> list[Value] | None:
 
 def _call(eqn: Eqn, operands: list[Value]) -> list[Value] | None:
     """A jitted function: its program is run in place, where no sharding is asked for."""
+    return None if _asks_sharding(eqn) else evaluate(eqn.params["jaxpr"], operands)
+
+
+def _asks_sharding(eqn: Eqn) -> bool:
     asked = (*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ()))
     # By name, since JAX does not hand the class out.
-    if any(type(sharding).__name__ != "UnspecifiedValue" for sharding in asked):
-        return None
-    return evaluate(eqn.params["jaxpr"], operands)
+    return any(type(sharding).__name__ != "UnspecifiedValue" for sharding in asked)
 
 
 def _remat(eqn: Eqn, operands: list[Value]) -> list[Value]:
+    kept = _kept(eqn, operands)
+
     def body(*operands: Value) -> list[Array]:
-        return arrays(evaluate(eqn.params["jaxpr"], operands), "remat")
+        out = evaluate(eqn.params["jaxpr"], operands)
+        return arrays(_changing(out, kept), "remat")
 
     policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
-    return jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)(*operands)
+    out = jax.checkpoint(body, policy=policy, prevent_cse=prevent_cse)(*operands)
+    return _filled(out, kept)
 
 
 def _scan(eqn: Eqn, operands: list[Value]) -> list[Value]:
     """Leaves are read as constants, or sliced along an axis that stacks matrices."""
     params, program = eqn.params, eqn.params["jaxpr"]
     closed_over, carry, xs = scan_operands(params, operands)
-    kept = _unchanged(program, len(closed_over), carry)
+    kept = _kept(eqn, operands)
+    kept_carry = {i: value for i, value in kept.items() if i < len(carry)}
 
     def sliced(x: Value) -> Operand:
         stacked = x.stacked() if isinstance(x, Weight) else None
@@ -171,19 +178,19 @@ def _scan(eqn: Eqn, operands: list[Value]) -> list[Value]:
         state: list[Array], slices: list[Operand]
     ) -> tuple[list[Array], list[Array]]:
         each = [x.unstacked() if isinstance(x, Weight) else x for x in slices]
-        out = evaluate(program, [*closed_over, *_filled(state, kept), *each])
-        after = _changing(out[: len(carry)], kept)
-        return arrays(after, "scan"), arrays(out[len(carry) :], "scan")
+        out = evaluate(program, [*closed_over, *_filled(state, kept_carry), *each])
+        changed = arrays(_changing(out, kept), "scan")
+        return changed[: len(state)], changed[len(state) :]
 
     end, ys = lax.scan(
         step,
-        arrays(_changing(carry, kept), "scan"),
+        arrays(_changing(carry, kept_carry), "scan"),
         [sliced(x) for x in xs],
         length=params["length"],
         reverse=params["reverse"],
         unroll=params["unroll"],
     )
-    return [*_filled(end, kept), *ys]
+    return _filled([*end, *ys], kept)
 
 
 def scan_operands(
@@ -210,7 +217,7 @@ def while_operands(
 def _while(eqn: Eqn, operands: list[Value]) -> list[Value]:
     params = eqn.params
     of_test, of_body, carry = while_operands(params, operands)
-    kept = _unchanged(params["body_jaxpr"], len(of_body), carry)
+    kept = _kept(eqn, operands)
 
     def test(state: Sequence[Array]) -> Array:
         (go,) = evaluate(params["cond_jaxpr"], [*of_test, *_filled(state, kept)])
@@ -224,36 +231,84 @@ def _while(eqn: Eqn, operands: list[Value]) -> list[Value]:
     return _filled(lax.while_loop(test, step, start), kept)
 
 
-def _unchanged(program: Program, constants: int, carry: list[Value]) -> dict[int, Value]:
-    """The weights that a loop hands on as they are, by their place in its carry."""
+def _kept(eqn: Eqn, operands: list[Value]) -> dict[int, Value]:
+    """The weights among the outputs that are handed on, by the output's place."""
+    found = {place: operands[own] for place, own in handed_on_by(eqn).items()}
+    return {place: value for place, value in found.items() if isinstance(value, Standing)}
+
+
+def handed_on_by(eqn: Eqn) -> dict[int, int]:
+    """The outputs of a call that are operands of it, unchanged, by place.
+
+    A module of nnx comes out of a transformed function with all its leaves.
+    """
+    rule, params, places = (
+        _CALLS.get(eqn.primitive.name),
+        eqn.params,
+        range(len(eqn.invars)),
+    )
+    if rule is _remat or (rule is _call and not _asks_sharding(eqn)):
+        return _handed_on(params["jaxpr"])
+    if rule is _cond:
+        first, *others = map(_handed_on, params["branches"])
+        return {
+            place: 1 + source
+            for place, source in first.items()
+            if all(other.get(place) == source for other in others)
+        }
+    if rule is _scan:
+        # A carry that stays, and slices that are put together again.
+        closed_over, carry, _ = map(len, scan_operands(params, [*places]))
+        return {
+            place: source
+            for place, source in _handed_on(params["jaxpr"]).items()
+            if source == closed_over + place or min(place, source - closed_over) >= carry
+        }
+    if rule is _while:
+        of_test, of_body, _ = map(len, while_operands(params, [*places]))
+        return {
+            place: of_test + source
+            for place, source in _handed_on(params["body_jaxpr"]).items()
+            if source == of_body + place
+        }
+    return {}
+
+
+def _handed_on(program: Program) -> dict[int, int]:
+    """The outputs of a program that are inputs of it, unchanged, by place."""
     jaxpr = body_of(program)
-    return {
-        i: value
-        for i, value in enumerate(carry)
-        if isinstance(value, Standing) and jaxpr.outvars[i] is jaxpr.invars[constants + i]
-    }
+    source = {var: place for place, var in enumerate(jaxpr.invars)}
+    for eqn in jaxpr.eqns:
+        for place, own in handed_on_by(eqn).items():
+            var = eqn.invars[own]
+            if not isinstance(var, jex.Literal) and var in source:
+                source[eqn.outvars[place]] = source[var]
+    outputs = enumerate(jaxpr.outvars)
+    found = ((i, var) for i, var in outputs if not isinstance(var, jex.Literal))
+    return {place: source[var] for place, var in found if var in source}
 
 
-def _changing(carry: Sequence[Value], kept: dict[int, Value]) -> list[Value]:
-    """The rest of a loop's carry."""
-    return [value for i, value in enumerate(carry) if i not in kept]
+def _changing(values: Sequence[Value], kept: dict[int, Value]) -> list[Value]:
+    """The rest of a loop's carry, or of what a program gives."""
+    return [value for i, value in enumerate(values) if i not in kept]
 
 
-def _filled(state: Sequence[Array], kept: dict[int, Value]) -> list[Value]:
-    """A loop's carry with what it hands on put back."""
-    rest = iter(state)
-    size = len(state) + len(kept)
-    return [kept[i] if i in kept else next(rest) for i in range(size)]
+def _filled(rest: Sequence[Array], kept: dict[int, Value]) -> list[Value]:
+    """The whole with what is handed on put back."""
+    others = iter(rest)
+    size = len(rest) + len(kept)
+    return [kept[i] if i in kept else next(others) for i in range(size)]
 
 
 def _cond(eqn: Eqn, operands: list[Value]) -> list[Value]:
     which, *rest = operands
+    kept = _kept(eqn, operands)
 
     def branch(program: Program) -> Callable[[], list[Array]]:
-        return lambda: arrays(evaluate(program, rest), "cond")
+        return lambda: arrays(_changing(evaluate(program, rest), kept), "cond")
 
-    branches = [branch(program) for program in eqn.params["branches"]]
-    return [*lax.switch(which, branches)]
+    out = lax.switch(which, [branch(program) for program in eqn.params["branches"]])
+    return _filled(out, kept)
 
 
 def _shard_map(eqn: Eqn, operands: list[Value]) -> list[Value]:

@@ -19,7 +19,12 @@ from jax import Array
 
 from raclora_jax._autodiff import consume
 from raclora_jax._autodiff.axes import Axis, Part
-from raclora_jax._autodiff.interpret import RULES, scan_operands, while_operands
+from raclora_jax._autodiff.interpret import (
+    RULES,
+    handed_on_by,
+    scan_operands,
+    while_operands,
+)
 from raclora_jax._autodiff.stage import Eqn, Program, aval, body_of
 from raclora_jax._autodiff.weight import Leaf, Operand, Weight
 
@@ -191,29 +196,24 @@ def _either(values: Sequence[Value]) -> Value:
 def _scan(eqn: Eqn, operands: list[Value]) -> list[Value]:
     program = eqn.params["jaxpr"]
     constants, carry, xs = scan_operands(eqn.params, operands)
-    now = _handed_on(program, len(constants), carry)
+    same = {place: operands[own] for place, own in handed_on_by(eqn).items()}
+    now = [same.get(place) for place in range(len(carry))]
     inputs = program.jaxpr.invars[len(constants) + len(carry) :]
     slices = [_slice(x, aval(var)) for x, var in zip(xs, inputs, strict=True)]
     out = watch(program, [*constants, *now, *slices], Seen())
-    return [*now, *(_forgotten(y, "scan") for y in out[len(carry) :])]
+    ys = enumerate(out[len(carry) :], len(carry))
+    return [*now, *(same[i] if i in same else _forgotten(y, "scan") for i, y in ys)]
 
 
 def _while(eqn: Eqn, operands: list[Value]) -> list[Value]:
     params = eqn.params
     of_test, of_body, carry = while_operands(params, operands)
-    now = _handed_on(params["body_jaxpr"], len(of_body), carry)
+    same = {place: operands[own] for place, own in handed_on_by(eqn).items()}
+    # Inside it a loop's state is data, but for what it hands on as it is.
+    now = [same.get(place) for place in range(len(carry))]
     watch(params["cond_jaxpr"], [*of_test, *now], Seen())
     watch(params["body_jaxpr"], [*of_body, *now], Seen())
     return now
-
-
-def _handed_on(program: Program, constants: int, carry: list[Value]) -> list[Value]:
-    """A loop's state inside it: data, but for what it hands on as it is."""
-    jaxpr = body_of(program)
-    return [
-        value if jaxpr.outvars[i] is jaxpr.invars[constants + i] else None
-        for i, value in enumerate(carry)
-    ]
 
 
 def _slice(value: Value, like: jax.core.ShapedArray) -> Value:
