@@ -80,14 +80,24 @@ class Windows:
         return self.text[start : start + self.length + 1].astype(np.int32)
 
 
-def batches(options):
-    """This process's rows of every global batch: row i is sample i on any number."""
+def batches(options, rows):
+    """This process's rows of every global batch: row i is sample i on any number.
+
+    Processes that share heads and hidden units with others read the same rows as these.
+    """
     folder = pathlib.Path(options.data_dir or os.path.dirname(os.__file__))
-    each, rest = divmod(options.batch, jax.process_count())
-    if rest:
-        raise SystemExit(f"--batch must be a multiple of {jax.process_count()} processes")
+    if options.batch % rows.mesh.shape["fsdp"]:
+        raise SystemExit(
+            f"--batch must be a multiple of --fsdp {rows.mesh.shape['fsdp']}"
+        )
+    shape = (options.batch, options.length + 1)
+    slices = rows.addressable_devices_indices_map(shape).values()
+    held = sorted({row for s, _ in slices for row in range(options.batch)[s]})
+    part, rest = divmod(held[0], len(held))
+    if rest or options.batch % len(held) or held != [*range(held[0], held[-1] + 1)]:
+        raise SystemExit(f"a process holds the rows {held}: order the mesh by processes")
     data = grain.MapDataset.source(Windows(folder, options.length)).shuffle(seed=0)
-    data = data.repeat().batch(each)[jax.process_index() :: jax.process_count()]
+    data = data.repeat().batch(len(held))[part :: options.batch // len(held)]
     return iter(data.to_iter_dataset())
 
 
@@ -179,8 +189,9 @@ def main():
             options.coordinator, options.processes, options.process
         )
     say = print if jax.process_index() == 0 else lambda *_, **__: None
-    mesh, data = mesh_of(options), batches(options)
-    rows = NamedSharding(mesh, P("fsdp"))
+    mesh = mesh_of(options)
+    rows = NamedSharding(mesh, P("fsdp", None))
+    data = batches(options, rows)
     homes = {name: NamedSharding(mesh, spec) for name, spec in AXES.items()}
 
     make = functools.partial(init, options=options)
@@ -210,7 +221,7 @@ def main():
             data.set_state(position)
             say(f"restored step {done}", flush=True)
         while done < options.steps:
-            batch = jax.make_array_from_process_local_data(rows, next(data))
+            batch = jax.make_array_from_process_local_data(rows, next(data), tokens.shape)
             params, opt_state, loss = step_fn(params, opt_state, batch)
             done += 1
             if done % options.log_every == 0:

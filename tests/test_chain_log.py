@@ -23,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("quick_draws")
 
 def base_of(dtype="float32", seed=0):
     kernel = jax.random.normal(jax.random.key(seed), (9, 7))
-    return {"kernel": kernel.astype(dtype), "bias": jnp.arange(7.0).astype(dtype)}
+    leaves = {"kernel": kernel, "bias": jnp.arange(7.0), "scale": jnp.asarray(0.3)}
+    return {path: leaf.astype(dtype) for path, leaf in leaves.items()}
 
 
 def trained(factors, link):

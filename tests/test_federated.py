@@ -607,6 +607,32 @@ def test_epochs_are_passes():
     chex.assert_trees_all_equal(epochs, run(LOCAL._replace(steps=4)))
 
 
+def test_epochs_are_passes_over_a_clients_own_examples():
+    """Padding makes no more steps of it."""
+    strategy, data = make("raclora"), examples()
+    state = fed.init(strategy, model(), key=0)
+    own = tuple(array[0] for array in data)
+    run = functools.partial(fed.client_update, strategy, state, client=0, key=0)
+    once = LOCAL._replace(steps=None, epochs=1)
+    few = LOCAL.batch_size + 1  # of which one fills no batch
+    passed = run(own, local=once, count=few)
+    steps = run(own, local=LOCAL._replace(steps=1), count=few)
+    chex.assert_trees_all_close(passed, steps, rtol=1e-12)
+
+
+def test_fedavg_freezes_what_the_rules_freeze():
+    """By the first rule that matches, as everywhere; and all others are trained."""
+    head = {"head": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
+    rules = (rl.Rule("head/kernel", rows=0), rl.Rule("head/.*", mode="frozen"))
+    whole = (rl.Rule(".*kernel"), rl.Rule(".*", mode="frozen"))
+    for given in (rules, whole):
+        plans = plan_tree(fed.fedavg(rl.Spec(2, rules=given)).spec, head)
+        modes = {path: plan.mode for path, plan in plans.items()}
+        assert modes == {"head/kernel": "dense", "head/bias": "frozen"}
+    with pytest.raises(ValueError, match="goes by the shape of a leaf"):
+        fed.fedavg(rl.Spec(2, rest="frozen"))
+
+
 def test_sampling_is_without_replacement_and_even():
     draws = [fed.sample_clients(20, 5, round=r, key=0) for r in range(400)]
     assert all(len(set(np.asarray(ids).tolist())) == 5 for ids in draws)

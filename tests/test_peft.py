@@ -118,17 +118,31 @@ def test_links_add_up(params, links):
     assert_same(peft.merged(params, adapter, SPEC, key=0), after)
 
 
+def two(adapter):
+    """What PEFT takes in one adapter: the second without biases and transposed ones."""
+    apart = ("experts", "embed")
+    rest = {path: pair for path, pair in adapter.pairs.items() if path not in apart}
+    return (
+        peft.Adapter(rest, adapter.dense),
+        peft.Adapter({path: adapter.pairs[path] for path in apart}),
+    )
+
+
 def test_adapter_comes_back(params, links, tmp_path):
     seen, after = links
     adapter = peft.summed(peft.of_link(*one, SPEC) for one in seen)
-    peft.save_adapter(tmp_path / "a", adapter, params, SPEC, NAMES)
-    again = peft.load_adapter(tmp_path / "a", params, SPEC, NAMES)
-    assert_same(peft.merged(params, again, SPEC, key=0), after)
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    found, configs = params, []
+    for number, part in enumerate(two(adapter)):
+        folder = peft.save_adapter(tmp_path / str(number), part, params, SPEC, NAMES)
+        again = peft.load_adapter(folder, params, SPEC, NAMES)
+        found = peft.merged(found, again, SPEC, key=0)
+        configs.append(json.loads((folder / "adapter_config.json").read_text()))
+    assert_same(found, after)
+    assert configs[1]["target_parameters"] == ["moe.experts.up"]
+    config = configs[0]
     assert config["r"] == config["lora_alpha"] == 4
     assert config["rank_pattern"] == {"attn.q_proj": 6} == config["alpha_pattern"]
     assert config["modules_to_save"] == ["head"]
-    assert config["target_parameters"] == ["moe.experts.up"]
     assert config["lora_bias"]
     assert config["fan_in_fan_out"]
 
@@ -136,10 +150,10 @@ def test_adapter_comes_back(params, links, tmp_path):
 def test_factors_lie_as_peft_has_them(params, links, tmp_path):
     """Against the layout of every kind, written out by hand."""
     (base, factors, chain), *_ = links[0]
-    peft.save_adapter(
-        tmp_path / "a", peft.of_link(base, factors, chain, SPEC), base, SPEC, NAMES
-    )
-    read = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    read = {}
+    for number, part in enumerate(two(peft.of_link(base, factors, chain, SPEC))):
+        folder = peft.save_adapter(tmp_path / str(number), part, base, SPEC, NAMES)
+        read |= load_file(folder / "adapter_model.safetensors")
     delta = changes(base, rl.merge(base, factors, chain, SPEC))
 
     def both(module):
@@ -237,6 +251,36 @@ def test_model_comes_back(params, tmp_path, most_bytes):
     np.testing.assert_array_equal(read["kept.buffer"], np.arange(3))
 
 
+@pytest.mark.parametrize("ties", [None, True, False])
+def test_a_copy_of_a_parameter_goes_with_it(params, tmp_path, ties):
+    """The head of a tied model; what only looks like one stays as it is."""
+    base = peft.save_model(tmp_path / "base", params, SPEC, NAMES)
+    table = np.asarray(params["embed"])
+    others = {
+        "lm_head.weight": table,
+        "lookalike.weight": table[::-1].copy(),
+        "scale": np.array(3.0, np.float32),
+    }
+    file = base / "model.safetensors"
+    save_file(load_file(file) | others, file)
+    if ties is not None:
+        (base / "config.json").write_text(json.dumps({"tie_word_embeddings": ties}))
+    moved = params | {"embed": params["embed"] + 1}
+    saved = peft.save_model(tmp_path / "m", moved, SPEC, NAMES, like=base)
+    read = load_file(saved / "model.safetensors")
+    expected = table if ties is False else table + 1
+    np.testing.assert_array_equal(read["lm_head.weight"], expected)
+    np.testing.assert_array_equal(read["lookalike.weight"], table[::-1])
+    assert read["scale"].shape == ()
+
+
+def test_a_single_number_comes_back(tmp_path):
+    params = {"scale": jnp.float32(2.5), "w": jnp.ones((3, 2))}
+    names = {"scale": peft.Target("scale", "plain"), "w": peft.Target("w.weight")}
+    saved = peft.save_model(tmp_path / "m", params, 1, names)
+    assert peft.load_model(saved, params, 1, names)["scale"].shape == ()
+
+
 def test_best_is_the_leading_singular_part():
     before = {
         "w": jnp.asarray(normal(0, (20, 12))),
@@ -278,9 +322,8 @@ def test_a_change_of_nothing():
 class TestBadInput:
     @pytest.fixture
     def folder(self, params, links, tmp_path):
-        adapter = peft.of_link(*links[0][0], SPEC)
-        peft.save_adapter(tmp_path / "a", adapter, params, SPEC, NAMES)
-        return tmp_path / "a"
+        adapter, _ = two(peft.of_link(*links[0][0], SPEC))
+        return peft.save_adapter(tmp_path / "a", adapter, params, SPEC, NAMES)
 
     def change(self, folder, **config):
         file = folder / "adapter_config.json"
@@ -291,16 +334,15 @@ class TestBadInput:
 
     def test_existing_folder_is_left(self, folder, params, links):
         before = (folder / "adapter_model.safetensors").read_bytes()
+        adapter, _ = two(peft.of_link(*links[0][0], SPEC))
         with pytest.raises(FileExistsError, match="left as it is"):
-            peft.save_adapter(
-                folder, peft.of_link(*links[0][0], SPEC), params, SPEC, NAMES
-            )
+            peft.save_adapter(folder, adapter, params, SPEC, NAMES)
         assert (folder / "adapter_model.safetensors").read_bytes() == before
 
     def test_nan_is_never_kept(self, params, links, tmp_path):
         adapter = peft.of_link(*links[0][0], SPEC)
         pair = adapter.pairs["gpt"]
-        bad = peft.Adapter(adapter.pairs | {"gpt": pair._replace(up=pair.up * jnp.nan)})
+        bad = peft.Adapter({"gpt": pair._replace(up=pair.up * jnp.nan)})
         with pytest.raises(ValueError, match=r"'gpt'.*NaN"):
             peft.save_adapter(tmp_path / "b", bad, params, SPEC, NAMES)
         assert list(tmp_path.iterdir()) == []
@@ -330,6 +372,8 @@ class TestBadInput:
         [
             ({"peft_type": "IA3"}, "expected 'LORA'"),
             ({"use_dora": True}, "use_dora"),
+            ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+            ({"init_lora_weights": "pissa_niter_4"}, "belong to a changed base"),
             ({"rank_pattern": {"q_proj": 4}}, "rank 3, and the config says 4"),
             ({"r": 7}, "rank 2, and the config says 7"),
         ],
@@ -338,6 +382,57 @@ class TestBadInput:
         self.change(folder, **config)
         with pytest.raises(ValueError, match=match):
             self.load(folder, params)
+
+    def test_what_peft_refuses_is_not_written(self, params, links, tmp_path):
+        adapter = peft.of_link(*links[0][0], SPEC)
+        beside = {"embed": "a bias changed", "experts": "a transposed matrix"}
+        for path, what in beside.items():
+            dense = adapter.dense if path == "embed" else {}
+            pairs = {one: adapter.pairs[one] for one in (path, "gpt")}
+            with pytest.raises(ValueError, match=f"PEFT takes no .* with {what}"):
+                peft.save_adapter(
+                    tmp_path / "b", peft.Adapter(pairs, dense), params, SPEC, NAMES
+                )
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_small_change_is_compared_by_its_own_size(
+        self, params, tmp_path, monkeypatch
+    ):
+        pair = peft.Pair(1e-4 * jnp.ones((2, 5)), 1e-4 * jnp.ones((2, 7)))
+        small, none = (
+            peft.Adapter({"gpt": p}) for p in (pair, pair._replace(up=0 * pair.up))
+        )
+        peft.save_adapter(tmp_path / "a", small, params, SPEC, NAMES)
+        monkeypatch.setattr("raclora_jax.peft._write.load_adapter", lambda *_: none)
+        with pytest.raises(ValueError, match="came back"):
+            peft.save_adapter(tmp_path / "b", small, params, SPEC, NAMES)
+
+    def test_weights_saved_beside_a_pair(self, params, links, tmp_path):
+        """As PEFT does of an embedding: the base's own, or the adapter is another's."""
+        _, part = two(peft.of_link(*links[0][0], SPEC))
+        folder = peft.save_adapter(tmp_path / "a", part, params, SPEC, NAMES)
+        file = folder / "adapter_model.safetensors"
+        tensors, table = load_file(file), np.asarray(params["embed"])
+        for scale, fits in ((1 + 2**-9, True), (1.5, False)):
+            beside = {"base_model.model.tokens.base_layer.weight": table * scale}
+            save_file(tensors | jax.tree.map(np.float32, beside), file)
+            if fits:
+                assert set(self.load(folder, params).pairs) == {"embed", "experts"}
+            else:
+                with pytest.raises(ValueError, match="trained beside other weights"):
+                    self.load(folder, params)
+
+    def test_square_experts_of_an_older_peft(self, tmp_path):
+        params = {"up": jnp.ones((2, 6, 6))}
+        spec = rl.Spec(2, rules=[rl.Rule("up", batch=(0,))])
+        names = {"up": peft.Target("moe.up", "experts")}
+        adapter = peft.of_link(params, *rl.init_adapter(params, spec, key=0), spec)
+        folder = peft.save_adapter(tmp_path / "a", adapter, params, spec, names)
+        assert set(peft.load_adapter(folder, params, spec, names).pairs) == {"up"}
+        for version in ("0.18.1", None):
+            self.change(folder, peft_version=version)
+            with pytest.raises(ValueError, match="written transposed"):
+                peft.load_adapter(folder, params, spec, names)
 
     @pytest.mark.parametrize("cut", ["missing", "shape"])
     def test_factors(self, folder, params, cut):
@@ -398,3 +493,6 @@ class TestBadInput:
             peft.merged(params, peft.Adapter({"gpt": pair}), SPEC, key=0)
         with pytest.raises(ValueError, match="no leaf"):
             peft.merged(params, peft.Adapter({"gtp": pair}), SPEC, key=0)
+        twice = peft.Adapter({"gpt": pair}, {"gpt": jnp.ones((5, 7))})
+        with pytest.raises(ValueError, match="'gpt' by a pair and in full"):
+            peft.merged(params, twice, SPEC, key=0)

@@ -25,16 +25,28 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
 
 
-def start_two(folder, *words):
-    """Two processes of four devices each, on a mesh of (4, 2)."""
+def start_two(folder, *words, devices=4):
+    """Two processes of four devices each, on a mesh of (4, 2) by default."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     apart = [f"--coordinator=localhost:{port}", "--distributed", "--processes=2"]
     return [
-        kills.start(folder, *words, *apart, f"--process={index}", "--tp=2", devices=4)
+        kills.start(
+            folder, "--tp=2", *words, *apart, f"--process={index}", devices=devices
+        )
         for index in range(2)
     ]
+
+
+@pytest.mark.slow
+def test_processes_that_share_rows_read_the_same(tmp_path):
+    """One group of heads over both: no process has rows of its own."""
+    words = ("--fsdp=1", "--tp=4", "--steps=20", "--save-every=20")
+    one, two = tmp_path / "one", tmp_path / "two"
+    kills.finish(kills.start(one, *words, devices=4))
+    kills.finish(*start_two(two, *words, devices=2))
+    assert apart(one, two, 20)[0] < 1e-6
 
 
 def wait_for_line(process, words):

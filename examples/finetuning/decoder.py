@@ -72,8 +72,6 @@ def load(folder: pathlib.Path, *, bf16: bool, remat: bool) -> Decoder:
 def save(folder: pathlib.Path, params: Any, like: pathlib.Path | None = None) -> None:
     """Writes the weights as a folder of the hub; see ``peft.save_model``."""
     hub = _apart(params)
-    if like is not None:
-        hub = _with_head(hub, like)
     peft.save_model(folder, hub, spec_for(hub, 1), names(hub), like=like)
 
 
@@ -144,14 +142,11 @@ def _together(hub: Any, like: Any) -> Any:
 
 
 def _with_head(hub: Any, folder: pathlib.Path) -> Any:
-    """The tree, with the head that a folder holds beside the embedding it is tied to."""
+    """The shapes, with the head that a folder holds beside a tied embedding."""
     if "lm_head" in hub or "lm_head.weight" not in peft.parameters(folder):
         return hub
     table = hub["embedder"]["input_embedding"]
-    if isinstance(table, jax.ShapeDtypeStruct):
-        head = jax.ShapeDtypeStruct(table.shape[::-1], table.dtype)
-    else:
-        head = table.T
+    head = jax.ShapeDtypeStruct(table.shape[::-1], table.dtype)
     return hub | {"lm_head": {"w": head}}
 
 

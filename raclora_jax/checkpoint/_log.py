@@ -52,7 +52,7 @@ class _Record:
 
     def to_bytes(self) -> bytes:
         """SHA-256 of the rest, a line of JSON, and the arrays' bytes one by one."""
-        arrays = {path: np.ascontiguousarray(leaf) for path, leaf in self.factors.items()}
+        arrays = {p: np.asarray(leaf, order="C") for p, leaf in self.factors.items()}
         head = {
             "format": _FORMAT,
             **{field: getattr(self, field) for field in _FIELDS},
@@ -256,7 +256,14 @@ def _filled(template: PyTree, record: _Record, file: pathlib.Path) -> PyTree:
     if leaves.keys() != record.factors.keys():
         path = sorted(leaves.keys() ^ record.factors.keys())[0]
         raise ValueError(f"{file}, leaf {paths.show(path)}: {_OTHER_BASE}")
-    return paths.unflatten(treedef, {path: record.factors[path] for path in leaves})
+    # Records of before 0.2 have numbers as arrays of one.
+    factors = {
+        path: record.factors[path].reshape(leaf.shape)
+        if record.factors[path].shape == (1,) and leaf.shape == ()
+        else record.factors[path]
+        for path, leaf in leaves.items()
+    }
+    return paths.unflatten(treedef, factors)
 
 
 def _on_host(leaf: Leaf) -> np.ndarray:

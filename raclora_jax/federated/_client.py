@@ -89,7 +89,10 @@ def client_update(
       ((2, 6), 8)
     """
     rows = _rows(data)
-    steps = _steps(local, rows)
+    steps, own_steps = _steps(local, rows), None
+    if count is not None and local.epochs is not None:
+        # As many as its own examples give; the program has room for all rows.
+        own_steps = local.epochs * jnp.maximum(count // local.batch_size, 1)
     count = rows if count is None else count
     plans = plan_tree(strategy.spec, state.base_params)
     start = start_of(strategy, state)
@@ -100,18 +103,25 @@ def client_update(
     given = local.learning_rate
     rate = given(state.round) if callable(given) else given
 
-    def step(carry: tuple[Trained, Any], rows: Array) -> tuple[tuple[Trained, Any], None]:
-        trained, opt_state = carry
+    def step(
+        carry: tuple[Trained, Any], now: tuple[Array, Array]
+    ) -> tuple[tuple[Trained, Any], None]:
+        (trained, opt_state), (index, rows) = carry, now
         batch = jax.tree.map(lambda array: jnp.asarray(array)[rows], data)
         grads = jax.grad(loss)(trained, state, *batch)
         updates, opt_state = rule.update(grads, opt_state, trained)
         updates = jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates)
-        return (optax.apply_updates(trained, updates), opt_state), None
+        after = optax.apply_updates(trained, updates), opt_state
+        if own_steps is not None:
+            live = index < own_steps
+            after = jax.tree.map(lambda a, b: jnp.where(live, a, b), after, carry)
+        return after, None
 
     words = jnp.stack([jnp.asarray(w, jnp.uint32) for w in (client, state.round)])
     own = folded(key_data(key), words[:, None])[0]
     order = reshuffled(own, rows, count, steps, local.batch_size)
-    (trained, _), _ = lax.scan(step, (start, rule.init(start)), order)
+    numbered = jnp.arange(steps), order
+    (trained, _), _ = lax.scan(step, (start, rule.init(start)), numbered)
     if rank is not None:
         trained = _narrowed(strategy, trained, rank, plans=plans)
     number, round, examples = (

@@ -94,10 +94,13 @@ def fedavg(spec: Spec | int) -> Strategy:
     """FedAvg of the weights: every leaf trained in full, differences averaged.
 
     Args:
-      spec: Leaves that it freezes stay frozen; all others are dense.
+      spec: Leaves that its rules freeze stay frozen; all others are dense.
 
     Returns:
       A ``Strategy``.
+
+    Raises:
+      ValueError: If the spec freezes its rest: rules alone say what stays frozen.
 
     Example:
       >>> fedavg(1).spec.rules[-1].mode
@@ -108,8 +111,16 @@ def fedavg(spec: Spec | int) -> Strategy:
       Decentralized Data <https://arxiv.org/abs/1602.05629>`_, 2017.
     """
     spec = as_spec(spec)
-    frozen = [rule for rule in spec.rules if rule.mode == "frozen"]
-    spec = dataclasses.replace(spec, rules=[*frozen, Rule(".*", mode="dense")])
+    if spec.rest == "frozen":
+        raise ValueError(
+            "rest='frozen' goes by the shape of a leaf, and FedAvg trains every leaf "
+            "that no rule freezes; freeze leaves by Rule(..., mode='frozen')"
+        )
+    rules = [
+        rule if rule.mode == "frozen" else Rule(rule.path, mode="dense")
+        for rule in spec.rules
+    ]
+    spec = dataclasses.replace(spec, rules=[*rules, Rule(".*", mode="dense")])
     return Strategy("fedavg", spec, mean_rule, 1, pair=False)
 
 

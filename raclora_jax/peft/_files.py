@@ -108,7 +108,7 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def save(file: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     """One file, read by PyTorch as well; every array is made contiguous first."""
-    whole = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    whole = {name: np.asarray(array, order="C") for name, array in tensors.items()}
     save_file(whole, file, metadata={"format": "pt"})
 
 

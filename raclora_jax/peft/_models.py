@@ -14,7 +14,7 @@ import numpy as np
 from raclora_jax._core import paths
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import PyTree
-from raclora_jax.peft._files import Tensors, new_folder, save_sharded
+from raclora_jax.peft._files import Tensors, new_folder, read_json, save_sharded
 from raclora_jax.peft._targets import Target, from_torch, to_torch, torch_shapes, views
 
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx"}
@@ -103,8 +103,10 @@ def save_model(
     """Writes merged weights as a folder that ``from_pretrained`` loads.
 
     What ``like`` holds beside weights (config, tokenizer) is copied, and parameters of it
-    that no leaf is named after are taken over, so that none is missing. All is written
-    beside, read back and compared, and only then gets its name.
+    that no leaf is named after are taken over, so that none is missing. A copy of a named
+    one goes with it, such as a head that is tied to the embedding, unless the config has
+    ``tie_word_embeddings`` false. All is written beside, read back and compared, and only
+    then gets its name.
 
     Args:
       directory: The folder to make.
@@ -181,8 +183,30 @@ class _Written(Mapping[str, np.ndarray]):
                         f"shape {shape}, and the folder has {self._base.shape(name)}"
                     )
                 self._owner[name] = path
+        self._copies = {} if like is None else self._copied(pathlib.Path(like))
+
+    def _copied(self, like: pathlib.Path) -> dict[str, str]:
+        """Parameters without a leaf that are copies, and of which one each is."""
+        config = like / "config.json"
+        if config.exists() and not read_json(config).get("tie_word_embeddings", True):
+            return {}
+        owned = [name for name in self._owner if name in self._base]
+        copies: dict[str, str] = {}
+        for name in self._base:
+            shape = self._base.shape(name)
+            same = [other for other in owned if self._base.shape(other) == shape]
+            if name in self._owner or len(shape) < 2 or not same:
+                continue
+            array = self._base[name]
+            if (array == array.flat[0]).all():  # zeros are nobody's copy
+                continue
+            for other in same:
+                if np.array_equal(array, self._base[other]):
+                    copies[name] = other
+        return copies
 
     def __getitem__(self, name: str) -> np.ndarray:
+        name = self._copies.get(name, name)
         if name not in self._owner:
             return self._base[name]
         path = self._owner[name]

@@ -167,7 +167,8 @@ def merged(params: PyTree, adapter: Adapter, spec: Spec | int, *, key: KeyLike) 
       New weights, dtypes kept.
 
     Raises:
-      ValueError: If the adapter changes what is no leaf, or by another shape.
+      ValueError: If the adapter changes what is no leaf, a leaf twice, or by another
+        shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -181,6 +182,10 @@ def merged(params: PyTree, adapter: Adapter, spec: Spec | int, *, key: KeyLike) 
     for path in (*adapter.pairs, *adapter.dense):
         if path not in leaves:
             raise ValueError(f"the adapter changes {paths.show(path)}, which is no leaf")
+        if path in adapter.pairs and path in adapter.dense:
+            raise ValueError(
+                f"the adapter changes {paths.show(path)} by a pair and in full; keep one"
+            )
     data = key_data(key)
 
     def one(path: str, weight: Any) -> Any:

@@ -24,13 +24,24 @@ from raclora_jax.peft._targets import (
     Target,
     View,
     from_torch,
+    to_torch,
     torch_shapes,
     views,
     window_first,
 )
 
 # What an adapter may ask for that changes what its factors mean.
-_FOREIGN = ("use_dora", "use_qalora", "use_bdlora", "layer_replication")
+_FOREIGN = (
+    "alora_invocation_tokens",
+    "layer_replication",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+)
+# Starts of a pair that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA
+# take the start of theirs out of it.
+_STARTS = (None, True, False, "eva", "gaussian", "mica", "orthogonal")
+_PLAIN_EXPERTS = (0, 19, 1)  # since this version of PEFT experts lie as written here
 
 
 def load_adapter(
@@ -83,6 +94,8 @@ def load_adapter(
             is not None
         },
     )
+    for path in adapter.pairs:
+        reader.base(path, leaves[path], found[path], names[path])
     rest = sorted(set(tensors) - reader.used)
     if rest:
         raise ValueError(
@@ -108,6 +121,13 @@ def _check_config(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
                 f"{folder}: {name} changes what the factors mean and is not read; merge "
                 "the adapter with the library that made it"
             )
+    start = config.get("init_lora_weights")
+    if start not in _STARTS:
+        raise ValueError(
+            f"{folder}: init_lora_weights is {start!r}, so that its factors belong to a "
+            "changed base; save it with path_initial_model_for_weight_conversion, or "
+            "merge it with the library that made it"
+        )
 
 
 class _Reader:
@@ -152,6 +172,23 @@ class _Reader:
                     side[index, : len(one[number])] = one[number]
             sides.append(side.reshape(*view.sizes(view.batch), rank, *sizes))
         return Pair(jnp.asarray(sides[0]), jnp.asarray(sides[1]), len(view.batch))
+
+    def base(self, path: str, leaf: Any, view: View, target: Target) -> None:
+        """The weights beside a pair, which PEFT saves of embeddings and heads."""
+        for name in torch_shapes(view, target):
+            module, _, kind = name.rpartition(".")
+            key = f"{PREFIX}{module}.base_layer.{kind}"
+            if key not in self._tensors:
+                continue
+            self.used.add(key)
+            own = to_torch(np.asarray(jax.device_get(leaf)), view, target, name)
+            saved = np.asarray(self._tensors[key], np.float32)
+            near = 2.0**-7 * np.abs(saved)  # either may have been rounded to bfloat16
+            if own.shape != saved.shape or (np.abs(own - saved) > near).any():
+                raise ValueError(
+                    f"leaf {paths.show(path)}: {key} is another matrix: the adapter was "
+                    "trained beside other weights; load those"
+                )
 
     def change(self, path: str, leaf: Any, view: View, target: Target) -> Array | None:
         """Of a leaf that is saved whole, or of a bias beside an adapted matrix."""
@@ -217,6 +254,12 @@ class _Reader:
             return None
         (experts,) = view.sizes(view.batch)
         rows, cols = view.sizes(view.rows), view.sizes(view.cols)
+        if math.prod(rows) == math.prod(cols) and self._version() < _PLAIN_EXPERTS:
+            raise ValueError(
+                f"leaf {paths.show(path)}: square experts, and the config has "
+                f"peft_version {self._config.get('peft_version')!r}: before 0.19.1 they "
+                "were written transposed; save the adapter again with a newer PEFT"
+            )
         rank, left = divmod(len(read[0]), experts)
         expected = (len(read[0]), math.prod(rows)), (math.prod(cols), experts * rank)
         if left or (read[0].shape, read[1].shape) != expected:
@@ -240,6 +283,10 @@ class _Reader:
         alpha = self._pattern("alpha_pattern", module, self._config.get("lora_alpha", 8))
         root = math.sqrt(rank) if self._config.get("use_rslora") else rank
         return float(alpha) / root
+
+    def _version(self) -> tuple[int, ...]:
+        stated = str(self._config.get("peft_version", "0"))
+        return tuple(map(int, re.findall(r"\d+", stated)[:3]))
 
     def _pattern(self, name: str, module: str, otherwise: Any) -> Any:
         for key, value in (self._config.get(name) or {}).items():

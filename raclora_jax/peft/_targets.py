@@ -228,7 +228,7 @@ def to_torch(leaf: np.ndarray, view: View, target: Target, name: str) -> np.ndar
     """One of the parameters that a leaf is, contiguous."""
     if target.kind == "plain":
         number = list(torch_shapes(view, target)).index(name)
-        return np.ascontiguousarray(leaf[number] if "{}" in target.name else leaf)
+        return np.asarray(leaf[number] if "{}" in target.name else leaf, order="C")
     matrices = _matrices(leaf, view)
     if target.kind == "experts":
         return np.ascontiguousarray(np.swapaxes(matrices, 1, 2))

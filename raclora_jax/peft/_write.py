@@ -97,8 +97,16 @@ def save_adapter(
         else:
             tensors |= _factors(pair, found[path], target)
     kept = _dense(adapter, leaves, found, names, set(ranks), tensors)
-    transposed = any(names[path].kind == "transposed" for path in adapter.pairs)
+    kinds = {names[path].kind for path in adapter.pairs}
+    transposed = "transposed" in kinds
     biased = any(key.endswith(".lora_B.bias") for key in tensors)
+    for kind, asked in (("embedding", biased), ("experts", biased or transposed)):
+        if kind in kinds and asked:
+            what = "a bias changed beside a pair" if biased else "a transposed matrix"
+            raise ValueError(
+                f"PEFT takes no {kind} in one adapter with {what}; freeze one of them in "
+                "the spec, or export the merged model"
+            )
     config = _config(ranks, fused, kept, transposed, biased, base_model, task_type)
     with new_folder(pathlib.Path(directory)) as folder:
         save(folder / f"{FILE}.safetensors", tensors)
@@ -201,6 +209,7 @@ def _config(
         "lora_dropout": 0.0,
         "modules_to_save": kept or None,
         "peft_type": "LORA",
+        "peft_version": "0.19.1",  # since which experts lie as they do here
         "r": rank,
         "rank_pattern": others,
         "target_modules": sorted(set(ranks) - whole),
@@ -215,9 +224,11 @@ def _compare(written: Adapter, read: Adapter) -> None:
     """Refuses to keep a file that says anything else."""
     for path, pair in written.pairs.items():
         again = read.pairs[path]
-        _same(path, _product(pair), _product(again))
+        _same(path, _product(pair), _product(again), floor=0.0)
     for path, change in written.dense.items():
-        _same(path, np.asarray(change, np.float64), np.asarray(read.dense[path]))
+        wrote = np.asarray(change, np.float64)
+        # Saved as a sum, in float32, and read as a difference.
+        _same(path, wrote, np.asarray(read.dense[path]), floor=1.0)
 
 
 def _product(pair: Pair) -> np.ndarray:
@@ -227,11 +238,10 @@ def _product(pair: Pair) -> np.ndarray:
     return np.swapaxes(down, -1, -2) @ up
 
 
-def _same(path: str, wrote: np.ndarray, read: np.ndarray) -> None:
-    # A leaf changed in full is saved as a sum, in float32, and read as a difference.
+def _same(path: str, wrote: np.ndarray, read: np.ndarray, *, floor: float) -> None:
     most = float(np.max(np.abs(wrote), initial=0.0))
     off = float(np.max(np.abs(wrote - read), initial=0.0))
-    if not off <= _TOLERANCE * max(most, 1.0):
+    if not off <= _TOLERANCE * max(most, floor):
         raise ValueError(
             f"leaf {paths.show(path)}: its change came back {off:.2e} off, or holds NaN; "
             "nothing was kept"
