@@ -1283,6 +1283,31 @@ add(
     falls={"v": "cond", "w": "cond"},
 )
 
+add(
+    "a scaled stack in a scan",
+    {"w": STACK, "s": ()},
+    lambda p, x: total(lax.scan(block, x, p["s"] * p["w"])[0]),
+    X,
+    views=LAYERS,
+)
+add(
+    "a leaf moved to another memory",
+    {"w": SQUARE},
+    lambda p, x: total(x @ jax.device_put(p["w"], jax.devices()[0])),
+    X,
+)
+add(
+    "a derivative inside of a remat of a scan",
+    {"w": STACK},
+    lambda p, x: total(
+        jax.grad(
+            lambda x: total(jax.checkpoint(lambda x: lax.scan(block, x, p["w"])[0])(x))
+        )(x)
+    ),
+    X,
+    views=LAYERS,
+)
+
 # --- Vectorising, and derivatives inside the loss ---------------------------------------
 
 add(
@@ -1369,6 +1394,14 @@ add(
     "stop_gradient of the leaf",
     {"w": W},
     lambda p, x: total(x @ lax.stop_gradient(p["w"])) + total(jnp.tanh(x @ p["w"])),
+    X,
+)
+add(
+    "stop_gradient of what a trained scale makes of the leaf",
+    {"w": SQUARE, "s": ()},
+    lambda p, x: total(
+        x @ (p["w"] + lax.stop_gradient(jnp.round(p["w"] / p["s"]) * p["s"] - p["w"]))
+    ),
     X,
 )
 add(

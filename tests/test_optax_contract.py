@@ -240,6 +240,48 @@ def test_inject_hyperparams_with_schedules_and_traced_inner_settings():
     close(trainer(injected)(PARAMS, STREAM)[0], expected)
 
 
+INNERS = {
+    "injected": optax.inject_hyperparams(optax.scale_by_adam)(b1=0.5),
+    "masked": optax.masked(
+        optax.scale_by_adam(b1=0.5), lambda tree: jax.tree.map(lambda leaf: True, tree)
+    ),
+}
+
+
+@pytest.mark.parametrize("inner", INNERS)
+@pytest.mark.parametrize("form", FORMS)
+def test_rules_around_the_inner_rule_change_nothing(form, inner):
+    plain = rl.raclora(0.1, SPEC, inner=optax.scale_by_adam(b1=0.5), key=2)
+    around = rl.raclora(0.1, SPEC, inner=INNERS[inner], key=2)
+    close(
+        trainer(around, form)(PARAMS, STREAM)[0], trainer(plain, form)(PARAMS, STREAM)[0]
+    )
+
+
+def test_a_new_link_keeps_what_was_set_by_hand_and_the_noise():
+    inner = optax.chain(
+        INNERS["injected"], optax.add_noise(eta=0.1, gamma=0.5, key=jax.random.key(3))
+    )
+    tx = rl.raclora(0.1, SPEC, inner=inner, key=2)
+    state = tx.init(PARAMS)
+    adam, noise = state.inner_state.lowrank
+    adam.hyperparams["b1"] = jnp.asarray(0.7, jnp.float32)
+    keys = [jax.random.key_data(noise.rng_key)]
+    for _ in range(EVERY + 1):
+        _, state = tx.update(GRADS, state, PARAMS)
+        adam, noise = state.inner_state.lowrank
+        assert adam.hyperparams["b1"] == jnp.float32(0.7)
+        keys.append(jax.random.key_data(noise.rng_key))
+    assert len({key.tobytes() for key in map(np.asarray, keys)}) == EVERY + 2
+
+
+def test_a_leaf_that_is_a_number():
+    params, grads = PARAMS | {"scale": 1.0}, GRADS | {"scale": jnp.float32(0.5)}
+    tx = rl.raclora(0.1, SPEC, inner=optax.identity(), weight_decay=0.2, key=0)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    assert updates["scale"] == pytest.approx(-0.1 * (0.5 + 0.2))
+
+
 def test_a_traced_spec_is_refused_with_the_way_out():
     tx = optax.inject_hyperparams(rl.raclora)(0.1, 2, key=0)
     with pytest.raises(TypeError, match="static_args"):

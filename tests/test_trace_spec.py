@@ -546,3 +546,18 @@ def test_the_traced_spec_trains():
     assert isinstance(grads["query"], rl.Factor)
     assert grads["norms"].shape == (2, 8)
     assert dataclasses.replace(spec) == spec
+
+
+def test_a_drawn_side_for_every_leaf_leaves_norms_alone():
+    params = {"w": jnp.ones((3, 8, 8)), "scale": jnp.ones((3, 8))}
+
+    def loss(params, x):
+        def layer(h, p):
+            return jnp.tanh(h @ p["w"]) * p["scale"], None
+
+        return jnp.sum(jax.lax.scan(layer, x, params)[0])
+
+    rules = [rl.Rule(".*", side=0.5)]
+    spec = rl.trace_spec(loss, params, normal(2, 8), rank=2, rules=rules)
+    modes = {row.path: row.mode for row in rl.summary(params, spec).rows}
+    assert modes == {"w": "lowrank", "scale": "dense"}

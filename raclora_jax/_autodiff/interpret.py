@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from raclora_jax._autodiff import arithmetic, consume, join, rearrange
 from raclora_jax._autodiff.join import Standing, Value
-from raclora_jax._autodiff.stage import Eqn, Program, body_of
+from raclora_jax._autodiff.stage import Eqn, Program, body_of, called
 from raclora_jax._autodiff.weight import Operand, Weight
 from raclora_jax._core.types import PyTree
 
@@ -32,7 +32,7 @@ def read_inputs(program: Program) -> set[int]:
     for eqn in jaxpr.eqns:
         operands = [*eqn.invars]
         if _CALLS.get(eqn.primitive.name) is _call:
-            places = read_inputs(eqn.params["jaxpr"])
+            places = read_inputs(called(eqn))
             operands = [var for i, var in enumerate(operands) if i in places]
         read |= {var for var in operands if not isinstance(var, jex.Literal)}
     return {place for place, var in enumerate(jaxpr.invars) if var in read}
@@ -142,7 +142,7 @@ def _by_rule(eqn: Eqn, operands: list[Value]) -> list[Value] | None:
 
 def _call(eqn: Eqn, operands: list[Value]) -> list[Value] | None:
     """A jitted function: its program is run in place, where no sharding is asked for."""
-    return None if _asks_sharding(eqn) else evaluate(eqn.params["jaxpr"], operands)
+    return None if _asks_sharding(eqn) else evaluate(called(eqn), operands)
 
 
 def _asks_sharding(eqn: Eqn) -> bool:
@@ -155,7 +155,7 @@ def _remat(eqn: Eqn, operands: list[Value]) -> list[Value]:
     kept = _kept(eqn, operands)
 
     def body(*operands: Value) -> list[Array]:
-        out = evaluate(eqn.params["jaxpr"], operands)
+        out = evaluate(called(eqn), operands)
         return arrays(_changing(out, kept), "remat")
 
     policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
@@ -248,7 +248,7 @@ def handed_on_by(eqn: Eqn) -> dict[int, int]:
         range(len(eqn.invars)),
     )
     if rule is _remat or (rule is _call and not _asks_sharding(eqn)):
-        return _handed_on(params["jaxpr"])
+        return _handed_on(called(eqn))
     if rule is _cond:
         first, *others = map(_handed_on, params["branches"])
         return {

@@ -157,7 +157,8 @@ def reshard(eqn: Eqn, weight: Weight) -> Weight | None:
     return same(eqn, weight) if is_typed(eqn.params.get("dst_sharding")) else None
 
 
-def optimization_barrier(eqn: Eqn, *operands: Operand) -> list[Operand]:
+def each_as_it_is(eqn: Eqn, *operands: Operand) -> list[Operand]:
+    """What gives its operands back: a barrier, or a move to another memory."""
     arrays = [array_of(operand) for operand in operands]
     out: list[Array] = eqn.primitive.bind(*arrays, **eqn.params)
     return [
@@ -274,9 +275,10 @@ RULES: dict[str, Callable[..., Any]] = {
     "convert_element_type": convert_element_type,
     "copy": same,
     "copy_p": same,
+    "device_put": each_as_it_is,
     "dynamic_slice": dynamic_slice,
     "name": same,
-    "optimization_barrier": optimization_barrier,
+    "optimization_barrier": each_as_it_is,
     "pvary": pvary,
     "reshape": reshape,
     "reshard": reshard,

@@ -39,6 +39,12 @@ def body_of(program: Program) -> jex.Jaxpr:
     return program.jaxpr if isinstance(program, jex.ClosedJaxpr) else program
 
 
+def called(eqn: Eqn) -> Program:
+    """The program that an equation of one program runs, whatever JAX calls it."""
+    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+    return cast(Program, next(eqn.params[n] for n in names if n in eqn.params))
+
+
 def stage(function: Callable[..., PyTree], *arguments: PyTree) -> Staged:
     """Stages a function out, without running it.
 

@@ -25,7 +25,7 @@ from raclora_jax._autodiff.interpret import (
     scan_operands,
     while_operands,
 )
-from raclora_jax._autodiff.stage import Eqn, Program, aval, body_of
+from raclora_jax._autodiff.stage import Eqn, Program, aval, body_of, called
 from raclora_jax._autodiff.weight import Leaf, Operand, Weight
 
 T = TypeVar("T")
@@ -174,9 +174,7 @@ def _union(groups: Iterable[Sequence[T]]) -> tuple[T, ...]:
 
 
 def _call(eqn: Eqn, operands: list[Value]) -> list[Value]:
-    names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
-    program = next(eqn.params[name] for name in names if name in eqn.params)
-    return watch(program, operands, Seen())
+    return watch(called(eqn), operands, Seen())
 
 
 def _cond(eqn: Eqn, operands: list[Value]) -> list[Value]:

@@ -222,11 +222,11 @@ class Weight:
         return whole.array + (whole.leaf.scaling * change).astype(whole.array.dtype)
 
     def constant(self) -> Array:
-        """The leaf as an array that no gradient goes back through."""
-        value = self.value()
-        return (
-            value if self.leaf.zero and self.scale is None else lax.stop_gradient(value)
-        )
+        """The leaf as an array that no gradient goes back through.
+
+        Nor through what was added to it, which may depend on other leaves.
+        """
+        return lax.stop_gradient(self.value())
 
     def stacked(self) -> Weight | None:
         """The weight made ready for ``scan``: its first axis first in every array.
@@ -234,8 +234,10 @@ class Weight:
         Returns:
           The weight, or ``None`` if its first axis does not stack matrices.
         """
-        if len(self.axes[0]) != 1 or self.scale is not None:
+        if len(self.axes[0]) != 1:
             return None
+        if self.scale is not None:
+            return self.folded().stacked()
         atom = self.axes[0][0].atom
         if self.factor is None:
             return self

@@ -177,12 +177,12 @@ def nothing_accumulated(inner: OptState) -> Array:
 def restarted(old: OptState, fresh: OptState) -> OptState:
     """A fresh state for a new link, with what no link ends.
 
-    That is the schedule of how much ``MultiSteps`` accumulates, and moments of the side
-    that no sketch touches.
+    That is the schedule of how much ``MultiSteps`` accumulates, moments of the side that
+    no sketch touches, noise with its key, and the numbers of ``inject_hyperparams``.
     """
 
     def outlives(node: Leaf) -> bool:
-        return _is_multi_steps(node) or isinstance(node, OrthogonalState)
+        return isinstance(node, _OUTLIVING)
 
     def one(old: OptState, fresh: OptState) -> OptState:
         if _is_multi_steps(old):
@@ -190,6 +190,11 @@ def restarted(old: OptState, fresh: OptState) -> OptState:
             return fresh._replace(gradient_step=old.gradient_step, inner_opt_state=inner)
         if isinstance(old, OrthogonalState):
             return fresh._replace(count=old.count, second_moment=old.second_moment)
+        if isinstance(old, optax.AddNoiseState):
+            return old
+        if isinstance(old, optax.InjectStatefulHyperparamsState):
+            inner = restarted(old.inner_state, fresh.inner_state)
+            return fresh._replace(hyperparams=old.hyperparams, inner_state=inner)
         return fresh
 
     return jax.tree.map(one, old, fresh, is_leaf=outlives)
@@ -234,6 +239,14 @@ class OrthogonalState(NamedTuple):
     momentum: dict[str, Array]
     count: OptState
     second_moment: dict[str, Array]
+
+
+_OUTLIVING = (
+    OrthogonalState,
+    optax.AddNoiseState,
+    optax.InjectStatefulHyperparamsState,
+    optax.MultiStepsState,
+)
 
 
 def same_type(new: Leaf, old: Leaf) -> Array:

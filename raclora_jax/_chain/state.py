@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
-from jax.tree_util import DictKey
+from jax.tree_util import DictKey, GetAttrKey
 
 from raclora_jax._chain.boxes import unboxed
 from raclora_jax._chain.inner import nothing_accumulated
@@ -219,13 +219,14 @@ def check_leaves(state: RacLoraState, plans: dict[str, LeafPlan], spec: Spec) ->
     held = {
         str(keypath[-1].key)
         for keypath, _ in jax.tree_util.tree_leaves_with_path(state.inner_state.lowrank)
-        if isinstance(keypath[-1], DictKey)
+        if isinstance(keypath[-1], DictKey) and not _is_hyperparam(keypath)
     }
     names = {name for plan in adapted.values() for name in named(plan)}
-    for path in sorted(names ^ held) if held else ():
-        has, lacks = ("opt_state", "these params") if path in held else ("spec", "state")
+    # A rule of some leaves, as under ``masked``, holds nothing of the others.
+    for path in sorted(held - names):
         raise ValueError(
-            f"leaf {paths.show(path)} is adapted in {has} but not in {lacks}; {way_out}"
+            f"leaf {paths.show(path)} is adapted in opt_state but not in these params; "
+            f"{way_out}"
         )
     for path in adapted:
         if spec.cache and path not in state.sketches.values:
@@ -233,6 +234,12 @@ def check_leaves(state: RacLoraState, plans: dict[str, LeafPlan], spec: Spec) ->
                 f"leaf {paths.show(path)} is adapted in this spec, but opt_state has no "
                 f"sketch for it; {way_out}"
             )
+
+
+def _is_hyperparam(keypath: tuple[Any, ...]) -> bool:
+    """Whether ``inject_hyperparams`` holds it, by a name that is no leaf's."""
+    fields = (key.name for key in keypath if isinstance(key, GetAttrKey))
+    return any(name.startswith("hyperparams") for name in fields)
 
 
 def check_takes_factors(opt_state: PyTree, plans: dict[str, LeafPlan]) -> None:

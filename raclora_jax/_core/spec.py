@@ -166,6 +166,11 @@ class Spec:
         object.__setattr__(self, "side", _check_side("Spec", self.side))
         _check_choice("Spec", "sketch", self.sketch, SKETCHES)
         every = _check_count("Spec", "resample_every", self.resample_every)
+        if every >= 2**31:
+            raise ValueError(
+                f"Spec: resample_every must be below 2**31, got {every}; 2**31 - 1, as "
+                "far as steps are counted, never ends a link"
+            )
         object.__setattr__(self, "resample_every", every)
         _check_choice("Spec", "rounding", self.rounding, ROUNDINGS)
         if not isinstance(self.cache, bool):

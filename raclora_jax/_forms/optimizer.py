@@ -184,12 +184,12 @@ def raclora(
             delta = step.lifted(path, value)
             weight: Leaf = weights.get(path)
             if decaying.get(path):
-                delta = delta - decay * weight.astype(plan.wide_dtype)
+                delta = delta - decay * jnp.asarray(weight, plan.wide_dtype)
             if path in master:
                 master[path] = master[path] + delta
             if is_factor(grad):
                 return _like(grad, value, decay)
-            if weight is None or not rounding.is_low(weight.dtype):
+            if weight is None or not rounding.is_low(plan.dtype):
                 return delta.astype(grad.dtype)
             if path in master:
                 exact = master[path]

@@ -165,7 +165,7 @@ def _rule(path: str, ndim: int, views: list[Use], said: Rule | None, spec: Spec)
     found = _view(ndim, views)
     said = Rule(path) if said is None else said
     if found is None:
-        return dataclasses.replace(said, mode=spec.rest)
+        return dataclasses.replace(said, mode=spec.rest, side=None)
     rows, batch = found
     return dataclasses.replace(said, rows=rows, batch=batch)
 

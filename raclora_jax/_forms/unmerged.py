@@ -37,7 +37,8 @@ def adapted(
 
     The sum ``W + lift(F)`` is never formed: a product is computed as
     ``x . W + scaling * (x . S) . F``. A use no rule is known for forms it, with a warning
-    that names the leaf and the operation.
+    that names the leaf and the operation. The loss is differentiated once: a second
+    derivative by the factors does not see what the first one holds fixed.
 
     Args:
       loss_fn: ``loss_fn(params, *args)``. It is staged, as by ``jax.jit``.
