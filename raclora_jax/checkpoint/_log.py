@@ -256,14 +256,7 @@ def _filled(template: PyTree, record: _Record, file: pathlib.Path) -> PyTree:
     if leaves.keys() != record.factors.keys():
         path = sorted(leaves.keys() ^ record.factors.keys())[0]
         raise ValueError(f"{file}, leaf {paths.show(path)}: {_OTHER_BASE}")
-    # Records of before 0.2 have numbers as arrays of one.
-    factors = {
-        path: record.factors[path].reshape(leaf.shape)
-        if record.factors[path].shape == (1,) and leaf.shape == ()
-        else record.factors[path]
-        for path, leaf in leaves.items()
-    }
-    return paths.unflatten(treedef, factors)
+    return paths.unflatten(treedef, {path: record.factors[path] for path in leaves})
 
 
 def _on_host(leaf: Leaf) -> np.ndarray:
