@@ -336,7 +336,7 @@ def main() -> None:
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES)
     options = minilm.parse(parser)
     options.seeds = SEEDS[:1] if options.quick else SEEDS
-    options.rounds = 1 if options.quick else 3
+    options.rounds = 1 if options.quick else 2
     if options.quick:
         options.studies, options.only = ("equal steps",), "^(LoRA r8|RAC r12) Adam"
     if not options.full:

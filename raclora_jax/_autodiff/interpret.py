@@ -349,6 +349,7 @@ _CALLS: dict[str, Callable[[Eqn, list[Value]], list[Value] | None]] = {
     "closed_call": _call,
     "cond": _cond,
     "core_call": _call,
+    "eval_jaxpr": _call,
     "jit": _call,
     "pjit": _call,
     "remat2": _remat,

@@ -275,6 +275,7 @@ _CALLS: dict[str, Callable[[Eqn, list[Value]], list[Value]]] = {
     "closed_call": _call,
     "cond": _cond,
     "core_call": _call,
+    "eval_jaxpr": _call,
     "custom_jvp_call": _call,
     "custom_vjp_call": _call,
     "custom_vjp_call_jaxpr": _call,
