@@ -181,6 +181,7 @@ TABLES = {
     "polynomials": contest_tables.polynomials,
     "programs": contest_tables.programs,
     "glue_steps": lambda: contest_tables.glue("equal steps"),
+    "glue_time": lambda: contest_tables.glue("equal time"),
     "quantized": contest_tables.quantized,
     "sentiment_steps": lambda: contest_tables.losses("sentiment", "equal steps"),
     "sentiment_times": lambda: contest_tables.times("sentiment"),
