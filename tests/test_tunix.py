@@ -1,5 +1,7 @@
 """Tunix's trainers in factor form: the run of the drop-in form, its checkpoints too."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,9 +36,9 @@ CONFIG = llama.ModelConfig(
 STEPS = 50
 
 
-def model():
+def model(config=CONFIG):
     """With weights in the feed-forward layers too, which Tunix makes as zeros."""
-    net, draw = llama.Llama3(CONFIG, rngs=nnx.Rngs(0)), np.random.default_rng(1)
+    net, draw = llama.Llama3(config, rngs=nnx.Rngs(0)), np.random.default_rng(1)
     for layer in net.layers:
         for part in ("gate_proj", "up_proj", "down_proj"):
             kernel = getattr(layer.mlp, part).kernel
@@ -114,16 +116,17 @@ def test_factor_form_is_the_drop_in_form(spec):
 
 
 def test_on_a_mesh(spec):
-    """Eight devices, weights sharded as Tunix has them."""
+    """Eight devices, weights sharded as Tunix has them: their axes are to divide."""
+    even = dataclasses.replace(CONFIG, vocab_size=68)
     mesh = jax.make_mesh((4, 2), ("fsdp", "tp"), (jax.sharding.AxisType.Auto,) * 2)
     factor, _ = both(spec)
-    alone = model()
+    alone = model(even)
     train(factor, alone, 12)
     with mesh:
 
         @nnx.jit
         def sharded():
-            net = model()
+            net = model(even)
             state = nnx.state(net)
             specs = nnx.get_partition_spec(state)
             nnx.update(net, jax.lax.with_sharding_constraint(state, specs))
