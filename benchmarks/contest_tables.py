@@ -59,17 +59,6 @@ def programs() -> str:
     return "\n".join(lines)
 
 
-def encoder_program() -> str:
-    """The run of the encoder's program."""
-    (row,) = _rows("encoder_program")
-    return (
-        "| accuracy on the dev table | at step | steps | seconds of the command "
-        "| processor seconds |\n|---:|---:|---:|---:|---:|\n"
-        f"| {100 * row['dev_accuracy']:.1f} % | {row['at_step']:,} | {row['steps']:,} "
-        f"| {row['seconds']:.0f} | {row['cpu_seconds']:.0f} |"
-    )
-
-
 def glue(study: str) -> str:
     """The metric of every task that all methods have a row of, and their mean."""
     kept = [row for row in _rows("glue") if row["study"].endswith(study)]
