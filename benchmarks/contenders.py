@@ -58,7 +58,7 @@ def factor_form(
         grad_fn = rl.value_and_grad(loss_fn, spec)
         loss, grads = grad_fn(state.params, state.opt_state, *args)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = rl.apply_updates(state.params, updates, opt_state, spec)
+        params = rl.apply_updates(state.params, updates)
         return DenseState(params, opt_state), loss
 
     def trained(params: Any) -> int:

@@ -116,7 +116,7 @@ def ours(
         params, opt_state = state
         loss, grads = grad_fn(params, opt_state, batch)
         updates, opt_state = tx.update(grads, opt_state, params)
-        return (rl.apply_updates(params, updates, opt_state, spec), opt_state), loss
+        return (rl.apply_updates(params, updates), opt_state), loss
 
     return Method(name, init, step)
 

@@ -165,7 +165,7 @@ def compiled_step(tx, spec, form, shardings):
         loss, grads = grad_fn(params, *state, tokens)
         updates, opt_state = tx.update(grads, opt_state, params)
         if form == "factor":
-            params = rl.apply_updates(params, updates, opt_state, spec)
+            params = rl.apply_updates(params, updates)
         else:
             params = optax.apply_updates(params, updates)
         return params, opt_state, loss

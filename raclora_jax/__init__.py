@@ -2,7 +2,7 @@
 
 from raclora_jax._chain.orthogonal import orthogonal
 from raclora_jax._chain.state import RacLoraState
-from raclora_jax._core.lowrank import Factor
+from raclora_jax._core.factor import Factor
 from raclora_jax._core.spec import Rule, Spec
 from raclora_jax._forms.adapter import (
     AdapterChain,

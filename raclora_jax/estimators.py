@@ -20,7 +20,7 @@ import optax
 from jax import Array, lax
 
 from raclora_jax._core import keys, paths
-from raclora_jax._core.lowrank import is_factor
+from raclora_jax._core.factor import is_factor
 from raclora_jax._core.spec import kind
 from raclora_jax._core.types import KeyLike, Leaf, OptState, PyTree, widened
 

@@ -12,7 +12,7 @@ from flax import nnx, struct
 from flax.training import train_state
 
 from raclora_jax._core import paths
-from raclora_jax._core.lowrank import is_factor
+from raclora_jax._core.factor import is_factor
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaf, PyTree
 from raclora_jax._forms import gradient, optimizer
@@ -126,22 +126,19 @@ def value_and_grad(
     return compute
 
 
-def apply_updates(
-    model: nnx.Module, updates: PyTree, opt_state: PyTree, spec: Spec | int
-) -> nnx.Module:
+def apply_updates(model: nnx.Module, updates: PyTree, *gone: Any) -> nnx.Module:
     """``raclora_jax.apply_updates`` on the parameters of an nnx module, in place.
 
     Args:
       model: The module.
       updates: What ``tx.update`` returned.
-      opt_state: The optimizer state that ``tx.update`` returned with them.
-      spec: The spec of the run.
+      *gone: State and spec are no arguments any more, and are refused.
 
     Returns:
       The same module.
 
     Raises:
-      TypeError: If ``model`` is no ``nnx.Module``.
+      TypeError: If ``model`` is no ``nnx.Module``, or there is a third argument.
       ValueError: As ``raclora_jax.apply_updates``.
 
     Example:
@@ -152,11 +149,11 @@ def apply_updates(
       >>> grad_fn = value_and_grad(lambda model, x: jnp.sum(model(x) ** 2), 2)
       >>> loss, grads = grad_fn(model, tx.init(tree), jnp.ones((3, 6)))
       >>> updates, opt_state = tx.update(grads, tx.init(tree), tree)
-      >>> model = apply_updates(model, updates, opt_state, 2)
+      >>> model = apply_updates(model, updates)
     """
     _check_module(model, "apply_updates")
     tree, restore = to_tree(model)
-    stepped = optimizer.apply_updates(tree, updates, opt_state, spec)
+    stepped = optimizer.apply_updates(tree, updates, *gone)
     nnx.update(model, nnx.state(restore(stepped), nnx.Param))
     return model
 
@@ -221,7 +218,7 @@ class Optimizer(nnx.Optimizer[Any]):
         opt_state = nnx.as_pure(self.opt_state)
         given = (_as_params(grads, params), opt_state, params)
         updates, new_state = self.tx.update(*given, **nnx.as_pure(kwargs))
-        stepped = optimizer.apply_updates(params, updates, new_state, self.spec)
+        stepped = optimizer.apply_updates(params, updates)
         nnx.update(model, stepped)
         nnx.update(self.opt_state, nnx.state(new_state))
         self.step[...] += 1
@@ -284,7 +281,7 @@ class TrainState(train_state.TrainState):
           The new state.
         """
         updates, opt_state = self.tx.update(grads, self.opt_state, self.params)
-        params = optimizer.apply_updates(self.params, updates, opt_state, self.spec)
+        params = optimizer.apply_updates(self.params, updates)
         return self.replace(
             step=self.step + 1, params=params, opt_state=opt_state, **kwargs
         )

@@ -409,19 +409,38 @@ def test_opt_states_without_one_state(count):
     _, state = transformation()
     opt_state = (optax.EmptyState(), [state] * count)
     refuses(
-        lambda: rl.apply_updates(PARAMS, PARAMS, opt_state, 2),
+        lambda: rl.value_and_grad(jnp.sum, 2)(PARAMS, opt_state),
         f"found {count}",
         "one RacLoraState",
         "tx.init",
     )
 
 
+def update_for(*shape):
+    """A factor update of one leaf of the given shape."""
+    leaf = {"w": jnp.ones(shape)}
+    tx = rl.raclora(0.1, 2, key=0)
+    state = tx.init(leaf)
+    _, grads = rl.value_and_grad(lambda p: jnp.sum((jnp.ones(9) @ p["w"]) ** 2), 2)(
+        leaf, state
+    )
+    return grads["w"], tx.update(grads, state, leaf)[0]["w"]
+
+
 APPLIED = {
-    "a factor of another rank": (
-        {"body": {"kernel": factor(3, 9)}},
-        ["'body/kernel'", "(2, 9)", "(3, 9)"],
+    "a factor made by hand": (
+        {"body": {"kernel": factor(2, 9)}},
+        ["'body/kernel'", "by hand", "tx.update"],
     ),
-    "a factor of a dense leaf": ({"bias": factor(2, 7)}, ["'bias'", "dense", "Factor"]),
+    "a factor of another leaf": (
+        {"body": {"kernel": update_for(9, 5)[1]}},
+        ["'body/kernel'", "(9, 5)", "(9, 7)"],
+    ),
+    "a factor of a vector": ({"bias": update_for(9, 7)[1]}, ["'bias'", "(7,)"]),
+    "a gradient in factor form": (
+        {"body": {"kernel": update_for(9, 7)[0]}},
+        ["'body/kernel'", "gradient", "tx.update"],
+    ),
     "an update of another shape": (
         {"body": {"kernel": jnp.ones((1, 7))}},
         ["'body/kernel'", "(9, 7)", "(1, 7)"],
@@ -433,8 +452,7 @@ APPLIED = {
 @pytest.mark.parametrize("name", APPLIED)
 def test_updates(name):
     change, pieces = APPLIED[name]
-    _, state = transformation()
-    refuses(lambda: rl.apply_updates(PARAMS, PARAMS | change, state, 2), *pieces)
+    refuses(lambda: rl.apply_updates(PARAMS, PARAMS | change), *pieces)
 
 
 def test_a_master_of_abstract_weights():

@@ -88,7 +88,7 @@ def factor_form(tx, spec):
 
     def step(params, state, x):
         updates, state = tx.update(grad_fn(params, state, x), state, params)
-        return rl.apply_updates(params, updates, state, spec), state
+        return rl.apply_updates(params, updates), state
 
     return step
 

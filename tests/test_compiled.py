@@ -119,7 +119,7 @@ def factor_step(spec, tx):
     def step(params, state, tokens):
         loss, grads = rl.value_and_grad(decoder, spec)(params, state, tokens)
         updates, state = tx.update(grads, state, params)
-        return rl.apply_updates(params, updates, state, spec), state, loss
+        return rl.apply_updates(params, updates), state, loss
 
     return step
 

@@ -101,7 +101,7 @@ def test_sharded_leaves_share_a_draw_and_nothing_else(rank):
     @jax.jit
     def step(params, state, grads):
         updates, state = tx.update(grads, state, params)
-        return rl.apply_updates(params, updates, state, spec), state
+        return rl.apply_updates(params, updates), state
 
     # Gradients replicated: what is sent is sent for the sketches.
     everywhere = NamedSharding(mesh, PartitionSpec())

@@ -114,7 +114,7 @@ def step_of(tx, spec, form):
         if form == "factor":
             _, grads = rl.value_and_grad(loss_fn, spec)(params, state, x)
             updates, state = tx.update(grads, state, params)
-            return rl.apply_updates(params, updates, state, spec), state
+            return rl.apply_updates(params, updates), state
         grads = jax.grad(loss_fn)(params, x)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state

@@ -202,7 +202,7 @@ def test_nnx_in_place_takes_the_same_steps():
         grad_fn = rl.flax.value_and_grad(noisy_loss, SPEC)
         loss, grads = grad_fn(model, opt_state, x)
         updates, opt_state = tx.update(grads, opt_state, to_tree(model)[0])
-        rl.flax.apply_updates(model, updates, opt_state, SPEC)
+        rl.flax.apply_updates(model, updates)
         return loss, opt_state
 
     @nnx.jit
@@ -238,7 +238,7 @@ def test_nnx_in_place_returns_aux():
     with pytest.raises(TypeError, match=r"nnx.Module, got dict"):
         grad_fn(to_tree(model)[0], state, jnp.ones((4, 6)))
     with pytest.raises(TypeError, match=r"raclora_jax.apply_updates"):
-        rl.flax.apply_updates({}, {}, state, SPEC)
+        rl.flax.apply_updates({}, {})
 
 
 def test_linen_train_state_steps_in_factor_form():

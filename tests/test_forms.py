@@ -178,7 +178,7 @@ def factor_run(tx, spec, sketches, loss, params, state, targets):
         now = jax.tree.map(lambda s: s[link], sketches)
         grads = rl.project(jax.grad(loss)(params, target), now, spec)
         updates, state = tx.update(grads, state, params)
-        params = rl.apply_updates(params, updates, state, spec)
+        params = rl.apply_updates(params, updates)
         return (params, state), params
 
     return jit(lambda *carry: jax.lax.scan(step, carry, targets)[1])(params, state)

@@ -40,7 +40,7 @@ def test_the_sketch_is_that_of_the_update(cache):
     def step(params, state):
         result = rl.value_and_grad(squares, spec)(params, state, x, y)
         updates, state = tx.update(result[1], state, params)
-        return result, rl.apply_updates(params, updates, state, spec), state
+        return result, rl.apply_updates(params, updates), state
 
     state = tx.init(params)
     for count in range(5):
@@ -128,7 +128,7 @@ def test_three_hundred_steps_of_a_decoder(side):
         params, state = carry
         value, grads = rl.value_and_grad(decoder, spec)(params, state, batch)
         updates, state = tx.update(grads, state, params)
-        return (rl.apply_updates(params, updates, state, spec), state), value
+        return (rl.apply_updates(params, updates), state), value
 
     def dense_step(carry, batch):
         params, state = carry

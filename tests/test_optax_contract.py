@@ -72,7 +72,7 @@ def one_step(tx, form, spec, grads, state, params, **extra):
         grads = as_factors(grads, params, state, spec)
     updates, state = tx.update(grads, state, params, **extra)
     if form == "factor":
-        return rl.apply_updates(params, updates, state, spec), state
+        return rl.apply_updates(params, updates), state
     return optax.apply_updates(params, updates), state
 
 

@@ -97,7 +97,7 @@ def stepper(tx, spec, factor_form):
             )
         updates, opt_state = tx.update(grads, opt_state, params)
         if factor_form:
-            return rl.apply_updates(params, updates, opt_state, spec), opt_state
+            return rl.apply_updates(params, updates), opt_state
         return optax.apply_updates(params, updates), opt_state
 
     return step

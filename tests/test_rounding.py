@@ -12,7 +12,7 @@ import pytest
 
 import raclora_jax as rl
 from raclora_jax._core import rounding
-from raclora_jax._core.lowrank import is_factor
+from raclora_jax._core.factor import is_factor
 
 MERGES = 200
 # The delta's RMS over the weights': the same share of a unit in the last place.
@@ -65,7 +65,7 @@ def train(rounded, after=None):
         params, state = carry
         updates, state = tx.update(given, state, params)
         dense = [path for path in params if not path.startswith("factor")]
-        params = rl.apply_updates(params, updates, state, spec) | optax.apply_updates(
+        params = rl.apply_updates(params, updates) | optax.apply_updates(
             {path: params[path] for path in dense}, {p: updates[p] for p in dense}
         )
         return (params, state), None
@@ -283,7 +283,7 @@ def test_no_dense_delta_is_in_memory(side, dtype):
     updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
 
     def apply(params, updates, state):
-        return rl.apply_updates(params, updates, state, spec)
+        return rl.apply_updates(params, updates)
 
     compiled = jax.jit(apply, donate_argnums=0).lower(params, updates, state).compile()
     memory = compiled.memory_analysis()
@@ -344,7 +344,7 @@ def test_dense_form_and_factor_form_draw_the_same_neighbours(rounded):
         sketches = rl.sample_sketch(start, spec, key=1, link=step // 2)
         factors = rl.project(grads, sketches, spec)
         updates, factor_state = tx.update(factors, factor_state, factor)
-        factor = rl.apply_updates(factor, updates, factor_state, spec)
+        factor = rl.apply_updates(factor, updates)
         for path in start:
             np.testing.assert_array_equal(dense[path], factor[path], err_msg=path)
     moved = [bool((start[path] != dense[path]).any()) for path in start]

@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import raclora_jax as rl
 from benchmarks import hlo
 from raclora_jax._core import lowrank, select
+from raclora_jax._core.factor import Origin
 from raclora_jax._core.plan import plan_tree
 
 LAWS = ("block", "coordinate")
@@ -150,7 +151,7 @@ def test_other_rows_keep_their_bits(name, law, dtype):
         state = tx.init(params)
         sketches = rl.sample_sketch(params, spec, key=0)
         updates, state = tx.update(rl.project(grads, sketches, spec), state, params)
-        return rl.apply_updates(params, updates, state, spec)
+        return rl.apply_updates(params, updates)
 
     @jax.jit
     def dense_step(params):
@@ -176,8 +177,8 @@ def test_weight_decay_reaches_every_row():
     tx = rl.raclora(0.1, spec, weight_decay=0.5, key=0)
     sketches = rl.sample_sketch(params, spec, key=0)
     grads = rl.project(jax.tree.map(jnp.zeros_like, params), sketches, spec)
-    updates, state = tx.update(grads, tx.init(params), params)
-    ends = rl.apply_updates(params, updates, state, spec)["w"]
+    updates, _ = tx.update(grads, tx.init(params), params)
+    ends = rl.apply_updates(params, updates)["w"]
     np.testing.assert_allclose(ends, 0.95, rtol=1e-6)
 
 
@@ -199,7 +200,7 @@ def compiled_step(spec, dtype="float32", weight_decay=0.0):
     def step(params, state, x):
         grads = rl.grad(network, spec)(params, state, x)
         updates, state = tx.update(grads, state, params)
-        return rl.apply_updates(params, updates, state, spec), state
+        return rl.apply_updates(params, updates), state
 
     x = jax.ShapeDtypeStruct((37, 48), dtype)
     options = {"xla_backend_optimization_level": 0}
@@ -233,6 +234,13 @@ def is_square(product, rank):
     return product.shape[-2:] == (rank, rank) and product.contracted == rank
 
 
+def update_of(params, value, state, spec):
+    """The update of one leaf with a given factor, on the sketch that a state holds."""
+    plan = plan_tree(spec, params)["w"]
+    origin = Origin.of(plan, state.sketches.values["w"], None, None)
+    return {"w": rl.Factor(value, np.zeros(()), plan.stamp, origin)}
+
+
 def test_memory_of_a_step_is_that_of_the_factors():
     spec = rl.Spec(16, side="left", sketch="block")
     params = {"w": jax.ShapeDtypeStruct((512, 2048), "float32")}
@@ -240,9 +248,7 @@ def test_memory_of_a_step_is_that_of_the_factors():
     factor = jax.ShapeDtypeStruct((16, 2048), "float32")
 
     def apply(params, value, state):
-        plan = plan_tree(spec, params)["w"]
-        updates = {"w": rl.Factor(value, np.zeros(()), plan.stamp)}
-        return rl.apply_updates(params, updates, state, spec)
+        return rl.apply_updates(params, update_of(params, value, state, spec))
 
     memory = (
         jax.jit(apply, donate_argnums=0)
@@ -266,9 +272,7 @@ def test_on_a_mesh_nothing_is_sent_for_a_sketch(side):
     state = tx.init(params)
 
     def apply(params, state, value):
-        plan = plan_tree(spec, params)["w"]
-        updates = {"w": rl.Factor(value, np.zeros(()), plan.stamp)}
-        return rl.apply_updates(params, updates, state, spec)
+        return rl.apply_updates(params, update_of(params, value, state, spec))
 
     value = jnp.asarray(normal(1, 64, 128), jnp.float32)
     text = jax.jit(apply).lower(params, state, value).compile().as_text()

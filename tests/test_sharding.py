@@ -142,7 +142,7 @@ def test_one_compile_and_the_state_stays():
     def step(params, state):
         grads = jax.tree.map(lambda w: 0.3 * w + 0.1, params)
         updates, state = tx.update(grads, state, params)
-        return rl.apply_updates(params, updates, state, SPEC), state
+        return rl.apply_updates(params, updates), state
 
     for _ in range(7):
         params, state = step(params, state)
@@ -255,7 +255,7 @@ def test_nnx_metadata_carries_through():
         grad_fn = rl.flax.value_and_grad(lambda model, x: square(model(x)), spec)
         _, grads = grad_fn(model, state, x)
         updates, state = tx.update(grads, state, to_tree(model)[0])
-        rl.flax.apply_updates(model, updates, state, spec)
+        rl.flax.apply_updates(model, updates)
         return state
 
     alone = Nnx(nnx.Rngs(0), boxed=False)

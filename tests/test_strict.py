@@ -52,7 +52,7 @@ def run(form, dtype):
             return optax.apply_updates(params, updates), state
         _, grads = rl.value_and_grad(loss_fn, SPEC)(params, state, x)
         updates, state = tx.update(grads, state, params)
-        return rl.apply_updates(params, updates, state, SPEC), state
+        return rl.apply_updates(params, updates), state
 
     if form == "adapter":
         factors, chain = rl.init_adapter(params, SPEC, key=0)

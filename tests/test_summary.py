@@ -123,7 +123,7 @@ def test_peak_is_what_the_compiler_confirms():
     def step(params, opt_state, x):
         loss, grads = grad_fn(params, opt_state, x)
         updates, opt_state = tx.update(grads, opt_state, params)
-        return rl.apply_updates(params, updates, opt_state, spec), opt_state, loss
+        return rl.apply_updates(params, updates), opt_state, loss
 
     state = jax.eval_shape(tx.init, LOSS_PARAMS)
     with pytest.warns(UserWarning, match="'last' by"):

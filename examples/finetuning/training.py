@@ -89,7 +89,7 @@ def _raclora(
         params, opt_state = state
         loss, grads = grad_fn(params, opt_state, *batch)
         updates, opt_state = tx.update(grads, opt_state, params)
-        return (rl.apply_updates(params, updates, opt_state, spec), opt_state), loss
+        return (rl.apply_updates(params, updates), opt_state), loss
 
     def size(params: Any) -> int:
         kept = jax.eval_shape(tx.init, params).inner_state

@@ -16,26 +16,32 @@ from raclora_jax._autodiff.weight import Operand, Weight, told_apart
 
 
 def neg(eqn: Eqn, weight: Weight) -> Weight:
-    return _scaled(weight, jnp.asarray(-1, weight.array.dtype))
+    factor = None if weight.factor is None else -weight.factor
+    return weight.replace(base=eqn.primitive.bind(weight.array), factor=factor)
 
 
-def mul(eqn: Eqn, left: Operand, right: Operand) -> Weight | None:
-    """By a scalar, which goes to the output of whatever reads the leaf.
+def scaled(eqn: Eqn, left: Operand, right: Operand) -> Weight | None:
+    """A product or quotient with a scalar: the model's own on the base.
 
-    It may depend on what is trained, and its own gradient is then right too.
+    Taken off the leaf and put on what reads it, a scalar would change the range and the
+    digits of the sums in between. It may depend on what is trained: its own gradient is
+    then right too, and that of the scaled leaf formed in full.
     """
     weight, other = told_apart(left, right)
     if isinstance(other, Weight) or jnp.size(other) != 1:
         return None
     if jnp.ndim(other) not in (0, len(weight.axes)):
         return None
-    return _scaled(weight, jnp.asarray(other).reshape(()))
-
-
-def div(eqn: Eqn, left: Operand, right: Operand) -> Weight | None:
-    if not isinstance(left, Weight) or isinstance(right, Weight) or jnp.size(right) != 1:
+    first, divides = isinstance(left, Weight), eqn.primitive.name == "div"
+    if divides and not first:
         return None
-    return _scaled(left, 1 / jnp.asarray(right).reshape(()))
+    operands = (weight.array, other) if first else (other, weight.array)
+    base = eqn.primitive.bind(*operands, **eqn.params)
+    if weight.factor is None:
+        return weight.replace(base=base)
+    scale = jnp.asarray(other).reshape(()).astype(weight.factor.dtype)
+    factor = weight.factor / scale if divides else weight.factor * scale
+    return weight.replace(base=base, factor=factor)
 
 
 def add(eqn: Eqn, left: Operand, right: Operand) -> Weight | None:
@@ -50,7 +56,6 @@ def add(eqn: Eqn, left: Operand, right: Operand) -> Weight | None:
     # A leaf broadcast over tokens and added to them is an activation from here on.
     if jnp.ndim(other) and weight.is_broadcast:
         return None
-    weight = weight.folded()
     other = jnp.asarray(other, weight.array.dtype)
     operands = (weight.array, other) if first else (other, weight.array)
     base = eqn.primitive.bind(*operands, **eqn.params)
@@ -68,11 +73,6 @@ def flat(eqn: Eqn, *operands: Operand) -> Array:
     values = [v.constant() if isinstance(v, Weight) else v for v in operands]
     out: Array = eqn.primitive.bind(*values, **eqn.params)
     return out
-
-
-def _scaled(weight: Weight, scale: Array) -> Weight:
-    product = scale if weight.scale is None else weight.scale * scale
-    return weight.replace(scale=product)
 
 
 _FLAT = (
@@ -93,8 +93,8 @@ RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(_FLAT, flat),
     "add": add,
     "add_any": add,
-    "div": div,
-    "mul": mul,
+    "div": scaled,
+    "mul": scaled,
     "neg": neg,
     "stop_gradient": stop_gradient,
     "sub": add,

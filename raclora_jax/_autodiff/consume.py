@@ -29,7 +29,6 @@ from raclora_jax._core.layout import automatically, merged
 def dot_general(eqn: Eqn, left: Operand, right: Operand) -> Array | None:
     """A product with leaves on either side or both, any axes summed, free or stacked."""
     if isinstance(left, Weight) and isinstance(right, Weight):
-        left, right = left.folded(), right.folded()
         values = left.value(), right.value()
         y = eqn.primitive.bind(*values, **eqn.params)
         y = dotted(eqn, right, values[0], y, first=False, whole=True)
@@ -87,7 +86,7 @@ def _product(
 ) -> Array:
     """``y`` attached to the three-operand contraction of x, sketch and factor."""
     if weight.sketch is None or weight.factor is None:
-        return weight.watched(y)
+        return y
     out = Output.of(y, y_axes, precision)
     x, x_names = einsum_parts(x, x_axes)
     if isinstance(weight.sketch, Picks):
@@ -184,7 +183,7 @@ def conv_general_dilated(eqn: Eqn, x: Operand, weight: Operand) -> Array | None:
     weight.saw(atoms_of(others))
     y: Array = eqn.primitive.bind(x, weight.array, **params)
     if weight.sketch is None or weight.factor is None:
-        return weight.watched(y)
+        return y
     y_axes = [own(axis, size) for axis, size in enumerate(y.shape)]
     thin_names = [RANK if i == place else a.atom for i, (a,) in enumerate(y_axes)]
     y_axes[place] = weight.axes[features]
@@ -240,7 +239,7 @@ def gather(eqn: Eqn, weight: Operand, indices: Operand) -> Array | None:
     weight.saw([part.atom])
     y: Array = eqn.primitive.bind(weight.array, indices, **params)
     if weight.sketch is None or weight.factor is None:
-        return weight.watched(y)
+        return y
     in_sketch, in_factor = (
         part.atom in names for names in (weight.sketch_axes, weight.factor_axes)
     )
@@ -312,7 +311,7 @@ def ragged_dot_general(
 
     y = ragged(x, weight.array, groups)
     if weight.sketch is None or weight.factor is None:
-        return weight.watched(y)
+        return y
     if len(stack) != 1 or weight.side not in (summed, free):
         weight = weight.formed()
     s_names, f_names = weight.sketch_axes, weight.factor_axes

@@ -24,7 +24,7 @@ class Joined:
     of what it is multiplied by, or of what comes out.
 
     Args:
-      members: Weights without a scale, and arrays.
+      members: Weights and arrays.
       axis: The axis along which they follow one another.
     """
 
@@ -76,7 +76,7 @@ def concatenate(eqn: Eqn, *operands: Value) -> Joined | None:
             # A token put before every sequence is an activation from here on.
             if operand.is_broadcast:
                 return None
-            members.append(operand.folded())
+            members.append(operand)
         else:
             members.append(operand)
     return Joined(tuple(members), axis)

@@ -179,7 +179,7 @@ def pvary(eqn: Eqn, *operands: Operand) -> Operand | list[Operand]:
             return one(operand)
         parts = {
             name: jax.tree.map(one, getattr(operand, name))
-            for name in ("sketch", "factor", "scale")
+            for name in ("sketch", "factor")
         }
         return operand.replace(base=one(operand.array), **parts)
 

@@ -63,7 +63,7 @@ class Leaf:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """``scale * (base + scaling * S F)``, never formed.
+    """``base + scaling * S F``, never formed.
 
     Every axis of the base, the sketch and the factor is named by the atoms of the leaf
     it holds. An atom in both sketch and factor stacks matrices; one in neither was
@@ -74,7 +74,6 @@ class Weight:
       sketch: Array with one axis per atom of ``sketch_axes``, or the rows that such an
         array would pick, or ``None``.
       factor: Array with one axis per atom of ``factor_axes``, or ``None``.
-      scale: Scalar the leaf was multiplied by, or ``None``.
       axes: The parts of each axis of the base.
       sketch_axes: Atoms of the sketch, ``RANK`` among them.
       factor_axes: Atoms of the factor, ``RANK`` among them.
@@ -84,7 +83,6 @@ class Weight:
     base: PyTree
     sketch: Array | Picks | None
     factor: Array | None
-    scale: Array | None
     axes: tuple[Axis, ...] = dataclasses.field(metadata={"static": True})
     sketch_axes: tuple[Atom, ...] = dataclasses.field(metadata={"static": True})
     factor_axes: tuple[Atom, ...] = dataclasses.field(metadata={"static": True})
@@ -164,10 +162,6 @@ class Weight:
         )
         self.leaf.uses.found.setdefault(self.leaf.path, []).append(use)
 
-    def watched(self, output: Array) -> Array:
-        """An operation's output where there is no factor to depend on."""
-        return output if self.scale is None else output * self.scale.astype(output.dtype)
-
     def attached(
         self,
         output: Array,
@@ -195,31 +189,20 @@ class Weight:
         """
         factor = self.factor if factor is None else factor
         assert factor is not None  # a weight that only watches is never attached
-        if not (self.leaf.zero or whole):
-            change = push(keep(inputs), lax.stop_gradient(factor))
-            change = resharded(change, jax.typeof(output))
-            output += (self.leaf.scaling * change).astype(output.dtype)
-        output = attach(output, factor, inputs, keep, push, pull, self.leaf.scaling)
-        return self.watched(output)
-
-    def folded(self) -> Weight:
-        """The weight with its scalar multiplied in."""
-        if self.scale is None:
-            return self
-        array, factor = self.array, self.factor
-        if factor is not None:
-            factor = factor * self.scale.astype(factor.dtype)
-        base = array * self.scale.astype(array.dtype)
-        return self.replace(base=base, factor=factor, scale=None)
+        if self.leaf.zero:
+            return attach(output, factor, inputs, keep, push, pull, self.leaf.scaling)
+        if whole:
+            return output
+        # The sum itself, and no derivative put on it: it is right to any order.
+        change = resharded(push(keep(inputs), factor), jax.typeof(output))
+        return output + (self.leaf.scaling * change).astype(output.dtype)
 
     def value(self) -> Array:
-        """The leaf as an array that no gradient goes back through to the factor."""
-        whole = self.folded()
-        if whole.sketch is None or whole.factor is None or whole.leaf.zero:
-            return whole.array
-        change = whole._lifted(whole.sketch, lax.stop_gradient(whole.factor))
-        change = resharded(change, jax.typeof(whole.array))
-        return whole.array + (whole.leaf.scaling * change).astype(whole.array.dtype)
+        """The leaf as an array; where the factor is zero, one that forgets it."""
+        if self.sketch is None or self.factor is None or self.leaf.zero:
+            return self.array
+        change = resharded(self._lifted(self.sketch, self.factor), jax.typeof(self.array))
+        return self.array + (self.leaf.scaling * change).astype(self.array.dtype)
 
     def constant(self) -> Array:
         """The leaf as an array that no gradient goes back through.
@@ -236,8 +219,6 @@ class Weight:
         """
         if len(self.axes[0]) != 1:
             return None
-        if self.scale is not None:
-            return self.folded().stacked()
         atom = self.axes[0][0].atom
         if self.factor is None:
             return self
@@ -283,7 +264,6 @@ class Weight:
             "base": PartitionSpec(*spec),
             "sketch": None if self.sketch is None else of(self.sketch_axes),
             "factor": None if self.factor is None else of(self.factor_axes),
-            "scale": None if self.scale is None else PartitionSpec(),
         }
         return dataclasses.replace(self, **specs)
 
@@ -305,7 +285,7 @@ class Weight:
         fallbacks[use] = fallbacks.get(use, 0) + 1
         base = self.array
         if self.factor is None:
-            return self.watched(base)
+            return base
 
         def push(sketch: Array | Picks, factor: Array) -> Array:
             return self._lifted(sketch, factor).astype(base.dtype)
@@ -383,7 +363,6 @@ def leaf_weight(
         base=base,
         sketch=held,
         factor=factor,
-        scale=None,
         axes=tuple((Part((i,), size),) for i, size in enumerate(plan.shape)),
         sketch_axes=() if watches else (*batch, RANK, *sketched),
         factor_axes=() if watches else (*batch, RANK, *trained),

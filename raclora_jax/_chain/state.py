@@ -15,7 +15,7 @@ from jax.tree_util import DictKey, GetAttrKey
 from raclora_jax._chain.boxes import unboxed
 from raclora_jax._chain.inner import nothing_accumulated
 from raclora_jax._core import paths
-from raclora_jax._core.lowrank import check_factor, is_factor
+from raclora_jax._core.factor import check_factor, is_factor
 from raclora_jax._core.plan import LeafPlan, plan_leaves
 from raclora_jax._core.sides import named, shapes, sketch_shapes
 from raclora_jax._core.sketch import draw_all
@@ -130,7 +130,7 @@ def _sketches_now(
 ) -> Now:
     lost = (law != law_of(plans)) & (kept.link != link)
     begins = lost | ((step_in_link >= resample_every) & idle)
-    link = link + begins.astype(link.dtype)
+    link = jnp.where(begins, next_of(link), link)
     if not cache:
         # Fused into its use, a sketch would round otherwise than a cached one.
         drawn = lax.optimization_barrier(draw_all(data, link, plans))
@@ -141,14 +141,9 @@ def _sketches_now(
     return Now(link, begins, lost, sketches)
 
 
-def sketches_of_last(
-    state: RacLoraState, plans: Iterable[LeafPlan], spec: Spec
-) -> dict[str, Drawn]:
-    """The sketches of the update that the state has just counted."""
-    if spec.cache:
-        return state.sketches.values
-    drawn = draw_all(state.key_data, state.link, adapted_plans(plans))
-    return lax.optimization_barrier(drawn)
+def next_of(link: Array) -> Array:
+    """The link after one; past the last number the sketches are drawn from 0 on again."""
+    return jnp.where(link == jnp.iinfo(link.dtype).max, 0, link + 1)
 
 
 def adapted_plans(plans: Iterable[LeafPlan]) -> Plans:
@@ -242,46 +237,6 @@ def _is_hyperparam(keypath: tuple[Any, ...]) -> bool:
     return any(name.startswith("hyperparams") for name in fields)
 
 
-def check_takes_factors(opt_state: PyTree, plans: dict[str, LeafPlan]) -> None:
-    """Refuses transformations around ``raclora`` that keep leaf-shaped state.
-
-    ``MultiSteps``, ``schedule_free``, ``ema`` and their like add gradients or updates to
-    arrays of the leaf's shape, which a ``Factor`` has not.
-    """
-    adapted = [plan for plan in plans.values() if plan.adapted]
-    around = _holder(opt_state)
-    for keypath, leaf in jax.tree_util.tree_leaves_with_path(around, is_leaf=is_state):
-        if is_state(leaf):
-            continue
-        where = "/" + paths.canonical(keypath)
-        for plan in adapted:
-            if where.endswith("/" + plan.path) and jnp.shape(leaf) == plan.shape:
-                raise ValueError(
-                    f"leaf {paths.show(plan.path)}: opt_state holds an array of its full "
-                    f"shape {plan.shape} at {jax.tree_util.keystr(keypath)}, outside "
-                    "raclora, so a transformation around raclora cannot take its "
-                    "factors; put it inside, as in raclora(..., "
-                    "inner=optax.MultiSteps(optax.scale_by_adam(), k)"
-                    ".gradient_transformation()), or use jax.value_and_grad with it"
-                )
-
-
-def _holder(opt_state: PyTree) -> PyTree:
-    """The part of an optimizer state that one transformation keeps around the chain.
-
-    Transformations keep tuples; dicts and lists outside of those are the user's own, and
-    what else they hold belongs to other optimizers.
-    """
-    while isinstance(opt_state, dict | list):
-        parts = opt_state.values() if isinstance(opt_state, dict) else opt_state
-        opt_state = next(part for part in parts if _holds_state(part))
-    return opt_state
-
-
-def _holds_state(tree: PyTree) -> bool:
-    return any(map(is_state, jax.tree.leaves(tree, is_leaf=is_state)))
-
-
 def plan_gradients(spec: Spec, grads: Leaves, params: PyTree) -> dict[str, LeafPlan]:
     """Plans the leaves that came with a gradient, by the params where given."""
     like = grads
@@ -317,17 +272,18 @@ def check_values(state: RacLoraState) -> None:
     def known(value: Leaf) -> bool:
         return not isinstance(value, jax.core.Tracer | jax.ShapeDtypeStruct)
 
+    def finite(value: Array) -> bool:
+        # Known values may be closed over by a trace, in which jnp is traced too.
+        with jax.ensure_compile_time_eval():
+            return bool(jnp.all(jnp.isfinite(value)))
+
     way_out = "the checkpoint is damaged: restore another, or start anew with tx.init"
     for name in ("count", "link", "step_in_link"):
         value = getattr(state, name)
         if known(value) and int(value) < 0:
             raise ValueError(f"the RAC-LoRA state has {name}={int(value)}; {way_out}")
     for path, sketch in state.sketches.values.items():
-        if not all(
-            bool(jnp.all(jnp.isfinite(one)))
-            for one in jax.tree.leaves(sketch)
-            if known(one)
-        ):
+        if not all(finite(one) for one in jax.tree.leaves(sketch) if known(one)):
             raise ValueError(
                 f"leaf {paths.show(path)}: its cached sketch holds NaN or infinity; "
                 f"{way_out}"

@@ -13,6 +13,7 @@ import optax
 from jax import Array, lax
 
 from raclora_jax._chain.boxes import boxed, boxes_of
+from raclora_jax._chain.clip import clipped
 from raclora_jax._chain.inner import (
     ADAM,
     as_rule,
@@ -37,11 +38,11 @@ from raclora_jax._chain.state import (
     sketches_now,
 )
 from raclora_jax._core import paths, rounding
+from raclora_jax._core.factor import is_factor
 from raclora_jax._core.keys import key_data
 from raclora_jax._core.layout import mesh_of, on_mesh, typed, typed_mesh, zeros
 from raclora_jax._core.lowrank import (
     change_of_basis,
-    is_factor,
     lift_leaf,
     project_leaf,
 )
@@ -63,6 +64,7 @@ from raclora_jax._core.types import (
     Moments,
     OptState,
     PyTree,
+    Scalar,
     TreeDef,
 )
 
@@ -185,9 +187,14 @@ class Run:
         )
 
     def step(
-        self, updates: PyTree, state: RacLoraState, params: PyTree, extra: Leaves
+        self,
+        updates: PyTree,
+        state: RacLoraState,
+        params: PyTree,
+        extra: Leaves,
+        clip_norm: Scalar | None,
     ) -> Step:
-        """Projects what comes dense, runs the inner rule on factors, and counts."""
+        """Projects what comes dense, clips, runs the inner rule, and counts."""
         grads, treedef = paths.flatten(updates, is_leaf=is_factor)
         plans = plan_gradients(self.spec, grads, params)
         self._check(state, tuple(plans.values()))
@@ -204,6 +211,8 @@ class Run:
                 groups["lowrank"].update(apart(plan, factor))
             elif plan.mode == "dense":
                 groups["dense"][path] = grad.astype(plan.wide_dtype)
+        if clip_norm is not None:
+            groups = clipped(groups, _named(plans.values()), clip_norm)
         directions, inner_state, went = self._inner_step(groups, state, plans, extra)
         state = state._replace(
             count=jnp.where(went, optax.safe_increment(state.count), state.count),

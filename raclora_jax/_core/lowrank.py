@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import operator
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from raclora_jax._core import paths
 from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.layout import automatically, constrained, inherited
 from raclora_jax._core.placement import factor_sharding
@@ -20,51 +17,15 @@ from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.select import form, put, rows_of, take
 from raclora_jax._core.sides import (
     BothFactors,
-    factor_shapes,
     factor_shardings,
     in_use,
-    shapes,
 )
-from raclora_jax._core.stamp import Stamp, check_stamp
-from raclora_jax._core.types import Drawn, FactorValue, Leaf, Scalar
+from raclora_jax._core.types import Drawn, FactorValue, Scalar
 
 # Up to this rank a lift is a sum of outer products, which the compiler fuses with the
 # addition to the weights; well above it a matmul is faster, with a dense delta
 # in memory (benchmarks/inner_loop.py).
 _UNROLLED = 16
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Factor:
-    """A gradient or an update of one adapted leaf in factor coordinates.
-
-    It stands for ``lift(value) - decay * W``: decoupled weight decay does not fit in
-    ``rank x n`` and travels beside it.
-
-    Args:
-      value: Array ``(batch..., rank, *axes of the other side)``; where the side is drawn
-        a pair of them, ``left`` and ``right``, of which lifting reads the one in use.
-      decay: Scalar; 0 in a gradient, ``learning_rate * weight_decay`` in an update.
-      stamp: Static; the facts of the run it was made in, so that no function of another
-        spec takes it. ``None`` for one made by hand, of which only the shape is known.
-    """
-
-    value: FactorValue
-    decay: Array | np.ndarray
-    stamp: Stamp | None = dataclasses.field(default=None, metadata={"static": True})
-
-    def __radd__(self, weight: Leaf) -> NoReturn:
-        raise TypeError(
-            "a Factor update cannot be added to weights as it stands: in place of "
-            "optax.apply_updates(params, updates) call "
-            "raclora_jax.apply_updates(params, updates, opt_state, spec)"
-        )
-
-
-def is_factor(node: Leaf) -> bool:
-    """Whether a node is a ``Factor``, for ``is_leaf``."""
-    return isinstance(node, Factor)
 
 
 def project_leaf(dense: Array, sketch: Drawn, plan: LeafPlan) -> FactorValue:
@@ -370,29 +331,3 @@ def in_basis(basis: Array, factor: Array, plan: LeafPlan) -> Array:
         return product.astype(factor.dtype)
 
     return automatically(moved, factor_sharding(plan), basis, factor)
-
-
-def check_factor(factor: Leaf, plan: LeafPlan) -> None:
-    """Refuses a factor that cannot belong to the leaf.
-
-    Args:
-      factor: A ``Factor``, or the array in one.
-      plan: Plan of the leaf.
-
-    Raises:
-      ValueError: If the leaf is not adapted, or shape or stamp differ.
-    """
-    value = factor.value if is_factor(factor) else factor
-    if not plan.adapted:
-        raise ValueError(
-            f"leaf {paths.show(plan.path)} is {plan.mode} in this spec but came as a "
-            "Factor; use the spec the factors were made with"
-        )
-    if is_factor(factor) and factor.stamp is not None:
-        check_stamp(plan.path, factor.stamp, plan.stamp, "this Factor")
-    if shapes(value) != factor_shapes(plan):
-        raise ValueError(
-            f"leaf {paths.show(plan.path)}: expected a factor of shape "
-            f"{factor_shapes(plan)}, got {shapes(value)}; use the spec the factors "
-            "were made with"
-        )

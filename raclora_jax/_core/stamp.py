@@ -11,14 +11,16 @@ class Stamp(NamedTuple):
     """What every door of a run must be told alike about one adapted leaf.
 
     It travels with factors and chains as static metadata: compared while a program is
-    traced, absent when it runs. Fields as in ``LeafPlan``.
+    traced, absent when it runs. Fields as in ``LeafPlan``, but that ``scaling`` has two
+    numbers where the side is drawn. With the weight it makes the plan again.
     """
 
+    shape: tuple[int, ...]
     rank: int
-    side: str
+    side: str | float
     rows: tuple[int, ...]
     batch: tuple[int, ...]
-    scaling: float
+    scaling: float | tuple[float, ...]
     sketch: str
     resample_every: int
     rounding: str
@@ -38,6 +40,11 @@ def check_stamp(path: str, stamp: Stamp, wanted: Stamp, what: str) -> None:
     """
     if stamp == wanted:
         return
+    if stamp.shape != wanted.shape:
+        raise ValueError(
+            f"leaf {paths.show(path)} has shape {wanted.shape}, and {what} was made for "
+            f"one of shape {stamp.shape}; hand the same leaves to every function of a run"
+        )
     for name, theirs, mine in zip(Stamp._fields, stamp, wanted, strict=True):
         if theirs != mine:
             said = "alpha / rank" if name == "scaling" else name

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from raclora_jax._chain.state import next_of
 from raclora_jax._core import paths, rounding
+from raclora_jax._core.factor import check_factor
 from raclora_jax._core.keys import key_data, leaf_key
-from raclora_jax._core.lowrank import check_factor, lift_leaf
+from raclora_jax._core.lowrank import lift_leaf
 from raclora_jax._core.plan import LeafPlan, plan_leaves
 from raclora_jax._core.sides import is_both, shapes, sketch_shapes, zero_trained
 from raclora_jax._core.sketch import draw_all
@@ -220,7 +222,7 @@ def begun(
 ) -> tuple[Any, AdapterChain]:
     """Factors at zero, and the chain at its next link."""
     leaves, _ = paths.flatten(base_params, is_leaf=is_quantised)
-    link = chain.link + 1
+    link = next_of(chain.link)
     sketches = _cached(spec, chain.key_data, link, plan_leaves(spec, leaves))
     zeros = jax.tree.map(jnp.zeros_like, factors)
     return zeros, chain._replace(link=link, sketches=sketches)

@@ -15,15 +15,15 @@ from raclora_jax._autodiff.interpret import arrays, constants, evaluate, read_in
 from raclora_jax._autodiff.stage import stage
 from raclora_jax._autodiff.uses import Uses
 from raclora_jax._autodiff.weight import leaf_weight
+from raclora_jax._chain.around import check_neighbours, check_takes_factors
 from raclora_jax._chain.state import (
     check_leaves,
-    check_takes_factors,
     check_values,
     find_state,
     sketches_now,
 )
 from raclora_jax._core import paths
-from raclora_jax._core.lowrank import Factor
+from raclora_jax._core.factor import Factor
 from raclora_jax._core.plan import LeafPlan, plan_tree
 from raclora_jax._core.sides import in_link, switched, zero_trained
 from raclora_jax._core.spec import Spec, as_spec
@@ -97,6 +97,7 @@ def reporting(
         check_leaves(state, plans, spec)
         check_values(state)
         check_takes_factors(opt_state, plans)
+        check_neighbours(opt_state)
         staged = stage(lambda p: loss_fn(p, *args, **kwargs), params)
         loss_shape = _loss_shape(staged.out_shape, has_aux)
         _check_loss(loss_shape)
@@ -136,7 +137,7 @@ def reporting(
                 return optax.MaskedNode()
             if plan.mode == "dense":
                 return found[path]
-            return Factor(found[path], jnp.zeros((), plan.wide_dtype), plan.stamp)
+            return Factor.gradient(found[path], plan)
 
         grads = paths.unflatten(treedef, {path: gradient(path) for path in leaves})
         return out, grads

@@ -13,14 +13,15 @@ import optax
 from jax import Array
 
 from raclora_jax._chain.boxes import keeping_boxes
-from raclora_jax._chain.state import RacLoraState, find_state, sketches_of_last
-from raclora_jax._chain.step import Run
+from raclora_jax._chain.state import RacLoraState
+from raclora_jax._chain.step import Run, Step
 from raclora_jax._core import paths, rounding
+from raclora_jax._core.factor import Factor, Origin, is_factor, plan_of_update
 from raclora_jax._core.keys import key_data, leaf_keys
-from raclora_jax._core.lowrank import Factor, add_lifted, check_factor, is_factor
+from raclora_jax._core.lowrank import add_lifted
 from raclora_jax._core.merge import merge_leaf
-from raclora_jax._core.plan import LeafPlan, plan_leaves
-from raclora_jax._core.spec import Spec, as_spec, kind
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.spec import Spec, kind
 from raclora_jax._core.types import (
     FactorValue,
     KeyLike,
@@ -37,6 +38,7 @@ def scale_by_raclora(
     *,
     inner: optax.GradientTransformation | None = None,
     moments: Moments = "reset",
+    clip_norm: Scalar | None = None,
     key: KeyLike,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs any optax rule on projected gradients and lifts its answer back.
@@ -53,6 +55,8 @@ def scale_by_raclora(
       moments: What a new link does to the inner state of the factors: ``"reset"`` starts
         it again, counters too; ``"keep"`` leaves it; ``"transport"`` re-expresses first
         moments in the new sketch and leaves the rest.
+      clip_norm: Clips the gradient to this global norm before ``inner``, estimated from
+        what the sketches see of it: the same in dense and in factor form.
       key: Typed threefry key, raw key data, or int seed.
 
     Returns:
@@ -77,15 +81,19 @@ def scale_by_raclora(
     """
     run = Run.of(spec, inner, moments, steps_weights=False)
     data = key_data(key)
+    _check_clip(clip_norm)
 
     def update(
         updates: PyTree, state: RacLoraState, params: PyTree = None, **extra: Any
     ) -> tuple[Any, RacLoraState]:
-        step = run.step(updates, state, params, extra)
+        step = run.step(updates, state, params, extra, clip_norm)
+        rounds = _rounding_keys(step, state.count)
 
         def one(path: str, grad: Leaf) -> Leaf:
             if is_factor(grad):
-                return _like(grad, step.directions[path], np.zeros(()))
+                value, plan = step.directions[path], step.plans[path]
+                origin = Origin.of(plan, step.sketches[path], rounds.get(path), None)
+                return _like(grad, value, np.zeros(()), plan, origin)
             return step.lifted(path, step.directions[path]).astype(grad.dtype)
 
         return step.answer(one), step.state
@@ -103,6 +111,7 @@ def raclora(
     weight_decay: Any = 0.0,
     mask: PyTree = None,
     moments: Moments = "reset",
+    clip_norm: Scalar | None = None,
     key: KeyLike,
 ) -> optax.GradientTransformationExtraArgs:
     """RAC-LoRA with learning rate, decoupled weight decay and rounding without bias.
@@ -121,6 +130,8 @@ def raclora(
       mask: Which leaves decay: a tree of bools, or a prefix of one, or a function of
         the params that gives it. ``None`` decays every trained leaf.
       moments: ``"reset"``, ``"keep"`` or ``"transport"``, see ``scale_by_raclora``.
+      clip_norm: Clips the gradient to this global norm before ``inner``, estimated from
+        what the sketches see of it: the same in dense and in factor form.
       key: Typed threefry key, raw key data, or int seed.
 
     Returns:
@@ -152,6 +163,7 @@ def raclora(
     data = key_data(key)
     _check_rate(learning_rate)
     _check_decay(weight_decay)
+    _check_clip(clip_norm)
     decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
 
     def update(
@@ -159,14 +171,14 @@ def raclora(
     ) -> tuple[Any, RacLoraState]:
         weights = _weights(updates, params, decays)
         decaying = _decaying(mask, params) if decays else {}
-        step = run.step(updates, state, params, extra)
+        step = run.step(updates, state, params, extra, clip_norm)
         rate = _wide_scalar(
             learning_rate(state.count) if callable(learning_rate) else learning_rate
         )
         shrink = jnp.where(step.emitted, rate * weight_decay, 0.0) if decays else 0.0
         master, descent = dict(state.master), -rate
         dense = [step.plans[p] for p, g in step.grads.items() if not is_factor(g)]
-        rounds = _low_keys(state.key_data, "rounding", dense, state.count)
+        rounds = _rounding_keys(step, state.count)
         lands = _low_keys(state.key_data, "landing", dense, state.count)
 
         def one(path: str, grad: Leaf) -> Leaf:
@@ -180,7 +192,8 @@ def raclora(
             if decaying.get(path):
                 decay = jnp.asarray(shrink, plan.wide_dtype)
             if is_factor(grad) and path not in master:
-                return _like(grad, value, decay)
+                origin = Origin.of(plan, step.sketches[path], rounds.get(path), None)
+                return _like(grad, value, decay, plan, origin)
             delta = step.lifted(path, value)
             weight: Leaf = weights.get(path)
             if decaying.get(path):
@@ -188,7 +201,8 @@ def raclora(
             if path in master:
                 master[path] = master[path] + delta
             if is_factor(grad):
-                return _like(grad, value, decay)
+                origin = Origin.of(plan, step.sketches[path], None, master[path])
+                return _like(grad, value, decay, plan, origin)
             if weight is None or not rounding.is_low(plan.dtype):
                 return delta.astype(grad.dtype)
             if path in master:
@@ -208,26 +222,25 @@ def raclora(
     )
 
 
-def apply_updates(
-    params: PyTree, updates: PyTree, opt_state: PyTree, spec: Spec | int
-) -> PyTree:
+def apply_updates(params: PyTree, updates: PyTree, *gone: Any) -> PyTree:
     """Adds updates to the weights: ``W + lift(value) - decay * W``, rounded once.
 
-    Dense leaves are added as ``optax.apply_updates`` does, ``Factor`` leaves are lifted
-    on the sketch of the update that made them; frozen ones stay.
+    Dense leaves are added as ``optax.apply_updates`` does. A ``Factor`` is lifted on the
+    sketch that made it, which it knows itself, as it knows how its weight is rounded.
+    Frozen leaves stay.
 
     Args:
       params: The parameters.
       updates: What ``tx.update`` returned.
-      opt_state: The optimizer state that ``tx.update`` returned with them.
-      spec: The spec of the run.
+      *gone: State and spec are no arguments any more, and are refused.
 
     Returns:
       The new parameters, dtypes kept.
 
     Raises:
-      ValueError: If ``opt_state`` holds none or several RAC-LoRA states, or an update
-        does not belong to its leaf.
+      ValueError: If an update does not belong to its leaf, is a gradient, or was changed
+        by a rule after ``raclora`` that does more than scale it.
+      TypeError: If there is a third argument.
 
     Example:
       >>> import jax.numpy as jnp, raclora_jax as rl
@@ -235,37 +248,31 @@ def apply_updates(
       >>> state = tx.init(W)
       >>> grads = rl.project(jnp.ones((6, 4)), rl.sample_sketch(W, 2, key=0), 2)
       >>> updates, state = tx.update(grads, state, W)
-      >>> rl.apply_updates(W, updates, state, 2).shape
+      >>> rl.apply_updates(W, updates).shape
       (6, 4)
     """
-    spec, state = as_spec(spec), find_state(opt_state)
+    if gone:
+        raise TypeError(
+            f"apply_updates takes params and updates, got {2 + len(gone)} arguments: an "
+            "update knows its sketch, so state and spec are not handed over; write "
+            "rl.apply_updates(params, updates)"
+        )
     leaves, treedef = paths.flatten(params)
     steps, _ = paths.flatten(updates, is_leaf=is_factor)
-    plans = plan_leaves(spec, leaves)
-    _check_steps(steps, plans)
-    # The state has counted the update that is being applied.
-    count = jnp.maximum(state.count - 1, 0)
-    lifted = [plans[path] for path, step in steps.items() if is_factor(step)]
-    keys = _low_keys(state.key_data, "rounding", lifted, count)
-    stepped = [plan for path, plan in plans.items() if path in steps]
-    sketches = sketches_of_last(state, stepped, spec) if lifted else {}
+    plans = _plans_of_updates(steps, leaves)
 
     def one(path: str, weight: Leaf) -> Leaf:
-        step, plan = steps.get(path), plans[path]
+        step = steps.get(path)
         if step is None:
             return weight
         if not is_factor(step):
             return optax.apply_updates(weight, step)
-        if path in state.master:
-            return state.master[path].astype(weight.dtype)
+        plan = plans[path]
+        read = step.origin.read(plan)
+        if read.master is not None:
+            return jnp.where(read.gone, weight, read.master.astype(weight.dtype))
         return merge_leaf(
-            weight,
-            step.value,
-            sketches[path],
-            step.decay,
-            plan,
-            spec.rounding,
-            keys.get(path),
+            weight, step.value, read.sketch, step.decay, plan, plan.rounding, read.key
         )
 
     return paths.unflatten(treedef, {p: one(p, w) for p, w in leaves.items()})
@@ -287,27 +294,41 @@ def _check_decay(decay: object) -> None:
         )
 
 
+def _check_clip(norm: object) -> None:
+    if norm is None:
+        return
+    if not _is_scalar(norm) or isinstance(norm, bool):
+        raise TypeError(
+            f"clip_norm must be a number or None, got {kind(norm)}; write for example 1.0"
+        )
+    if isinstance(norm, int | float) and not norm > 0:
+        raise ValueError(f"clip_norm must be positive, got {norm}; None clips nothing")
+
+
 def _is_scalar(value: Any) -> bool:
     array = hasattr(value, "dtype") and jnp.shape(value) == ()
     return array or isinstance(value, int | float)
 
 
-def _check_steps(steps: Leaves, plans: dict[str, LeafPlan]) -> None:
-    """Refuses updates that do not belong to the weights they are to be added to."""
+def _plans_of_updates(steps: Leaves, leaves: Leaves) -> dict[str, LeafPlan]:
+    """The plans of the factors, once all updates are found to belong to the weights."""
+    plans = {}
     for path, step in steps.items():
-        if path not in plans:
+        if path not in leaves:
             raise ValueError(
                 f"the update of {paths.show(path)} has no leaf in params; apply updates "
                 "to the tree whose gradients tx.update took"
             )
+        weight = leaves[path]
         if is_factor(step):
-            check_factor(step, plans[path])
-        elif jnp.shape(step) != plans[path].shape:
+            plans[path] = plan_of_update(path, step, weight)
+        elif jnp.shape(step) != jnp.shape(weight):
             raise ValueError(
                 f"leaf {paths.show(path)}: expected an update of shape "
-                f"{plans[path].shape}, got {jnp.shape(step)}; apply what tx.update "
+                f"{jnp.shape(weight)}, got {jnp.shape(step)}; apply what tx.update "
                 "returned"
             )
+    return plans
 
 
 def _weights(updates: PyTree, params: PyTree, decays: bool) -> dict[str, Array]:
@@ -358,12 +379,24 @@ def _low_keys(
     return leaf_keys(data, domain, low, count)
 
 
-def _like(grad: Factor, value: FactorValue, decay: Array | np.ndarray) -> Factor:
-    """A ``Factor`` in the dtypes of the gradient."""
+def _rounding_keys(step: Step, count: Array) -> dict[str, Array]:
+    """The key of each leaf below float32 for the rounding of this step."""
+    return _low_keys(step.state.key_data, "rounding", step.plans.values(), count)
+
+
+def _like(
+    grad: Factor,
+    value: FactorValue,
+    decay: Array | np.ndarray,
+    plan: LeafPlan,
+    origin: Origin,
+) -> Factor:
+    """The update of a gradient, in its dtypes."""
     return Factor(
         jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), value, grad.value),
         decay.astype(grad.decay.dtype),
-        grad.stamp,
+        plan.stamp,
+        origin,
     )
 
 

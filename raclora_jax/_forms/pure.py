@@ -7,14 +7,9 @@ import optax
 from jax import Array
 
 from raclora_jax._core import paths
+from raclora_jax._core.factor import Factor, check_factor, is_factor
 from raclora_jax._core.keys import key_data
-from raclora_jax._core.lowrank import (
-    Factor,
-    check_factor,
-    is_factor,
-    lift_leaf,
-    project_leaf,
-)
+from raclora_jax._core.lowrank import lift_leaf, project_leaf
 from raclora_jax._core.plan import LeafPlan, plan_leaves, plan_tree
 from raclora_jax._core.sides import is_both, shapes, sketch_shapes
 from raclora_jax._core.sketch import draw_all
@@ -100,7 +95,7 @@ def project(grads: PyTree, sketches: PyTree, spec: Spec | int) -> PyTree:
         if plan.mode == "dense":
             return grad
         value = project_leaf(jnp.asarray(grad), drawn[path], plan)
-        return Factor(value, jnp.zeros((), plan.wide_dtype), plan.stamp)
+        return Factor.gradient(value, plan)
 
     return paths.unflatten(treedef, {p: one(p, g) for p, g in leaves.items()})
 

@@ -194,7 +194,7 @@ def _compiled(
     def step(params: PyTree, state: PyTree, inputs: PyTree) -> PyTree:
         value, grads = grad_fn(params, state, *filled(inputs))
         updates, state = tx.update(grads, state, params)
-        return apply_updates(params, updates, state, spec), state, value
+        return apply_updates(params, updates), state, value
 
     lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, inputs)
     memory = lowered.compile().memory_analysis()

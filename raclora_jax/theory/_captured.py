@@ -11,8 +11,9 @@ import optax
 from jax import Array, lax
 
 from raclora_jax._core import paths
+from raclora_jax._core.factor import check_factor, is_factor
 from raclora_jax._core.keys import key_data, leaf_key
-from raclora_jax._core.lowrank import check_factor, formed, is_factor
+from raclora_jax._core.lowrank import formed
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import KeyLike, Leaf, PyTree
