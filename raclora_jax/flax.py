@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx, struct
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 from flax.training import train_state
 
 from raclora_jax._core import paths
@@ -47,7 +48,12 @@ def to_tree(model: Model) -> tuple[dict[str, Any], Callable[[Any], Any]]:
       >>> sorted(tree), restore(tree).kernel.shape
       (['bias', 'kernel'], (6, 4))
     """
-    params, finish = _parameters(model)
+    return _part_as_tree(model, nnx.Param)
+
+
+def _part_as_tree(model: Model, wrt: Any) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """``to_tree`` of the variables that a filter of nnx takes."""
+    params, finish = _parameters(model, wrt)
     leaves, treedef = paths.flatten(params)
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
@@ -87,8 +93,9 @@ def value_and_grad(
 
     Returns:
       ``function(model, optimizer, *args)`` that returns ``(loss, grads)``, or
-      ``((loss, aux), grads)``. In place of an ``Optimizer`` it takes an ``opt_state``
-      that began as ``tx.init(to_tree(model)[0])``.
+      ``((loss, aux), grads)``, by what the optimizer trains, its ``wrt``. In place of
+      an ``Optimizer`` it takes an ``opt_state`` that began as
+      ``tx.init(to_tree(model)[0])``.
 
     Raises:
       TypeError: From the function, if ``model`` is no ``nnx.Module``.
@@ -107,16 +114,17 @@ def value_and_grad(
 
     def compute(model: Model, optimizer: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         _check_module(model, "value_and_grad")
-        tree, restore = to_tree(model)
-        opt_state = optimizer
+        opt_state: PyTree = optimizer
+        wrt: Any = nnx.Param
         if isinstance(optimizer, nnx.Optimizer):
-            opt_state = nnx.as_pure(optimizer.opt_state)
+            opt_state, wrt = nnx.as_pure(optimizer.opt_state), optimizer.wrt
+        tree, restore = _part_as_tree(model, wrt)
 
         def loss(tree: PyTree) -> tuple[Any, tuple[Any, Any]]:
             inside = restore(tree)
             out = loss_fn(inside, *args, **kwargs)
             value, aux = out if has_aux else (out, None)
-            return value, (aux, nnx.state(inside, nnx.Not(nnx.Param)))
+            return value, (aux, nnx.state(inside, nnx.Not(wrt)))
 
         grad_fn = gradient.value_and_grad(loss, spec, has_aux=True)
         (value, (aux, rest)), grads = grad_fn(tree, opt_state)
@@ -274,14 +282,25 @@ class TrainState(train_state.TrainState):
         """The state after one step.
 
         Args:
-          grads: Gradients of the params, dense or in factor coordinates.
+          grads: Gradients of the params, dense or in factor coordinates. As in Flax, the
+            collection ``_overwrite_with_gradient`` of 8-bit layers beside ``params`` is
+            no business of the optimizer: what comes for it is what it becomes.
           **kwargs: Other fields to replace.
 
         Returns:
           The new state.
         """
-        updates, opt_state = self.tx.update(grads, self.opt_state, self.params)
-        params = optimizer.apply_updates(self.params, updates)
+        params: PyTree = self.params
+        given = grads
+        overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
+        if overwrites:
+            given, params = grads["params"], params["params"]
+        updates, opt_state = self.tx.update(given, self.opt_state, params)
+        params = optimizer.apply_updates(params, updates)
+        if overwrites:
+            whole = {"params": params}
+            whole[OVERWRITE_WITH_GRADIENT] = grads[OVERWRITE_WITH_GRADIENT]
+            params = whole
         return self.replace(
             step=self.step + 1, params=params, opt_state=opt_state, **kwargs
         )
@@ -295,10 +314,10 @@ def _check_module(model: object, name: str) -> None:
         )
 
 
-def _parameters(model: Model) -> tuple[Any, Callable[[Any], Any]]:
+def _parameters(model: Model, wrt: Any) -> tuple[Any, Callable[[Any], Any]]:
     """The trainable part of a view, and how to put a new one in its place."""
     if isinstance(model, nnx.Module):
-        graphdef, *states = nnx.split(model, nnx.Param, ...)
+        graphdef, *states = nnx.split(model, wrt, ...)
         params, rest = states
 
         def merged(new: PyTree) -> nnx.Module:
@@ -307,7 +326,7 @@ def _parameters(model: Model) -> tuple[Any, Callable[[Any], Any]]:
 
         return params, merged
     if isinstance(model, nnx.State) and _holds_variables(model):
-        split = nnx.split_state(model, nnx.Param, ...)
+        split = nnx.split_state(model, wrt, ...)
         return split[0], lambda new: nnx.merge_state(new, split[1])
     if isinstance(model, Mapping) and isinstance(model.get("params"), Mapping):
         kind: Callable[[Any], Any] = type(model)

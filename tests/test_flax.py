@@ -263,6 +263,70 @@ def test_linen_train_state_steps_in_factor_form():
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [TrainState, rl.flax.TrainState])
+@pytest.mark.parametrize("box", [dict, flax.core.FrozenDict])
+def test_a_train_state_hands_8_bit_scales_past_the_optimizer(kind, box):
+    """Flax's own and ours: ``_overwrite_with_gradient`` becomes what comes for it."""
+    params = linen_variables()["params"]
+    scales = {"kernel_scale": jnp.full(1, 2.0)}
+    whole = box({"params": params, "_overwrite_with_gradient": scales})
+    tx = rl.raclora(0.05, SPEC, key=0)
+    more = {"spec": SPEC} if kind is rl.flax.TrainState else {}
+    state = kind.create(apply_fn=None, params=whole, tx=tx, **more)
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    want = optax.apply_updates(params, updates)
+    new = {"kernel_scale": jnp.full(1, 3.0)}
+    state = state.apply_gradients(
+        grads=box({"params": grads, "_overwrite_with_gradient": new})
+    )
+    chex.assert_trees_all_equal(
+        flax.core.unfreeze(dict(state.params)),
+        {"params": flax.core.unfreeze(want), "_overwrite_with_gradient": new},
+    )
+    assert int(state.step) == 1
+
+
+class Headed(nnx.Module):
+    """A body and a head of a variable type of its own."""
+
+    class Head(nnx.Param):
+        pass
+
+    def __init__(self, rngs):
+        self.body = nnx.Linear(6, 7, rngs=rngs)
+        self.head = nnx.Linear(7, 5, rngs=rngs)
+        self.head.kernel = self.Head(self.head.kernel[...])
+        self.norm = nnx.BatchNorm(7, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.norm(jnp.tanh(self.body(x))))
+
+
+@pytest.mark.parametrize("wrt", [Headed.Head, nnx.PathContains("head")])
+def test_the_optimizer_of_a_part(wrt):
+    """As in dense form with ``nnx.DiffState``; the rest of the module stands still."""
+    x = jnp.sin(jnp.arange(24.0)).reshape(4, 6)
+    models = [Headed(nnx.Rngs(0)) for _ in range(2)]
+    optimizers = [
+        rl.flax.Optimizer(m, rl.raclora(0.3, 2, key=3), 2, wrt=wrt) for m in models
+    ]
+    body = jnp.array(models[0].body.kernel[...])
+    grad_fn = rl.flax.value_and_grad(noisy_loss, 2)
+    dense_fn = nnx.value_and_grad(noisy_loss, argnums=nnx.DiffState(0, wrt))
+    for _ in range(3):
+        loss, grads = grad_fn(models[0], optimizers[0], x)
+        assert isinstance(grads["head"]["kernel"], rl.Factor)
+        assert "body" not in grads
+        optimizers[0].update(models[0], grads)
+        expected, dense = dense_fn(models[1], x)
+        optimizers[1].update(models[1], dense)
+        np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_array_equal(models[0].body.kernel[...], body)
+    for got, want in zip(*(jax.tree.leaves(nnx.state(m)) for m in models), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 def steps_in_place(how):
     """Some steps of the noisy net by ``flax.Optimizer``, its losses and its weights."""
     model = Noisy(nnx.Rngs(0))

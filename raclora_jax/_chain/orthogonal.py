@@ -149,9 +149,8 @@ def polar_factor(matrix: Array, axis: int) -> Array:
 def polar_factors(matrices: dict[str, Array], axes: dict[str, int]) -> dict[str, Array]:
     """``polar_factor`` of several matrices: those of one rank are worked on as a stack.
 
-    Polynomials of the Gram matrix on the short side; the matrix itself is read twice.
-    It is squared in its own dtype, so entries below 1e-19 in float32 count as zero, as
-    they do for Adam.
+    Polynomials of the Gram matrix on the short side. A matrix is divided by its largest
+    entry before it is squared, so that one of any finite size has a finite answer.
 
     Args:
       matrices: ``{path: array (batch..., rank, *axes)}``.
@@ -165,7 +164,10 @@ def polar_factors(matrices: dict[str, Array], axes: dict[str, int]) -> dict[str,
 
 
 def _polar_factors(matrices: dict[str, Array], axes: dict[str, int]) -> dict[str, Array]:
-    wide = {path: _lying(matrix, axes[path]) for path, matrix in matrices.items()}
+    wide = {
+        path: _of_size_one(_lying(matrix, axes[path]), axes[path])
+        for path, matrix in matrices.items()
+    }
     grams: dict[tuple[int, jnp.dtype], dict[str, Array]] = {}
     for path, matrix in wide.items():
         axis = axes[path]
@@ -214,6 +216,12 @@ def _polynomial(coefficients: Array, gram: Array) -> Array:
     a, b, c = coefficients
     eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
     return a * eye + b * gram + c * _matmul(gram, gram)
+
+
+def _of_size_one(matrix: Array, axis: int) -> Array:
+    own = tuple(range(axis, matrix.ndim))
+    largest = jnp.max(jnp.abs(matrix), axis=own, keepdims=True)
+    return matrix / jnp.where(largest == 0, 1, largest)
 
 
 def _lying(matrix: Array, axis: int) -> Array:

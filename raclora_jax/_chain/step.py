@@ -166,7 +166,7 @@ class Run:
             lambda data, master: self._init(data, bare, master), out_shardings=out
         )
 
-    @functools.partial(jax.jit, static_argnums=(0, 2))
+    # Not compiled without need: a program of ten thousand zeros compiles for minutes.
     def _init(self, data: Array, plans: Plans, master: dict[str, Array]) -> RacLoraState:
         values = {
             plan.path: zero_sketch(plan)
@@ -179,7 +179,7 @@ class Run:
             link=jnp.zeros((), jnp.int32),
             step_in_link=jnp.zeros((), jnp.int32),
             law=law_of(adapted_plans(plans)),
-            key_data=data,
+            key_data=jnp.array(data),  # a copy: states are donated
             inner_state=InnerStates(lowrank, dense),
             # Nothing is drawn yet: the first door finds the cache stale.
             sketches=SketchCache(jnp.full((), -1, jnp.int32), values),
