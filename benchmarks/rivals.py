@@ -92,8 +92,9 @@ def adamw(model: Model) -> Method:
 
 
 def spec_of(model: Model, **options: Any) -> rl.Spec:
-    """The spec of a model, its views read off the model."""
-    return rl.trace_spec(model.loss, *model.shapes(), **{"rank": RANK, **options})
+    """The spec of a model, its views read off the model; a link as in all our rows."""
+    fields = {"rank": RANK, "resample_every": 25, **options}
+    return rl.trace_spec(model.loss, *model.shapes(), **fields)
 
 
 def ours(

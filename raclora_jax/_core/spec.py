@@ -154,7 +154,7 @@ class Spec:
     alpha: Alpha = None
     side: SideOrChance = "auto"
     sketch: Sketch = "orthonormal"
-    resample_every: int = 25
+    resample_every: int = 100
     rounding: Rounding = "auto"
     cache: bool = True
     rules: Iterable[Rule] = ()
