@@ -17,6 +17,13 @@ References:
   training beside it. The code of the error is our own.
 """
 
+try:
+    import qwix  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "raclora_jax.quantized needs qwix: pip install 'raclora-jax[quantized]'"
+    ) from error
+
 from raclora_jax.quantized._merge import (
     Held,
     exact_params,
