@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from raclora_jax._chain.state import SketchCache, is_state
 from raclora_jax._core import paths
-from raclora_jax._core.plan import shape_and_dtype
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import Leaf, Leaves, PyTree, TreeDef
+from raclora_jax.checkpoint._leaves import described, zeros
 
 
 class Restored(NamedTuple):
@@ -99,23 +97,11 @@ def with_sketches(state: PyTree, like: PyTree) -> PyTree:
         if not is_state(target):
             return node
         kept = target.sketches
-        link = zeros(kept.link) - 1
+        link = jnp.asarray(zeros(kept.link)) - 1
         values = jax.tree.map(zeros, kept.values)
         return node._replace(sketches=SketchCache(link, values))
 
     return jax.tree.map(filled, like, state, is_leaf=is_state)
-
-
-def zeros(like: Leaf) -> jax.Array:
-    """Zeros of a leaf's shape and dtype, where it sits."""
-    return jnp.zeros(like.shape, like.dtype, device=getattr(like, "sharding", None))
-
-
-def target(leaf: Leaf) -> Any:
-    """What orbax reads a leaf into: an abstract array, or numpy where nothing says."""
-    if getattr(leaf, "sharding", None) is None:
-        return np.zeros(jnp.shape(leaf), jnp.result_type(leaf))
-    return _placed(leaf, leaf.sharding)
 
 
 def table(leaves: Leaves) -> dict[str, list[Any]]:
@@ -123,7 +109,7 @@ def table(leaves: Leaves) -> dict[str, list[Any]]:
     return {
         path: [dtype, list(shape)]
         for path, leaf in leaves.items()
-        for shape, dtype in [shape_and_dtype(path, leaf)]
+        for shape, dtype in [described(path, leaf)]
     }
 
 
@@ -142,8 +128,3 @@ def check_table(there: dict[str, list[Any]], leaves: Leaves, step: int) -> None:
                 "another model or optimizer: restore into the state it was saved from, "
                 "or start in another directory"
             )
-
-
-def is_empty(leaf: Leaf) -> bool:
-    """Whether a leaf has no number in it, which orbax would refuse to save."""
-    return math.prod(jnp.shape(leaf)) == 0
