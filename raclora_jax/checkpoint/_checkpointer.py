@@ -58,7 +58,7 @@ class Checkpointer:
       OSError: If the directory cannot be made.
 
     Example:
-      >>> import tempfile, raclora_jax as rl
+      >>> import tempfile, jax.numpy as jnp, raclora_jax as rl
       >>> params, spec = {"kernel": jnp.ones((6, 4))}, rl.Spec(2)
       >>> tx = rl.raclora(1e-3, spec, key=0)
       >>> state = params, tx.init(params)
