@@ -8,6 +8,7 @@ the log of three links comes back as their weights or not at all.
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import random
 import shutil
@@ -41,11 +42,11 @@ def checkpoint_cases(seed: int, count: int, folder: pathlib.Path) -> Iterator[Ca
     states = _saved(folder / "whole")
     like = states[STEPS[-1]]
 
-    def restored(where: pathlib.Path) -> Any:
+    def restored(where: pathlib.Path, step: int | None) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Checkpointer(where, SPEC) as checkpointer:
-                return checkpointer.restore(like)
+                return checkpointer.restore(like, step=step)
 
     def right(found: Any) -> bool:
         said = found.step in states and (found.data, found.spec) == (
@@ -54,8 +55,11 @@ def checkpoint_cases(seed: int, count: int, folder: pathlib.Path) -> Iterator[Ca
         )
         return said and _same(found.state, states[found.step])
 
-    for name, where in _damaged(seed, count, folder, _CHECKPOINT):
-        yield Case(name, lambda where=where: restored(where), right)
+    copies = _damaged(seed, count, folder, _CHECKPOINT)
+    for index, (name, where) in enumerate(copies):
+        # Every third one is asked for by its number, so that no older one will do.
+        step = None if index % 3 else STEPS[-1]
+        yield Case(name, functools.partial(restored, where, step), right)
 
 
 def log_cases(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
@@ -75,8 +79,8 @@ def log_cases(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
     for name, where in _damaged(seed, count, folder, _LOG):
         yield Case(
             name,
-            lambda where=where: rebuilt(where),
-            lambda found: _same(found, weights),
+            functools.partial(rebuilt, where),
+            functools.partial(_same, weights),
         )
 
 
@@ -138,7 +142,9 @@ def _damaged(
 
 def _file(draw: random.Random, where: pathlib.Path) -> pathlib.Path:
     """A file of the newest checkpoint, often its meta, or of any; a record of a log."""
-    files = sorted(path for path in where.rglob("*") if path.is_file())
+    files = [path for path in where.rglob("*") if path.is_file()]
+    # By size, as orbax draws the names of some.
+    files.sort(key=lambda path: (path.parent, path.stat().st_size))
     newest = [path for path in files if f"{STEPS[-1]}" in path.parts]
     meta = [path for path in newest if "meta" in path.parts]
     return draw.choice(draw.choice([meta or files, newest or files, files]))
