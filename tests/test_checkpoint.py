@@ -187,6 +187,14 @@ def test_a_spread_state_without_shardings_is_refused():
         checkpoint.abstract_state(run_of().tx, params)
 
 
+def test_an_abstract_state_of_what_has_none_is_refused_by_name():
+    with pytest.raises(TypeError, match="leaf 'name' must be an array of numbers"):
+        checkpoint.abstract_state(run_of().tx, {"name": "kernel"})
+    home = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    with pytest.raises(ValueError, match=r"shardings must be a tree like tx\.init"):
+        checkpoint.abstract_state(run_of().tx, params_of(), shardings=[home])
+
+
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool", "complex64"])
 def test_digests_do_not_know_the_mesh_and_know_every_bit(dtype, kind):

@@ -12,6 +12,7 @@ from raclora_jax._chain.state import SketchCache, is_state
 from raclora_jax._core import paths
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import Leaf, Leaves, PyTree, TreeDef
+from raclora_jax.checkpoint._everyone import one_line
 from raclora_jax.checkpoint._leaves import described, zeros
 
 
@@ -47,7 +48,9 @@ def abstract_state(
 
     Raises:
       ValueError: If the params are spread over devices and no shardings are given: to
-        put the state whole on each would be the wrong guess.
+        put the state whole on each would be the wrong guess. If the shardings are those
+        of another tree.
+      TypeError: If a leaf of the params is no array.
 
     Example:
       >>> import raclora_jax as rl
@@ -56,10 +59,18 @@ def abstract_state(
       >>> params["kernel"].shape, state.count.dtype
       ((6, 4), dtype('int32'))
     """
-    params = jax.tree.map(_abstract, params)
+    leaves, treedef = paths.flatten(params)
+    leaves = {path: _abstract(path, leaf) for path, leaf in leaves.items()}
+    params = paths.unflatten(treedef, leaves)
     state = jax.eval_shape(tx.init, params)
     if shardings is not None:
-        return params, jax.tree.map(_placed, state, shardings)
+        try:
+            return params, jax.tree.map(_placed, state, shardings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "shardings must be a tree like tx.init(params), with a sharding for each "
+                f"leaf: {one_line(error)}"
+            ) from error
     homes = {leaf.sharding for leaf in jax.tree.leaves(params)} - {None}
     devices = set().union(*(home.device_set for home in homes))
     if len(devices) > 1:
@@ -72,9 +83,10 @@ def abstract_state(
     return params, jax.tree.map(lambda leaf: _placed(leaf, home), state)
 
 
-def _abstract(leaf: Leaf) -> jax.ShapeDtypeStruct:
+def _abstract(path: str, leaf: Leaf) -> jax.ShapeDtypeStruct:
+    shape, dtype = described(path, leaf)
     sharding = getattr(leaf, "sharding", None)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(shape, getattr(leaf, "dtype", dtype), sharding=sharding)
 
 
 def _placed(leaf: Leaf, sharding: Any) -> jax.ShapeDtypeStruct:
