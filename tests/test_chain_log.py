@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import raclora_jax as rl
-from raclora_jax.checkpoint import ChainLog, _log
+from raclora_jax.checkpoint import ChainLog
 
 LINKS = 4
 SPECS = {
@@ -181,19 +181,19 @@ def advanced(log, base, key):
 
 
 def test_two_writers_of_one_link(tmp_path, monkeypatch):
-    """One that comes between another's look and its write: neither is half a record.
+    """One that writes while another does: neither's file is the other's, or half of it.
 
     Whoever lost hears of it at its next link.
     """
     base, logs = base_of(), [ChainLog(tmp_path), ChainLog(tmp_path)]
-    real, done = _log.write, []
+    real, done = os.fsync, []
 
-    def write(path, raw):
-        monkeypatch.setattr(_log, "write", real)
+    def fsync(descriptor):
+        monkeypatch.setattr(os, "fsync", real)
         done.append(advanced(logs[1], base, key=4))
-        real(path, raw)
+        real(descriptor)
 
-    monkeypatch.setattr(_log, "write", write)
+    monkeypatch.setattr(os, "fsync", fsync)
     mine = advanced(logs[0], base, key=3)
     assert_same_bits(logs[0].rebuild(base), mine[0])
     with pytest.raises(ValueError, match=r"link-00000000, leaf.*another run writes here"):

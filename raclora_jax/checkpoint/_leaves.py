@@ -32,14 +32,15 @@ def described(path: str, leaf: Leaf) -> tuple[tuple[int, ...], str]:
 
 
 def stored(path: str, leaf: Leaf) -> Array | np.ndarray:
-    """A leaf as it is written: an array of its own, of a dtype that files have.
+    """A leaf as orbax is to write it: an array, of a dtype that files have.
 
     Raises:
       ValueError: If a number of Python's does not fit the dtype that JAX gives it.
     """
     if not isinstance(leaf, jax.Array):
-        leaf = _copied(path, leaf)
-    return _bits(jnp.asarray(leaf)) if _is_small(leaf.dtype) else leaf
+        leaf = _in_numpy(path, leaf)
+    # A copy: JAX may read numpy's memory later than the run writes to it.
+    return _bits(jnp.array(leaf)) if _is_small(leaf.dtype) else leaf
 
 
 def target(leaf: Leaf) -> Any:
@@ -75,15 +76,14 @@ def is_empty(leaf: Leaf) -> bool:
     return math.prod(jnp.shape(leaf)) == 0
 
 
-def _copied(path: str, leaf: Leaf) -> np.ndarray:
-    """In memory of its own: it is written while the run goes on and may change it."""
+def _in_numpy(path: str, leaf: Leaf) -> np.ndarray:
     _, dtype = described(path, leaf)
     if hasattr(leaf, "dtype"):
-        return np.array(leaf)
+        return np.asarray(leaf)
     try:
         with np.errstate(over="ignore"):
-            copy = np.array(leaf, dtype)
-        fits = np.isclose(copy, np.asarray(leaf), rtol=1e-6, atol=0, equal_nan=True)
+            number = np.array(leaf, dtype)
+        fits = np.isclose(number, np.asarray(leaf), rtol=1e-6, atol=0, equal_nan=True)
     except OverflowError:
         fits = False
     if not fits:
@@ -91,7 +91,7 @@ def _copied(path: str, leaf: Leaf) -> np.ndarray:
             f"leaf {paths.show(path)}: {leaf!r} does not fit {dtype}, which JAX makes of "
             "it; hand over a numpy array of 64 bits, which comes back as it is"
         )
-    return copy
+    return number
 
 
 def _is_wide(leaf: Leaf) -> bool:
