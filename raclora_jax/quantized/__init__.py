@@ -18,21 +18,19 @@ References:
 """
 
 try:
-    import qwix  # noqa: F401
+    from raclora_jax.quantized._merge import (
+        Held,
+        exact_params,
+        held,
+        merge,
+        next_link,
+        quantize,
+        zero_error,
+    )
 except ImportError as error:
     raise ImportError(
         "raclora_jax.quantized needs qwix: pip install 'raclora-jax[quantized]'"
     ) from error
-
-from raclora_jax.quantized._merge import (
-    Held,
-    exact_params,
-    held,
-    merge,
-    next_link,
-    quantize,
-    zero_error,
-)
 
 __all__ = [
     "Held",
