@@ -1,5 +1,8 @@
 """The chain log rebuilds weights bit by bit and refuses what is not its own."""
 
+import errno
+import os
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,3 +155,97 @@ def test_a_killed_write_leaves_nothing_that_counts(tmp_path):
     (tmp_path / ".link-00000002.partial").write_bytes(b"half")
     assert log.links() == [0, 1]
     assert_same_bits(log.rebuild(base_of()), weights[2])
+
+
+def test_links_that_are_not_there_are_asked_for(tmp_path):
+    """A log that lost its newest records says so to whoever knows how many there were."""
+    log, weights = run(tmp_path, rl.Spec(2), base_of(), links=3)
+    with pytest.raises(
+        FileNotFoundError, match=r"3 records, links 0 to 2, and 5 were asked for"
+    ):
+        log.rebuild(base_of(), links=5)
+    for links in (0, -1):
+        with pytest.raises(ValueError, match=f"links must be at least 1, got {links}"):
+            log.rebuild(base_of(), links=links)
+    with pytest.raises(TypeError, match="links must be an int, got '2'"):
+        log.rebuild(base_of(), links="2")
+    (tmp_path / "link-00000002").unlink()
+    with pytest.raises(FileNotFoundError, match="2 records"):
+        log.rebuild(base_of(), links=3)
+    assert_same_bits(log.rebuild(base_of(), links=2), weights[2])
+
+
+def advanced(log, base, key):
+    factors, chain = rl.init_adapter(base, 2, key=key)
+    return log.next_link(base, trained(factors, 0), chain, 2)
+
+
+def test_two_writers_of_one_link(tmp_path, monkeypatch):
+    """One that writes while another does: neither's file is the other's, or half of it.
+
+    Whoever lost hears of it at its next link.
+    """
+    base, logs = base_of(), [ChainLog(tmp_path), ChainLog(tmp_path)]
+    real, done = os.fsync, []
+
+    def fsync(descriptor):
+        monkeypatch.setattr(os, "fsync", real)
+        done.append(advanced(logs[1], base, key=4))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    mine = advanced(logs[0], base, key=3)
+    assert_same_bits(logs[0].rebuild(base), mine[0])
+    with pytest.raises(ValueError, match=r"link-00000000, leaf.*another run writes here"):
+        logs[1].next_link(*done[0], 2)
+    assert logs[0].links() == [0]
+    logs[0].next_link(*mine, 2)
+    assert logs[0].links() == [0, 1]
+
+
+def test_partial_files_are_of_one_writer_and_do_not_stay(tmp_path, monkeypatch):
+    """Those of the last hour may be somebody's; a write that fails takes its own away."""
+    old, new = tmp_path / ".link-00000007.partial", tmp_path / ".link-00000008.a.partial"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    names, real = [], os.fsync
+
+    def fsync(descriptor):
+        names.append(sorted(path.name for path in tmp_path.glob(".link-00000000.*")))
+        real(descriptor)
+
+    with monkeypatch.context() as watched:
+        watched.setattr(os, "fsync", fsync)
+        advanced(ChainLog(tmp_path), base_of(), key=3)
+    first, after = names
+    assert len(first) == 1  # of the file
+    assert not after  # of the folder, when it is there under its name
+    assert sorted(path.name for path in tmp_path.iterdir()) == [new.name, "link-00000000"]
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"link 0 was not written.*No space left"):
+            advanced(ChainLog(tmp_path / "full"), base_of(), key=3)
+    assert not list((tmp_path / "full").iterdir())
+
+
+def test_the_umask_is_kept(tmp_path):
+    before = os.umask(0o077)
+    try:
+        run(tmp_path / "log", rl.Spec(2), base_of(), links=1)
+    finally:
+        os.umask(before)
+    file = tmp_path / "log" / "link-00000000"
+    assert [path.stat().st_mode & 0o777 for path in (file.parent, file)] == [0o700, 0o600]
+
+
+def test_a_folder_in_place_of_a_record(tmp_path):
+    log, _ = run(tmp_path, rl.Spec(2), base_of(), links=2)
+    (tmp_path / "link-00000001").unlink()
+    (tmp_path / "link-00000001").mkdir()
+    with pytest.raises(ValueError, match=r"link-00000001 is no whole record.*directory"):
+        log.rebuild(base_of())

@@ -1,5 +1,8 @@
 """Merging into codes: nothing that a link learnt is lost, and what is held is said."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -304,6 +307,14 @@ BAD = {
         lambda: quantized.quantize(params(), SPEC, "nf4", block=0),
         ["block", "0"],
     ),
+    "a block that is no int": (
+        lambda: quantized.quantize(params(), SPEC, "nf4", block=5.0),
+        ["block must be an int", "5.0"],
+    ),
+    "bytes of what has none": (
+        lambda: quantized.held(jax.eval_shape(params), None, None),
+        ["'bias'", "array on a device", "ShapeDtypeStruct"],
+    ),
     "a leaf that is quantised": (
         lambda: quantized.quantize(start("nf4", None)[0], SPEC, "nf4"),
         ["quantised already", "nf4", "zero_error"],
@@ -359,3 +370,23 @@ def test_bad_input_is_named(case):
         call()
     for word in words:
         assert word in str(caught.value)
+
+
+def test_weights_that_a_trace_closes_over():
+    """They are numbers, and are judged as such, inside of somebody's jit too."""
+    weights = params()
+    want = quantized.exact_params(*quantized.quantize(weights, SPEC, "int8"))
+    got = jax.jit(
+        lambda: quantized.exact_params(*quantized.quantize(weights, SPEC, "int8"))
+    )()
+    for path, leaf in want.items():
+        np.testing.assert_allclose(got[path], leaf, atol=1e-6)
+    weights["tall"] = weights["tall"].at[3, 1].set(jnp.nan)
+    with pytest.raises(ValueError, match=r"'tall'.*not finite"):
+        jax.jit(lambda: quantized.quantize(weights, SPEC, "int8"))()
+
+
+def test_without_qwix_the_extra_is_named():
+    code = "import sys; sys.modules['qwix'] = None; import raclora_jax.quantized"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install 'raclora-jax[quantized]'" in done.stderr

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 import json
-import operator
 import os
+import pathlib
 import types
 import uuid
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from raclora_jax._core import paths
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaves, PyTree
 from raclora_jax.checkpoint._digest import digests
-from raclora_jax.checkpoint._everyone import attempt, everyone, one_line
-from raclora_jax.checkpoint._position import as_text, own
+from raclora_jax.checkpoint._disk import flush_all
+from raclora_jax.checkpoint._everyone import agreed, attempt, everyone, one_line
+from raclora_jax.checkpoint._leaves import is_empty, loaded, stored, target, zeros
+from raclora_jax.checkpoint._meta import check_format, opened, sealed
+from raclora_jax.checkpoint._position import as_text, own, whole_number
 from raclora_jax.checkpoint._state import (
     Restored,
     check_table,
-    is_empty,
     saved_leaves,
     table,
-    target,
     with_sketches,
-    zeros,
 )
 
-_FORMAT = 1
 _ASIDE = "damaged"
 
 
@@ -38,10 +37,10 @@ class Checkpointer:
     """Keeps the newest checkpoints of one run in a directory.
 
     A checkpoint holds a tree of arrays (params and optimizer state, in any form), the
-    position in the data, the spec, and a digest of every array's bits. It is written
-    beside and renamed, so that a killed process leaves the last one whole; what is read
-    is compared with the digests, so that a damaged one is not trained on. Cached
-    sketches are left out: the first update draws them again, with the same bits.
+    position in the data, the spec, a digest of every array's bits, and one of all that.
+    It is written beside and renamed, so that a killed process leaves the last one whole;
+    what is read is compared with the digests, so that a damaged one is not trained on.
+    Cached sketches are left out: the first update draws them again, with the same bits.
 
     Where a run has several processes, each calls every method, and the directory is one
     that all of them see.
@@ -53,11 +52,13 @@ class Checkpointer:
 
     Raises:
       ImportError: If orbax is not installed.
-      ValueError: If ``keep`` is below 1.
+      ValueError: If ``keep`` is below 1, or the directory's name holds one of
+        ``[]*?\\``, which orbax takes for a pattern.
+      TypeError: If ``keep`` is no int.
       OSError: If the directory cannot be made.
 
     Example:
-      >>> import tempfile, raclora_jax as rl
+      >>> import tempfile, jax.numpy as jnp, raclora_jax as rl
       >>> params, spec = {"kernel": jnp.ones((6, 4))}, rl.Spec(2)
       >>> tx = rl.raclora(1e-3, spec, key=0)
       >>> state = params, tx.init(params)
@@ -72,19 +73,15 @@ class Checkpointer:
         self, directory: str | os.PathLike[str], spec: Spec | int, *, keep: int = 3
     ) -> None:
         self._spec = as_spec(spec)
-        if operator.index(keep) < 1:
-            raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
+        self._keep = whole_number("keep", keep, least=1)
         self._orbax, epath = _orbax()
-        where = os.fspath(directory)
-        self._directory = epath.Path(where if "://" in where else os.path.abspath(where))
+        where = os.fsdecode(directory)
+        self._local = "://" not in where
+        self._directory = epath.Path(os.path.abspath(where) if self._local else where)
+        _check_name(self._directory.as_posix())
+        self._directory.mkdir(parents=True, exist_ok=True)
         self._saving: int | None = None
-        self._manager = self._orbax.CheckpointManager(
-            self._directory,
-            item_names=("state", "meta"),
-            options=self._orbax.CheckpointManagerOptions(
-                max_to_keep=keep, cleanup_tmp_directories=True
-            ),
-        )
+        self._manager: Any = None
 
     def save(self, step: int, state: PyTree, *, data: Any = None) -> None:
         """Copies the state to the host and writes it while the run goes on.
@@ -92,17 +89,19 @@ class Checkpointer:
         Args:
           step: A number above those saved before.
           state: Tree of arrays, such as ``(params, opt_state)``; it may be donated to
-            the next step. Python numbers come back as arrays.
+            the next step. Python numbers come back as arrays, and so do numpy's, except
+            where they have 64 bits that JAX would cut: those come back in numpy.
           data: Position in the data: bytes or what JSON can hold, such as a grain
             iterator's ``get_state()``. Each process may give its own.
 
         Raises:
-          ValueError: If there is a checkpoint of this step or a later one.
+          ValueError: If there is a checkpoint of this step or a later one, a number of
+            Python's does not fit its array, or processes hold different numbers.
           TypeError: If JSON cannot hold the data, or a leaf is no array.
           OSError: If the directory cannot be written to, or the save before this one
             failed. The checkpoints that are whole stay as they are.
         """
-        step = operator.index(step)
+        step = whole_number("step", step, least=0)
         self.wait()
         last = self.latest()
         if last is not None and step <= last:
@@ -113,24 +112,22 @@ class Checkpointer:
             )
         leaves, _ = saved_leaves(state)
         described = table(leaves)
-        leaves = {
-            path: leaf if isinstance(leaf, jax.Array) else jnp.asarray(leaf)
-            for path, leaf in leaves.items()
-        }
-        meta = {
-            "format": _FORMAT,
-            "spec": self._spec.to_json(),
-            "leaves": described,
-            "digests": digests(leaves),
-            "data": everyone(as_text(data)),
-        }
+        leaves = {path: stored(path, leaf) for path, leaf in leaves.items()}
+        meta = sealed(
+            step,
+            spec=self._spec.to_json(),
+            leaves=described,
+            digests=agreed(digests(leaves)),
+            data=everyone(as_text(data)),
+        )
         _, reason = attempt(self._probe)
         if reason:
             raise self._failed(step, reason)
-        self._saving = step
         args = self._orbax.args
         full = {path: leaf for path, leaf in leaves.items() if not is_empty(leaf)}
         try:
+            self._manager = self._manager or self._begun()
+            self._saving = step
             self._manager.save(
                 step,
                 args=args.Composite(
@@ -139,15 +136,15 @@ class Checkpointer:
                 force=True,
             )
         except Exception as error:
-            self._manager.reload()
+            self._reload()
             raise self._failed(step, one_line(error)) from error
 
     def restore(self, like: PyTree, *, step: int | None = None) -> Restored:
         """Reads the newest whole checkpoint onto the devices that ``like`` names.
 
-        One that is cut short, lacks files or holds other bits than were saved is passed
-        over for the one before, and moved to ``damaged/`` in the directory; a warning
-        says so in one line.
+        One that is cut short, lacks files, holds other bits than were saved or has been
+        renamed is passed over for the one before, and moved to ``damaged/`` in the
+        directory; a warning says so in one line.
 
         Args:
           like: Tree of arrays or abstract arrays with the structure of what was saved.
@@ -165,6 +162,7 @@ class Checkpointer:
         """
         self.wait()
         steps = self.steps()
+        step = step if step is None else whole_number("step", step, least=0)
         if step is not None and step not in steps:
             said = ", ".join(map(str, steps)) or "none"
             raise FileNotFoundError(
@@ -178,7 +176,7 @@ class Checkpointer:
         for one in steps[::-1] if step is None else [step]:
             found, reason = self._read(one, like)
             if found is not None:
-                self._set_aside(passed, one)
+                self._pass_over(passed, one)
                 return found
             passed[one] = reason
         said = "; ".join(f"step {one}: {reason}" for one, reason in passed.items())
@@ -195,17 +193,21 @@ class Checkpointer:
         return next(iter(self.steps()[::-1]), None)
 
     def wait(self) -> None:
-        """Waits until the last save is on disk.
+        """Waits until the last save is on disk, and sees that it can be read.
 
         Raises:
           OSError: If it failed. The checkpoints before it stay as they are.
         """
         step, self._saving = self._saving, None
+        if step is None:
+            return
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            self._manager.reload()
+            self._reload()
             raise self._failed(step, one_line(error)) from error
+        if jax.process_index() == 0:
+            self._read_back(step)
 
     def close(self) -> None:
         """Waits, then lets go of the directory.
@@ -216,7 +218,8 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            self._manager.close()
+            if self._manager is not None:
+                self._manager.close()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -229,49 +232,88 @@ class Checkpointer:
     ) -> None:
         self.close()
 
+    def _begun(self) -> Any:
+        """orbax's manager, which takes away what killed saves have left.
+
+        That is for the process that saves: one that only reads may do so beside it.
+        """
+        return self._orbax.CheckpointManager(
+            self._directory,
+            item_names=("state", "meta"),
+            options=self._orbax.CheckpointManagerOptions(
+                max_to_keep=self._keep, cleanup_tmp_directories=True
+            ),
+        )
+
+    def _reload(self) -> None:
+        if self._manager is not None:
+            self._manager.reload()
+
     def _probe(self) -> None:
         """Refuses a directory that cannot be written to, before anything is copied."""
         if jax.process_index() == 0:
-            probe = self._directory / f".probe-{uuid.uuid4().hex}"
+            probe = self._directory / ".probe"
             probe.write_text("")
-            probe.unlink()
+            probe.unlink(missing_ok=True)
 
     def _steps_here(self) -> list[int]:
-        return sorted(self._orbax.utils.checkpoint_steps(self._directory))
+        named = self._orbax.utils.checkpoint_steps(self._directory)
+        return sorted({one for one in named if self._folder(one).exists()})
 
-    def _failed(self, step: int | None, reason: str) -> OSError:
+    def _folder(self, step: int) -> Any:
+        return self._directory / str(step)
+
+    def _failed(self, step: int, reason: str) -> OSError:
         """What a failed save is; it may have failed in this process alone."""
-        here = self._steps_here()
+        here = [one for one in self._steps_here() if one != step]
         left = f"the last is step {here[-1]}" if here else "there is no earlier one"
         return OSError(
             f"the checkpoint of step {step} was not written to {self._directory}: "
             f"{reason}; {left}"
         )
 
+    def _read_back(self, step: int) -> None:
+        """Opens every array of a save; their bits are compared when they are restored."""
+        folder, handlers = self._folder(step), self._orbax.handlers
+        try:
+            self._meta(step)
+            handlers.StandardCheckpointHandler().metadata(folder / "state")
+            if self._local:
+                flush_all(pathlib.Path(folder))
+        except Exception as error:
+            if folder.exists():
+                self._move_aside([step])
+            raise self._failed(
+                step, f"it cannot be read back ({one_line(error)})"
+            ) from error
+
+    def _meta(self, step: int) -> dict[str, Any]:
+        handler = self._orbax.handlers.JsonCheckpointHandler()
+        return opened(handler.restore(self._folder(step) / "meta"), step)
+
     def _read(self, step: int, like: PyTree) -> tuple[Restored | None, str]:
         """What a checkpoint holds, or why it is not whole."""
-        folder = self._directory / str(step)
         handlers, args = self._orbax.handlers, self._orbax.args
-        meta, reason = attempt(
-            lambda: handlers.JsonCheckpointHandler().restore(folder / "meta")
-        )
+        meta, reason = attempt(lambda: self._meta(step))
         if reason or meta is None:
             return None, reason
-        saved = self._check(meta, step)
+        check_format(meta)
+        saved = Spec.from_json(meta["spec"])
+        self._spec.check_resumes(saved)
         leaves, treedef = saved_leaves(like)
         check_table(meta["leaves"], leaves, step)
         data = own(meta["data"], step)
         wanted = {path: target(leaf) for path, leaf in leaves.items()}
         wanted = {path: leaf for path, leaf in wanted.items() if not is_empty(leaf)}
         read, reason = attempt(
-            lambda: self._orbax.StandardCheckpointHandler().restore(
-                folder / "state", args=args.StandardRestore(wanted)
+            lambda: handlers.StandardCheckpointHandler().restore(
+                self._folder(step) / "state", args=args.StandardRestore(wanted)
             )
         )
         if reason or read is None:
             return None, reason
         found: Leaves = {
-            path: jnp.asarray(read[path]) if path in read else zeros(leaf)
+            path: loaded(read[path], leaf) if path in read else zeros(leaf)
             for path, leaf in leaves.items()
         }
         for path, digest in digests(found).items():
@@ -280,33 +322,38 @@ class Checkpointer:
         state = with_sketches(paths.unflatten(treedef, found), like)
         return Restored(step, state, data, saved), ""
 
-    def _check(self, meta: dict[str, Any], step: int) -> Spec:
-        """The spec that a checkpoint was saved with, if this run can go on with it."""
-        if meta.get("format") != _FORMAT:
-            raise ValueError(
-                f"the checkpoint of step {step} in {self._directory} has format "
-                f"{meta.get('format')!r}, this version of raclora_jax reads {_FORMAT}"
-            )
-        saved = Spec.from_json(meta["spec"])
-        self._spec.check_resumes(saved)
-        return saved
-
-    def _set_aside(self, passed: dict[int, str], used: int) -> None:
+    def _pass_over(self, passed: dict[int, str], used: int) -> None:
         """Moves what is not whole out of the way of the steps that come."""
         if not passed:
             return
         if jax.process_index() == 0:
-            aside = self._directory / _ASIDE
-            aside.mkdir(exist_ok=True)
-            for step in passed:
-                (self._directory / str(step)).rename(aside / f"{step}-{uuid.uuid4().hex}")
+            aside = self._move_aside(passed)
             said = "; ".join(f"step {step} ({why})" for step, why in passed.items())
             warnings.warn(
                 f"not whole, moved to {aside}: {said}; restored step {used} instead",
                 stacklevel=3,
             )
         everyone("moved")
-        self._manager.reload()
+        self._reload()
+
+    def _move_aside(self, steps: Iterable[int]) -> Any:
+        aside = self._directory / _ASIDE
+        aside.mkdir(exist_ok=True)
+        for step in steps:
+            self._folder(step).rename(aside / f"{step}-{uuid.uuid4().hex}")
+        self._reload()
+        return aside
+
+
+def _check_name(where: str) -> None:
+    """Refuses what orbax would take for a pattern when it looks for its own files."""
+    found = [mark for mark in "[]*?\\" if mark in where]
+    if found:
+        raise ValueError(
+            f"the directory {where} has {' and '.join(found)} in its name, which orbax "
+            "takes for a pattern, so that it would not find what it saved there; choose "
+            "a name without"
+        )
 
 
 def _orbax() -> tuple[Any, Any]:

@@ -33,25 +33,30 @@ def digests(leaves: Leaves) -> dict[str, int]:
       >>> found["a"] == found["b"]
       False
     """
-    sums = {path: _digest(_plain(leaf)) for path, leaf in leaves.items()}
+    sums = {path: _sum(leaf) for path, leaf in leaves.items()}
     return {path: int(value) for path, value in jax.device_get(sums).items()}
 
 
-def _plain(leaf: Leaf) -> Array:
+def _sum(leaf: Leaf) -> Array:
+    if not hasattr(leaf, "dtype"):
+        leaf = jnp.asarray(leaf)
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.key_data(leaf)
-    return jnp.asarray(leaf)
+        leaf = jax.random.key_data(leaf)
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        return _sum(leaf.real) + jnp.uint32(_MIX[0]) * _sum(leaf.imag)
+    if isinstance(leaf, np.ndarray) and leaf.dtype.itemsize == 8:
+        # In words as on a device, since a device may have no 64 bits.
+        leaf = np.ascontiguousarray(leaf)[..., None].view(np.uint32)
+    return _digest(jnp.asarray(leaf))
 
 
 @jax.jit
 def _digest(leaf: Array) -> Array:
-    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-        return _digest(leaf.real) + jnp.uint32(_MIX[0]) * _digest(leaf.imag)
     if leaf.dtype == bool:
         leaf = leaf.astype(jnp.uint8)
-    width = min(leaf.dtype.itemsize, 4)
+    width = min(jax.dtypes.itemsize_bits(leaf.dtype), 32)
     # Eight bytes become two words along a last axis of their own.
-    words = lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * width}"))
+    words = lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{width}"))
     words = words.astype(jnp.uint32)
     mixed = _mix(_mix(_positions(words)) + words)
     return jnp.sum(mixed, dtype=jnp.uint32)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from raclora_jax._core import paths
 
 T = TypeVar("T")
 
@@ -22,6 +25,19 @@ def everyone(said: str) -> list[str]:
     padded[: len(raw)] = np.frombuffer(raw, np.uint8)
     rows = multihost_utils.process_allgather(padded)
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def agreed(digests: dict[str, int]) -> dict[str, int]:
+    """The digests, if every process has the same: of numpy's arrays one is written."""
+    for text in everyone(json.dumps(digests)):
+        for path, digest in json.loads(text).items():
+            if digests.get(path) != digest:
+                raise ValueError(
+                    f"leaf {paths.show(path)} has other numbers in another process, and "
+                    "a checkpoint holds one array; keep what each process has of its own "
+                    "in data="
+                )
+    return digests
 
 
 def attempt(work: Callable[[], T]) -> tuple[T | None, str]:

@@ -21,10 +21,12 @@ from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaf, Leaves, PyTree
 from raclora_jax._forms.adapter import AdapterChain, init_adapter, next_link
 from raclora_jax.checkpoint._digest import digests
+from raclora_jax.checkpoint._disk import write
 from raclora_jax.checkpoint._everyone import one_line
+from raclora_jax.checkpoint._position import whole_number
 
 _FORMAT = "raclora_jax chain log 1"
-_NAME = re.compile(r"link-(\d{8})")
+_NAME = re.compile(r"link-(\d{8,})")
 
 # One program for those who write and those who rebuild, so that both round alike.
 _advance = jax.jit(next_link, static_argnames="spec")
@@ -37,7 +39,7 @@ class _Record:
     Attributes:
       link: Index of the link.
       key_data: The two words of the chain's key.
-      spec: The spec in JSON.
+      spec: The spec of the run.
       before: Digests of the weights it began with.
       after: Digests of the merged weights.
       factors: ``{path: array}``.
@@ -45,7 +47,7 @@ class _Record:
 
     link: int
     key_data: list[int]
-    spec: str
+    spec: Spec
     before: dict[str, int]
     after: dict[str, int]
     factors: Leaves
@@ -56,6 +58,7 @@ class _Record:
         head = {
             "format": _FORMAT,
             **{field: getattr(self, field) for field in _FIELDS},
+            "spec": self.spec.to_json(),
             "arrays": [[p, str(a.dtype), list(a.shape)] for p, a in arrays.items()],
         }
         body = json.dumps(head).encode() + b"\n"
@@ -79,10 +82,12 @@ class _Record:
             flat = np.frombuffer(rest, dtype, count, start)
             factors[path] = flat.reshape(shape)
             start += count * dtype.itemsize
-        return cls(**{field: head[field] for field in _FIELDS}, factors=factors)
+        spec = Spec.from_json(head["spec"])
+        said = {field: head[field] for field in _FIELDS}
+        return cls(**said, spec=spec, factors=factors)
 
 
-_FIELDS = ("link", "key_data", "spec", "before", "after")
+_FIELDS = ("link", "key_data", "before", "after")
 
 
 class ChainLog:
@@ -132,8 +137,10 @@ class ChainLog:
           ``(base_params, factors, chain)`` of the next link.
 
         Raises:
-          ValueError: If factors, chain and base do not belong together, or another run
-            has written this link's record.
+          ValueError: If factors, chain and base do not belong together, another run has
+            written this link's record, or the record before it ends at other weights or
+            is damaged.
+          OSError: If the record cannot be written.
         """
         spec = as_spec(spec)
         after = _advance(base_params, factors, chain, spec=spec)
@@ -141,7 +148,7 @@ class ChainLog:
         record = _Record(
             link=int(chain.link),
             key_data=np.asarray(chain.key_data).tolist(),
-            spec=spec.to_json(),
+            spec=spec,
             before=_digests_of(base_params),
             after=_digests_of(after[0]),
             factors={path: _on_host(leaf) for path, leaf in trained.items()},
@@ -160,28 +167,35 @@ class ChainLog:
 
         Args:
           base_params: The weights that the first of them began with.
-          links: How many of them; all if left out.
+          links: How many of them; all that are there if left out, so give it where it is
+            known.
 
         Returns:
           The weights, with the dtypes and shardings of ``base_params``.
 
         Raises:
-          FileNotFoundError: If there is no record, or one in between is missing.
+          FileNotFoundError: If there is no record, or one of those asked for is missing.
           ValueError: If a record is cut short or of another chain, the base is another
             one, or the bits come out otherwise on this device or version.
         """
-        found = self.links()[:links]
+        found = self.links()
         if not found:
             raise FileNotFoundError(f"no record in {self._directory}")
-        base, chain, text = base_params, None, ""
-        for index in range(found[0], found[0] + len(found)):
+        if links is not None and whole_number("links", links, least=1) > len(found):
+            raise FileNotFoundError(
+                f"{self._directory} holds {len(found)} records, links {found[0]} to "
+                f"{found[-1]}, and {links} were asked for; bring the others back, or ask "
+                "for fewer"
+            )
+        base, chain, last = base_params, None, None
+        for index in range(found[0], found[0] + (links or len(found))):
             record = self._read(index)
-            spec = Spec.from_json(record.spec)
+            spec = record.spec
             _same(record.before, _digests_of(base), self._path(index), _OTHER_BASE)
             template, fresh = init_adapter(base, spec, key=_key(record))
-            if chain is None or record.spec != text:
+            if chain is None or spec != last:
                 chain = fresh if index == 0 else _moved(fresh, index)
-            text = record.spec
+            last = spec
             trained = _filled(template, record, self._path(index))
             base, _, chain = _advance(base, trained, chain, spec=spec)
             _same(record.after, _digests_of(base), self._path(index), _OTHER_BITS)
@@ -199,7 +213,7 @@ class ChainLog:
             )
         try:
             record = _Record.from_bytes(path.read_bytes())
-        except (ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # a damaged file shows as anything
             raise ValueError(
                 f"{path} is no whole record ({one_line(error)}); bring it back, or "
                 "rebuild the links before it with links="
@@ -209,22 +223,32 @@ class ChainLog:
         return record
 
     def _write(self, record: _Record) -> None:
-        """Writes beside, flushes to disk and renames."""
+        """Adds a record to those there; a chain that two runs write to is refused."""
         path, raw = self._path(record.link), record.to_bytes()
-        if path.exists() and path.read_bytes() != raw:
+        if path.exists():
+            if path.read_bytes() == raw:
+                return
             self._read(record.link)
             raise ValueError(
                 f"{path} is there already and holds other numbers: another run, or "
                 "another base, key or spec; give each chain a directory of its own"
             )
-        beside = path.with_name(f".{path.name}.partial")
-        with open(beside, "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        before = self._path(record.link - 1)
+        if before.exists():
+            _same(self._read(record.link - 1).after, record.before, before, _OTHER_RUN)
+        try:
+            write(path, raw)
+        except OSError as error:
+            raise OSError(
+                f"the record of link {record.link} was not written to "
+                f"{self._directory}: {one_line(error)}; the log cannot go on without it"
+            ) from error
 
 
+_OTHER_RUN = (
+    "ends at other weights than this link began with: another run writes here too, or a "
+    "link was merged without the log; give each chain a directory of its own"
+)
 _OTHER_BASE = "was written for other weights: hand over those that the log began with"
 _OTHER_BITS = (
     "gives other bits here than where it was written: rebuild on the same kind of device "

@@ -1,9 +1,10 @@
-"""The position in the data, of every process, as text in a checkpoint."""
+"""Where a run stands: its step, and every process's position in the data as text."""
 
 from __future__ import annotations
 
 import base64
 import json
+import operator
 from typing import Any
 
 import jax
@@ -11,17 +12,41 @@ import jax
 from raclora_jax._core.spec import kind
 
 
+def whole_number(name: str, value: Any, *, least: int) -> int:
+    """The int that a value is, of at least some size."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {kind(value)}") from None
+    if number < least:
+        raise ValueError(f"{name} must be at least {least}, got {number}")
+    return number
+
+
 def as_text(data: Any) -> str:
     """The position in the data as JSON text."""
     if isinstance(data, bytes):
         return json.dumps({"bytes": base64.b64encode(data).decode()})
     try:
+        _check_keys(data)
         return json.dumps({"json": data})
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(
             f"data must be bytes or what JSON can hold, got {kind(data)}: {error}; pass "
             "for example iterator.get_state()"
         ) from error
+
+
+def _check_keys(data: Any) -> None:
+    """Refuses keys that JSON would turn to strings without a word."""
+    inside = list(data) if isinstance(data, list | tuple) else []
+    if isinstance(data, dict):
+        for name in data:
+            if not isinstance(name, str):
+                raise TypeError(f"a key must be a str, got {kind(name)}")
+        inside = list(data.values())
+    for part in inside:
+        _check_keys(part)
 
 
 def own(texts: list[str], step: int) -> Any:

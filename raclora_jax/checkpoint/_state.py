@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from raclora_jax._chain.state import SketchCache, is_state
 from raclora_jax._core import paths
-from raclora_jax._core.plan import shape_and_dtype
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import Leaf, Leaves, PyTree, TreeDef
+from raclora_jax.checkpoint._everyone import one_line
+from raclora_jax.checkpoint._leaves import described, zeros
 
 
 class Restored(NamedTuple):
@@ -49,7 +48,9 @@ def abstract_state(
 
     Raises:
       ValueError: If the params are spread over devices and no shardings are given: to
-        put the state whole on each would be the wrong guess.
+        put the state whole on each would be the wrong guess. If the shardings are those
+        of another tree.
+      TypeError: If a leaf of the params is no array.
 
     Example:
       >>> import raclora_jax as rl
@@ -58,10 +59,18 @@ def abstract_state(
       >>> params["kernel"].shape, state.count.dtype
       ((6, 4), dtype('int32'))
     """
-    params = jax.tree.map(_abstract, params)
+    leaves, treedef = paths.flatten(params)
+    leaves = {path: _abstract(path, leaf) for path, leaf in leaves.items()}
+    params = paths.unflatten(treedef, leaves)
     state = jax.eval_shape(tx.init, params)
     if shardings is not None:
-        return params, jax.tree.map(_placed, state, shardings)
+        try:
+            return params, jax.tree.map(_placed, state, shardings)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "shardings must be a tree like tx.init(params), with a sharding for each "
+                f"leaf: {one_line(error)}"
+            ) from error
     homes = {leaf.sharding for leaf in jax.tree.leaves(params)} - {None}
     devices = set().union(*(home.device_set for home in homes))
     if len(devices) > 1:
@@ -74,9 +83,10 @@ def abstract_state(
     return params, jax.tree.map(lambda leaf: _placed(leaf, home), state)
 
 
-def _abstract(leaf: Leaf) -> jax.ShapeDtypeStruct:
+def _abstract(path: str, leaf: Leaf) -> jax.ShapeDtypeStruct:
+    shape, dtype = described(path, leaf)
     sharding = getattr(leaf, "sharding", None)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(shape, getattr(leaf, "dtype", dtype), sharding=sharding)
 
 
 def _placed(leaf: Leaf, sharding: Any) -> jax.ShapeDtypeStruct:
@@ -99,23 +109,11 @@ def with_sketches(state: PyTree, like: PyTree) -> PyTree:
         if not is_state(target):
             return node
         kept = target.sketches
-        link = zeros(kept.link) - 1
+        link = jnp.asarray(zeros(kept.link)) - 1
         values = jax.tree.map(zeros, kept.values)
         return node._replace(sketches=SketchCache(link, values))
 
     return jax.tree.map(filled, like, state, is_leaf=is_state)
-
-
-def zeros(like: Leaf) -> jax.Array:
-    """Zeros of a leaf's shape and dtype, where it sits."""
-    return jnp.zeros(like.shape, like.dtype, device=getattr(like, "sharding", None))
-
-
-def target(leaf: Leaf) -> Any:
-    """What orbax reads a leaf into: an abstract array, or numpy where nothing says."""
-    if getattr(leaf, "sharding", None) is None:
-        return np.zeros(jnp.shape(leaf), jnp.result_type(leaf))
-    return _placed(leaf, leaf.sharding)
 
 
 def table(leaves: Leaves) -> dict[str, list[Any]]:
@@ -123,7 +121,7 @@ def table(leaves: Leaves) -> dict[str, list[Any]]:
     return {
         path: [dtype, list(shape)]
         for path, leaf in leaves.items()
-        for shape, dtype in [shape_and_dtype(path, leaf)]
+        for shape, dtype in [described(path, leaf)]
     }
 
 
@@ -142,8 +140,3 @@ def check_table(there: dict[str, list[Any]], leaves: Leaves, step: int) -> None:
                 "another model or optimizer: restore into the state it was saved from, "
                 "or start in another directory"
             )
-
-
-def is_empty(leaf: Leaf) -> bool:
-    """Whether a leaf has no number in it, which orbax would refuse to save."""
-    return math.prod(jnp.shape(leaf)) == 0

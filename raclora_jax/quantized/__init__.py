@@ -17,15 +17,20 @@ References:
   training beside it. The code of the error is our own.
 """
 
-from raclora_jax.quantized._merge import (
-    Held,
-    exact_params,
-    held,
-    merge,
-    next_link,
-    quantize,
-    zero_error,
-)
+try:
+    from raclora_jax.quantized._merge import (
+        Held,
+        exact_params,
+        held,
+        merge,
+        next_link,
+        quantize,
+        zero_error,
+    )
+except ImportError as error:
+    raise ImportError(
+        "raclora_jax.quantized needs qwix: pip install 'raclora-jax[quantized]'"
+    ) from error
 
 __all__ = [
     "Held",

@@ -83,7 +83,12 @@ def check_quantisable(leaf: Leaf, plan: LeafPlan, block: int | None) -> None:
             f"its axis {plan.rows[-1]}; choose a divisor, or leave block out for one "
             "scale a column"
         )
-    if not isinstance(leaf, jax.core.Tracer) and not jnp.isfinite(leaf).all():
+    if isinstance(leaf, jax.core.Tracer):
+        return
+    # A leaf of numbers may be closed over by somebody's trace.
+    with jax.ensure_compile_time_eval():
+        finite = bool(jnp.isfinite(leaf).all())
+    if not finite:
         raise ValueError(f"{where} holds numbers that are not finite")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jax import Array
 from raclora_jax._core import paths
 from raclora_jax._core.keys import leaf_key
 from raclora_jax._core.plan import LeafPlan, plan_leaves
-from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.spec import Spec, as_spec, kind
 from raclora_jax._core.types import Leaf, PyTree
 from raclora_jax._forms.adapter import (
     AdapterChain,
@@ -84,8 +85,8 @@ def quantize(
     """
     if qtype not in QTYPES:
         raise ValueError(f"qtype must be one of {', '.join(QTYPES)}, got {qtype!r}")
-    if block is not None and block < 1:
-        raise ValueError(f"block must be at least 1, got {block}")
+    if block is not None and not (isinstance(block, numbers.Integral) and block >= 1):
+        raise ValueError(f"block must be an int of at least 1, got {kind(block)}")
     leaves, treedef = paths.flatten(params, is_leaf=is_quantised)
     plans = plan_leaves(as_spec(spec), leaves, whole=True)
     adapted = {path: plan for path, plan in plans.items() if plan.adapted}
@@ -270,7 +271,10 @@ def held(base_params: PyTree, error: PyTree, factors: PyTree) -> Held:
       factors: The trained tree.
 
     Returns:
-      Three sums over the arrays, which must be concrete.
+      Three sums over the arrays.
+
+    Raises:
+      TypeError: If a leaf is traced, abstract or no array.
 
     Example:
       >>> import jax.numpy as jnp, raclora_jax as rl
@@ -281,10 +285,16 @@ def held(base_params: PyTree, error: PyTree, factors: PyTree) -> Held:
       Held(base=40, error=40, factors=48)
     """
 
+    def size(path: str, leaf: Leaf) -> int:
+        try:
+            return int(jnp.asarray(leaf).on_device_size_in_bytes())
+        except (TypeError, AttributeError) as error:
+            raise TypeError(
+                f"leaf {paths.show(path)} must be an array on a device, got {kind(leaf)}"
+            ) from error
+
     def total(tree: PyTree) -> int:
-        return sum(
-            int(jnp.asarray(leaf).on_device_size_in_bytes())
-            for leaf in jax.tree.leaves(tree)
-        )
+        leaves, _ = paths.flatten(tree)
+        return sum(size(path, leaf) for path, leaf in leaves.items())
 
     return Held(total(base_params), total(error), total(factors))
