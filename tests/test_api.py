@@ -24,8 +24,8 @@ ROOMS = {
     "output picked consume join interpret watch",
     "_chain": "boxes inner orthogonal state step",
     "_forms": "pure optimizer gradient adapter factor_rules unmerged trace summary",
-    "peft": "_folder _files _targets _pairs _best _format _patterns _config _ties _read "
-    "_write _models",
+    "peft": "_folder _files _targets _families _pairs _best _format _patterns _config "
+    "_ties _read _write _models",
     "quantized": "_codes _merge",
     "theory": "_numbers _descent _variance_reduced _compressed _local _steps _lambda "
     "_lazy _smoothness _captured _certificate _report",

@@ -130,7 +130,7 @@ class Config:
         for name, kind in _TYPES.items():
             value = self._stated.get(name)
             optional = name not in self._stated or type(kind.default) is not int
-            if not (value is None and optional or kind.fits(value)):
+            if not ((value is None and optional) or kind.fits(value)):
                 raise ValueError(
                     f"{self.file}: {name} is {_shown(value)}, expected {kind.expected}"
                 )

@@ -82,7 +82,7 @@ class Tensors(Mapping[str, np.ndarray]):
         if not isinstance(stated, dict):
             raise ValueError(f"{index} has no weight_map from names to files")
         for name, file in stated.items():
-            if not isinstance(file, str) or pathlib.Path(file).name != file:
+            if not (isinstance(file, str) and file and pathlib.Path(file).name == file):
                 raise ValueError(
                     f"{index}: the file of {name} is {file!r}, expected the name of one "
                     "beside the index"
@@ -126,9 +126,9 @@ class Tensors(Mapping[str, np.ndarray]):
 
 def _header(file: pathlib.Path) -> dict[str, _Place]:
     """What a file says that it holds, after its package has found it whole."""
-    if not file.is_file():
-        raise ValueError(f"{file} is missing, or no file; fetch it again")
     try:
+        if not file.is_file():
+            raise ValueError(f"{file} is missing, or no file; fetch it again")
         with _safetensors.safe_open(file, "numpy"):
             pass
     except (_safetensors.SafetensorError, OSError) as error:
@@ -180,8 +180,8 @@ def read_json(file: pathlib.Path, kind: type = dict) -> Any:
     """A JSON object, or another kind, or one line about what is there instead."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON ({error})") from error
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{file} is no JSON that can be read ({error})") from error
     if not isinstance(found, kind):
         raise ValueError(
             f"{file} holds a {type(found).__name__}, expected a {kind.__name__}"

@@ -78,9 +78,9 @@ def check_one(
     module = head_of(target)
     known = {*keys(module, "linear"), f"{PREFIX}{target.tied}"}
     here = known & set(tensors)
-    if here - set(wanted):
-        why = f"has {min(here - set(wanted))} of the head alone"
-    elif not follows and here != set(wanted):
+    if here and here != set(wanted):
+        why = f"has {min(here ^ set(wanted))} for one of the two alone"
+    elif not follows and not here and wanted:
         why = (
             "changes the embedding, and ensure_weight_tying does not say of the head too"
         )
