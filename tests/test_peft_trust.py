@@ -254,8 +254,11 @@ class TestFolders:
         }
         done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "m")], env=env)
         assert done.returncode == 9
-        assert [path.name[:3] for path in tmp_path.iterdir()] == [".m."]
-        peft.save_model(tmp_path / "m", PARAMS, SPEC, NAMES)
+        (left,) = tmp_path.iterdir()
+        assert left.name.startswith(".m.")
+        (left / "stray").mkdir()
+        saved = peft.save_model(tmp_path / "m", PARAMS, SPEC, NAMES)
+        assert [path.name for path in saved.iterdir()] == ["model.safetensors"]
         assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
     def test_two_writers(self, tmp_path, monkeypatch):

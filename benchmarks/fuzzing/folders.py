@@ -134,17 +134,19 @@ def _adapter(case: pathlib.Path, params: Any, spec: rl.Spec) -> tuple[Callable, 
         start = "base_model.model."
         held = {k.removeprefix(start): v.astype(np.float64) for k, v in held.items()}
 
-        def product(module: str, first: str, second: str) -> np.ndarray | float:
-            if f"{module}.{first}" not in held:
-                return 0.0
-            down, up = held.pop(f"{module}.{first}"), held.pop(f"{module}.{second}")
+        def scaling(module: str, rank: int) -> float:
             alpha = config.get("lora_alpha", 8)
             for key, value in (config.get("alpha_pattern") or {}).items():
                 if f".{module}".endswith(f".{key}"):
                     alpha = value
                     break
-            root = np.sqrt(len(down)) if config.get("use_rslora") else len(down)
-            return alpha / root * (up @ down).T
+            return alpha / (np.sqrt(rank) if config.get("use_rslora") else rank)
+
+        def product(module: str, first: str, second: str) -> np.ndarray | float:
+            if f"{module}.{first}" not in held:
+                return 0.0
+            down, up = held.pop(f"{module}.{first}"), held.pop(f"{module}.{second}")
+            return scaling(module, len(down)) * (up @ down).T
 
         pair = ("lora_A.weight", "lora_B.weight")
         beside = ("lora_embedding_A", "lora_embedding_B")
@@ -158,8 +160,7 @@ def _adapter(case: pathlib.Path, params: Any, spec: rl.Spec) -> tuple[Callable, 
                 ]
             ),
             "down": product("model.down", *pair),
-            "bias": held.pop("model.down.lora_B.bias", 0.0)
-            * (config["lora_alpha"] / config.get("r", 8)),
+            "bias": held.pop("model.down.lora_B.bias", 0.0) * scaling("model.down", 2),
             "norm": 0.0,
         }
         if isinstance(change["embed"], float) != isinstance(tied, float):
