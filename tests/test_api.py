@@ -24,7 +24,8 @@ ROOMS = {
     "output picked consume join interpret watch",
     "_chain": "boxes inner orthogonal state step",
     "_forms": "pure optimizer gradient adapter factor_rules unmerged trace summary",
-    "peft": "_files _targets _pairs _best _format _read _write _models",
+    "peft": "_folder _files _targets _families _pairs _best _format _patterns _config "
+    "_ties _read _write _models",
     "quantized": "_codes _merge",
     "theory": "_numbers _descent _variance_reduced _compressed _local _steps _lambda "
     "_lazy _smoothness _captured _certificate _report",
@@ -35,7 +36,7 @@ BELOW = {
     "_autodiff": {"_core"},
     "_chain": {"_core"},
     "_forms": {"_core", "_autodiff", "_chain"},
-    "peft": {"_core", "_forms"},
+    "peft": {"_core", "_forms", "_extras"},
     "quantized": {"_core", "_forms"},
     "theory": {"_core", "_forms"},
 }
@@ -103,7 +104,7 @@ def test_rooms_are_known():
         found = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"}
         assert found == set(rooms.split())
     top = {path.stem for path in PACKAGE.iterdir() if path.suffix in ("", ".py")}
-    assert top - {"__init__", "__pycache__", "py"} == {*ROOMS, *NAMESPACES}
+    assert top - {"__init__", "__pycache__", "_extras", "py"} == {*ROOMS, *NAMESPACES}
 
 
 @pytest.mark.parametrize(("folder", "room"), ALL_ROOMS, ids=[r for _, r in ALL_ROOMS])

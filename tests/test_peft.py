@@ -41,7 +41,7 @@ NAMES = {
     "stack": peft.Target("layers.{}.up.weight"),
     "experts": peft.Target("moe.experts.up", "experts"),
     "conv": peft.Target("stem.weight", "conv"),
-    "embed": peft.Target("tokens.weight", "embedding"),
+    "embed": peft.Target("tokens.weight", "embedding", tied=False),
     "gpt": peft.Target("c_fc.weight", "transposed"),
     "gpt_bias": peft.Target("c_fc.bias", "plain"),
     "head/kernel": peft.Target("head.weight"),
@@ -213,7 +213,7 @@ def test_scalings_and_missing_layers(params, tmp_path):
         # The first key that matches decides, as in PEFT.
         "rank_pattern": {"layers.2.up": 1, "up": 2},
         "alpha_pattern": {"layers.1.up": 5, "up": 16},
-        "target_modules": ["q_proj", "up"],
+        "target_modules": ["q_proj", "layers.1.up", "layers.2.up"],
     }
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
     adapter = peft.load_adapter(tmp_path / "a", params, SPEC, NAMES)

@@ -206,7 +206,7 @@ def test_odd_modules(tmp_path):
     )
     names = {
         "stem": peft.Target("stem.weight", "conv"),
-        "tokens": peft.Target("tokens.weight", "embedding"),
+        "tokens": peft.Target("tokens.weight", "embedding", tied=False),
         "head/kernel": peft.Target("head.weight"),
         "head/bias": peft.Target("head.bias", "plain"),
         "up": peft.Target("moe.up", "experts", order=0),

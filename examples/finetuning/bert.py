@@ -12,7 +12,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
-from finetuning import folders, naming
+from finetuning import folders
 from raclora_jax import flax as rl_flax
 from raclora_jax import peft
 
@@ -130,49 +130,20 @@ class Classifier(nnx.Module):
         return self.head(jnp.tanh(self.pooler(x[:, 0])))
 
 
-_IN_LAYER = {
-    "attention/query": "attention.self.query",
-    "attention/key": "attention.self.key",
-    "attention/value": "attention.self.value",
-    "attention/output": "attention.output.dense",
-    "attention/norm": "attention.output.LayerNorm",
-    "up": "intermediate.dense",
-    "down": "output.dense",
-    "norm": "output.LayerNorm",
-}
-
-
 def names(config: Config, params: dict, start: str | None) -> dict[str, peft.Target]:
     """The parameter of the hub's model that each leaf is.
 
     Before the encoder's stands ``start``, or what a classifier of the hub has there.
     """
-    start = f"{config.kind}." if start is None else start
-    tables = {"word": "word", "position": "position", "type": "token_type"}
-    rules: list[tuple] = [
-        (
-            f"{ours}/embedding",
-            f"{start}embeddings.{theirs}_embeddings.weight",
-            "embedding",
-        )
-        for ours, theirs in tables.items()
-    ]
-    modules = {"norm": f"{start}embeddings.LayerNorm"}
-    if config.kind == "bert":
-        modules |= {"pooler": f"{start}pooler.dense", "head": "classifier"}
-    else:
-        modules |= {"pooler": "classifier.dense", "head": "classifier.out_proj"}
-    modules |= {
-        rf"layers/(\d+)/{ours}": rf"{start}encoder.layer.\1.{theirs}"
-        for ours, theirs in _IN_LAYER.items()
+    found, usual = peft.names_of(config.kind, params), f"{config.kind}."
+    if start is None:
+        return found
+    return {
+        path: dataclasses.replace(target, name=start + target.name.removeprefix(usual))
+        if target.name.startswith(usual)
+        else target
+        for path, target in found.items()
     }
-    for ours, theirs in modules.items():
-        rules += [
-            (f"{ours}/kernel", f"{theirs}.weight"),
-            (f"{ours}/scale", f"{theirs}.weight", "plain"),
-            (f"{ours}/bias", f"{theirs}.bias", "plain"),
-        ]
-    return naming.targets(params, rules)
 
 
 def load(folder: pathlib.Path, outputs: int, seed: int) -> tuple[Classifier, list[str]]:

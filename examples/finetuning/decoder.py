@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import raclora_jax as rl
-from finetuning import families, folders, llama2c, naming
+from finetuning import families, folders, llama2c
 from raclora_jax import flax as rl_flax
 from raclora_jax import peft
 
@@ -58,11 +58,9 @@ def load(folder: pathlib.Path, *, bf16: bool, remat: bool) -> Decoder:
     else:
         stated = folders.stated(folder)
         like, restore = _empty(folder / "config.json", stated, dtype, remat)
-        hub = _with_head(jax.eval_shape(_apart, like), folder)
+        hub = jax.eval_shape(_apart, like)
         _check_all_is_read(folder, hub)
         read = peft.load_model(folder, hub, spec_for(hub, 1), names(hub))
-        if "lm_head" not in like:
-            _check_tied(folder, read)
         params = _together(read, like)
     return Decoder(
         params, restore, stated["max_position_embeddings"], stated["vocab_size"]
@@ -90,18 +88,7 @@ def spec_for(params: Any, rank: int, **options: Any) -> rl.Spec:
 
 def names(hub: Any) -> dict[str, peft.Target]:
     """The parameter of the hub's model that each leaf is, stacks apart."""
-    rules: list[tuple] = [
-        ("embedder/input_embedding", "model.embed_tokens.weight", "embedding"),
-        ("lm_head/w", "lm_head.weight"),
-        ("final_norm/(w|scale)", "model.norm.weight", "plain"),
-    ]
-    for path, matrix in families.MATRICES.items():
-        name = rf"model.layers.\1.{matrix.name}.weight"
-        rules.append((rf"layers/(\d+)/{path}", name))
-    for path, module in families.OTHERS.items():
-        kind = "linear" if path.endswith("kernel") else "plain"
-        rules.append((rf"layers/(\d+)/{path}", rf"model.layers.\1.{module}.weight", kind))
-    return naming.targets(hub, rules)
+    return peft.names_of("llama", hub)  # the rules of all of Tunix's decoders are one set
 
 
 def _empty(
@@ -141,28 +128,10 @@ def _together(hub: Any, like: Any) -> Any:
     return unflatten_dict(whole, sep="/")
 
 
-def _with_head(hub: Any, folder: pathlib.Path) -> Any:
-    """The shapes, with the head that a folder holds beside a tied embedding."""
-    if "lm_head" in hub or "lm_head.weight" not in peft.parameters(folder):
-        return hub
-    table = hub["embedder"]["input_embedding"]
-    head = jax.ShapeDtypeStruct(table.shape[::-1], table.dtype)
-    return hub | {"lm_head": {"w": head}}
-
-
-def _check_tied(folder: pathlib.Path, read: Any) -> None:
-    """Refuses a head that is not what its config says it is."""
-    head, table = read.get("lm_head"), read["embedder"]["input_embedding"]
-    if head is not None and not jnp.array_equal(head["w"].T, table):
-        raise ValueError(
-            f"{folder}: config.json ties the head to the embedding, and lm_head.weight "
-            "is another matrix: state tie_word_embeddings false, or drop the parameter"
-        )
-
-
 def _check_all_is_read(folder: pathlib.Path, hub: Any) -> None:
     """Refuses a folder whose model has more in it than Tunix's."""
-    known = {target.name for target in names(hub).values()}
+    found = names(hub).values()
+    known = {name for target in found for name in (target.name, target.tied) if name}
     spare = [
         name
         for name in peft.parameters(folder)

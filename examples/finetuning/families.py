@@ -1,4 +1,4 @@
-"""The families of Tunix's decoders: what their configs say, and whose leaves are whose.
+"""The families of Tunix's decoders: what their configs say, and which axes are rows.
 
 Tunix fixes some things that a config of the hub may state otherwise. Where its model
 would be another one than Transformers', the config is refused by name.
@@ -23,52 +23,36 @@ class Matrix(NamedTuple):
     """A matrix of a layer.
 
     Attributes:
-      name: Its module in the hub's model, behind ``model.layers.N``.
       rows: The axes the model contracts over.
       batch: The axes that stack matrices.
     """
 
-    name: str
     rows: tuple[int, ...] = (0,)
     batch: tuple[int, ...] = ()
 
 
 MATRICES = {
-    "attn/q_proj/w": Matrix("self_attn.q_proj"),
-    "attn/k_proj/w": Matrix("self_attn.k_proj"),
-    "attn/v_proj/w": Matrix("self_attn.v_proj"),
-    "attn/o_proj/w": Matrix("self_attn.o_proj", (0, 1)),
-    "mlp/gate_proj/kernel": Matrix("mlp.gate_proj"),
-    "mlp/up_proj/kernel": Matrix("mlp.up_proj"),
-    "mlp/down_proj/kernel": Matrix("mlp.down_proj"),
+    "attn/q_proj/w": Matrix(),
+    "attn/k_proj/w": Matrix(),
+    "attn/v_proj/w": Matrix(),
+    "attn/o_proj/w": Matrix((0, 1)),
+    "mlp/gate_proj/kernel": Matrix(),
+    "mlp/up_proj/kernel": Matrix(),
+    "mlp/down_proj/kernel": Matrix(),
     # Of Qwen 3 with experts, in stacks.
-    "mlp/gate_proj": Matrix("mlp.experts.{}.gate_proj", (1,), (0,)),
-    "mlp/up_proj": Matrix("mlp.experts.{}.up_proj", (1,), (0,)),
-    "mlp/down_proj": Matrix("mlp.experts.{}.down_proj", (1,), (0,)),
+    "mlp/gate_proj": Matrix((1,), (0,)),
+    "mlp/up_proj": Matrix((1,), (0,)),
+    "mlp/down_proj": Matrix((1,), (0,)),
     # Of Gemma 3: (heads, width, size of a head).
-    "attn/q_einsum/w": Matrix("self_attn.q_proj", (1,)),
-    "attn/k_einsum/w": Matrix("self_attn.k_proj", (1,)),
-    "attn/v_einsum/w": Matrix("self_attn.v_proj", (1,)),
-    "attn/attn_vec_einsum/w": Matrix("self_attn.o_proj", (0, 1)),
+    "attn/q_einsum/w": Matrix((1,)),
+    "attn/k_einsum/w": Matrix((1,)),
+    "attn/v_einsum/w": Matrix((1,)),
+    "attn/attn_vec_einsum/w": Matrix((0, 1)),
 }
 # What Gemma 3 stacks along the first axis, and the leaves of ``MATRICES`` that it holds.
 STACKS = {
     "attn/kv_einsum/w": ("attn/k_einsum/w", "attn/v_einsum/w"),
     "attn/qkv_einsum/w": ("attn/q_einsum/w", "attn/k_einsum/w", "attn/v_einsum/w"),
-}
-# Leaves of a layer that are never adapted: norms, and the router of experts.
-OTHERS = {
-    "input_layernorm/w": "input_layernorm",
-    "post_attention_layernorm/w": "post_attention_layernorm",
-    "attn/q_norm/w": "self_attn.q_norm",
-    "attn/k_norm/w": "self_attn.k_norm",
-    "pre_attention_norm/scale": "input_layernorm",
-    "post_attention_norm/scale": "post_attention_layernorm",
-    "pre_ffw_norm/scale": "pre_feedforward_layernorm",
-    "post_ffw_norm/scale": "post_feedforward_layernorm",
-    "attn/_query_norm/scale": "self_attn.q_norm",
-    "attn/_key_norm/scale": "self_attn.k_norm",
-    "mlp/router/kernel": "mlp.gate",
 }
 _ROPE = {module: module.apply_rope for module in (llama, qwen)}
 

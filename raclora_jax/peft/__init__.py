@@ -7,6 +7,7 @@ world to load.
 """
 
 from raclora_jax.peft._best import Kept, best
+from raclora_jax.peft._families import names_of
 from raclora_jax.peft._models import load_model, parameters, save_model
 from raclora_jax.peft._pairs import Adapter, Pair, merged, of_link, summed
 from raclora_jax.peft._read import load_adapter
@@ -22,6 +23,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "merged",
+    "names_of",
     "of_link",
     "parameters",
     "save_adapter",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pathlib
-import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -14,9 +14,20 @@ import numpy as np
 from raclora_jax._core import paths
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import PyTree
-from raclora_jax.peft._files import Tensors, new_folder, read_json, save_sharded
+from raclora_jax.peft._files import Tensors, cast, read_json, save_sharded
+from raclora_jax.peft._folder import copy_folder, new_folder
 from raclora_jax.peft._targets import Target, from_torch, to_torch, torch_shapes, views
 
+# What libraries of quantised models keep beside the codes of a module's weight.
+_SCALES = (
+    "SCB",
+    "weight.absmax",
+    "weight.quant_map",
+    "weight_packed",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_zero_point",
+)
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx"}
 
 
@@ -79,6 +90,7 @@ def load_model(
     leaves, treedef = paths.flatten(like)
     found = views(like, spec, names)
     read = Tensors(pathlib.Path(directory), "model")
+    dtypes = {p: jax.dtypes.canonicalize_dtype(leaf.dtype) for p, leaf in leaves.items()}
 
     def one(path: str) -> jax.Array:
         if path not in names:
@@ -86,7 +98,16 @@ def load_model(
                 f"leaf {paths.show(path)} has no name in the folder; add it to names"
             )
         leaf = from_torch(read, path, found[path], names[path])
-        return jnp.asarray(leaf, leaves[path].dtype)
+        for name in torch_shapes(found[path], names[path]):
+            check_plain(read, name)
+        tied = names[path].tied
+        if tied and tied in read and not np.array_equal(read[tied], leaf):
+            raise ValueError(
+                f"leaf {paths.show(path)} is {names[path].name} and the tied {tied}, and "
+                f"{read.where(tied)} is another matrix: untie them, so that the head has "
+                "a leaf of its own, or drop the parameter"
+            )
+        return jnp.asarray(cast(leaf, dtypes[path], f"{directory}: leaf {path}"))
 
     return paths.unflatten(treedef, {path: one(path) for path in leaves})
 
@@ -102,11 +123,13 @@ def save_model(
 ) -> pathlib.Path:
     """Writes merged weights as a folder that ``from_pretrained`` loads.
 
-    What ``like`` holds beside weights (config, tokenizer) is copied, and parameters of it
-    that no leaf is named after are taken over, so that none is missing. A copy of a named
-    one goes with it, such as a head that is tied to the embedding, unless the config has
-    ``tie_word_embeddings`` false. All is written beside, read back and compared, and only
-    then gets its name.
+    What ``like`` holds beside weights (config, tokenizer, folders of further modules) is
+    copied, but for hidden folders, and parameters of it that no leaf is named after are
+    taken over, so that none is missing. A copy of a named one goes with it, such as a
+    head that is tied to the embedding, unless the config has ``tie_word_embeddings``
+    false. Weights in folders that ``modules.json`` does not name are copied with a
+    warning: another form of the same model holds what was before. All is written
+    beside, read back and compared, and only then gets its name.
 
     Args:
       directory: The folder to make.
@@ -130,9 +153,11 @@ def save_model(
     tensors = _Written(params, spec, names, like)
     with new_folder(pathlib.Path(directory)) as folder:
         if like is not None:
-            for file in sorted(pathlib.Path(like).iterdir()):
-                if file.is_file() and not _is_weights(file):
-                    shutil.copy(file, folder / file.name)
+            copy_folder(pathlib.Path(like), folder)
+            for file in list(folder.iterdir()):
+                if file.is_file() and _is_weights(file):
+                    file.unlink()
+            _warn_of_other_weights(folder)
         save_sharded(folder, tensors, most_bytes)
         _compare(tensors, Tensors(folder, "model"))
     return pathlib.Path(directory)
@@ -142,13 +167,44 @@ def _is_weights(file: pathlib.Path) -> bool:
     return bool(_WEIGHTS & set(file.suffixes))
 
 
-def _compare(written: Mapping[str, np.ndarray], read: Mapping[str, np.ndarray]) -> None:
+def _warn_of_other_weights(folder: pathlib.Path) -> None:
+    file = folder / "modules.json"
+    modules = read_json(file, list) if file.exists() else []
+    own = {str(one.get("path")) for one in modules if isinstance(one, dict)}
+    others = (path.relative_to(folder) for path in folder.rglob("*") if _is_weights(path))
+    spare = sorted(str(path) for path in others if path.parts[0] not in own)
+    if spare:
+        warnings.warn(
+            f"{', '.join(spare[:3])}{' and more' * (len(spare) > 3)} went along as it "
+            "is: if it is another form of this model, it holds the weights of before",
+            stacklevel=4,
+        )
+
+
+def _compare(written: _Written, read: Mapping[str, np.ndarray]) -> None:
     for name in written:
-        if not np.array_equal(written[name], read[name], equal_nan=False):
+        one, other = written[name], read[name]
+        if one.dtype != other.dtype or one.tobytes() != other.tobytes():
             raise ValueError(
-                f"{name} came back from its file as something else, or holds NaN; "
-                "nothing was kept"
+                f"{name} came back from its file as something else; nothing was kept"
             )
+        if not written.is_taken_over(name) and (one != one).any():
+            raise ValueError(f"{name} holds NaN; nothing was kept")
+
+
+def check_plain(read: Tensors, name: str) -> None:
+    """Refuses a parameter with scales beside it.
+
+    Raises:
+      ValueError: If it is a code, or part of one.
+    """
+    module = name.rpartition(".")[0]
+    scales = [f"{module}.{end}" for end in _SCALES if f"{module}.{end}" in read]
+    if scales and name.endswith(".weight"):
+        raise ValueError(
+            f"{read.where(name)} has {scales[0]} beside it: codes of a quantised "
+            "model are no weights; save it dequantised, with the library that wrote it"
+        )
 
 
 class _Written(Mapping[str, np.ndarray]):
@@ -183,7 +239,12 @@ class _Written(Mapping[str, np.ndarray]):
                         f"shape {shape}, and the folder has {self._base.shape(name)}"
                     )
                 self._owner[name] = path
+                if name in self._base:
+                    check_plain(self._base, name)
         self._copies = {} if like is None else self._copied(pathlib.Path(like))
+        for target in names.values():
+            if target.tied and target.tied in self._base:
+                self._copies[target.tied] = target.name
 
     def _copied(self, like: pathlib.Path) -> dict[str, str]:
         """Parameters without a leaf that are copies, and of which one each is."""
@@ -204,6 +265,10 @@ class _Written(Mapping[str, np.ndarray]):
                 if np.array_equal(array, self._base[other]):
                     copies[name] = other
         return copies
+
+    def is_taken_over(self, name: str) -> bool:
+        """Whether it is the base's own."""
+        return self._copies.get(name, name) not in self._owner
 
     def __getitem__(self, name: str) -> np.ndarray:
         name = self._copies.get(name, name)

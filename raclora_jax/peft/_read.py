@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import pathlib
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -17,8 +16,9 @@ from jax import Array
 from raclora_jax._core import paths
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import PyTree
-from raclora_jax.peft._files import Tensors, read_json
-from raclora_jax.peft._format import CONFIG, FILE, PREFIX, keys, modules, wrapper
+from raclora_jax.peft._config import Config
+from raclora_jax.peft._files import Tensors, cast
+from raclora_jax.peft._format import FILE, PREFIX, keys, modules, wrapper
 from raclora_jax.peft._pairs import Adapter, Pair
 from raclora_jax.peft._targets import (
     Target,
@@ -29,18 +29,8 @@ from raclora_jax.peft._targets import (
     views,
     window_first,
 )
+from raclora_jax.peft._ties import check_one, check_told
 
-# What an adapter may ask for that changes what its factors mean.
-_FOREIGN = (
-    "alora_invocation_tokens",
-    "layer_replication",
-    "use_bdlora",
-    "use_dora",
-    "use_qalora",
-)
-# Starts of a pair that leave the base as it is; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA
-# take the start of theirs out of it.
-_STARTS = (None, True, False, "eva", "gaussian", "mica", "orthogonal")
 _PLAIN_EXPERTS = (0, 19, 1)  # since this version of PEFT experts lie as written here
 
 
@@ -67,17 +57,15 @@ def load_adapter(
     Raises:
       FileNotFoundError: If the files are not there; pickled ones are never loaded.
       ValueError: If the adapter is no LoRA, a key of it matches no leaf, a factor is
-        missing, or rank and shape disagree.
+        missing, rank and shape disagree, or a tied leaf cannot hold what it does.
 
     Example:
       See ``save_adapter``.
     """
     folder = pathlib.Path(directory)
-    if not (folder / CONFIG).exists():
-        raise FileNotFoundError(f"{folder} has no {CONFIG}: it is no adapter's folder")
-    config = read_json(folder / CONFIG)
-    _check_config(folder, config)
-    tensors = dict(Tensors(folder, FILE))
+    config = Config(folder)
+    stored = Tensors(folder, FILE)
+    tensors = {key: _finite(stored[key], stored.where(key)) for key in stored}
     leaves, _ = paths.flatten(params)
     found = views(params, spec, names)
     reader = _Reader(tensors, config, names.values())
@@ -94,8 +82,13 @@ def load_adapter(
             is not None
         },
     )
-    for path in adapter.pairs:
-        reader.base(path, leaves[path], found[path], names[path])
+    check_told((*adapter.pairs, *adapter.dense), leaves, names)
+    for path, target in names.items():
+        if target.tied:
+            follows = config["ensure_weight_tying"]
+            reader.used |= check_one(path, target, tensors, str(config.file), follows)
+        reader.base(path, leaves[path], found[path], target)
+        reader.check_all_there(path, found[path], target)
     rest = sorted(set(tensors) - reader.used)
     if rest:
         raise ValueError(
@@ -106,28 +99,16 @@ def load_adapter(
     return adapter
 
 
+def _finite(array: np.ndarray, what: str) -> np.ndarray:
+    """In float32; a number that is none makes an adapter of nothing else."""
+    found = cast(array, np.float32, what)
+    if not np.isfinite(found).all():
+        raise ValueError(f"{what} holds numbers that are not finite; fetch it again")
+    return found
+
+
 def _and_more(rest: list[str]) -> str:
     return f", nor do {len(rest) - 1} others" if len(rest) > 1 else ""
-
-
-def _check_config(folder: pathlib.Path, config: Mapping[str, Any]) -> None:
-    if config.get("peft_type") != "LORA":
-        raise ValueError(
-            f"{folder}: peft_type is {config.get('peft_type')!r}, expected 'LORA'"
-        )
-    for name in _FOREIGN:
-        if config.get(name):
-            raise ValueError(
-                f"{folder}: {name} changes what the factors mean and is not read; merge "
-                "the adapter with the library that made it"
-            )
-    start = config.get("init_lora_weights")
-    if start not in _STARTS:
-        raise ValueError(
-            f"{folder}: init_lora_weights is {start!r}, so that its factors belong to a "
-            "changed base; save it with path_initial_model_for_weight_conversion, or "
-            "merge it with the library that made it"
-        )
 
 
 class _Reader:
@@ -136,18 +117,14 @@ class _Reader:
     def __init__(
         self,
         tensors: Mapping[str, np.ndarray],
-        config: Mapping[str, Any],
+        config: Config,
         names: Iterable[Target],
     ) -> None:
         self._tensors, self._config = tensors, config
         self._fused = [
             target
             for target in names
-            if target.kind == "experts"
-            and any(
-                f".{target.name}".endswith(f".{key}")
-                for key in config.get("target_parameters") or ()
-            )
+            if target.kind == "experts" and config.adapts_parameter(target.name)
         ]
         self.used: set[str] = set()
 
@@ -175,14 +152,15 @@ class _Reader:
 
     def base(self, path: str, leaf: Any, view: View, target: Target) -> None:
         """The weights beside a pair, which PEFT saves of embeddings and heads."""
-        for name in torch_shapes(view, target):
-            module, _, kind = name.rpartition(".")
-            key = f"{PREFIX}{module}.base_layer.{kind}"
-            if key not in self._tensors:
+        names = list(torch_shapes(view, target))
+        for name in (*names, *([target.tied] if target.tied else ())):
+            key = _beside(name)
+            if key not in self._tensors or key in self.used:
                 continue
             self.used.add(key)
-            own = to_torch(np.asarray(jax.device_get(leaf)), view, target, name)
-            saved = np.asarray(self._tensors[key], np.float32)
+            one = names[0] if name == target.tied else name
+            own = to_torch(np.asarray(jax.device_get(leaf)), view, target, one)
+            saved = self._tensors[key]
             near = 2.0**-7 * np.abs(saved)  # either may have been rounded to bfloat16
             if own.shape != saved.shape or (np.abs(own - saved) > near).any():
                 raise ValueError(
@@ -193,25 +171,86 @@ class _Reader:
     def change(self, path: str, leaf: Any, view: View, target: Target) -> Array | None:
         """Of a leaf that is saved whole, or of a bias beside an adapted matrix."""
         expected = torch_shapes(view, target)
-        whole = {name: self._tensors.get(PREFIX + name) for name in expected}
-        if any(array is not None for array in whole.values()):
-            here = {name: array for name, array in whole.items() if array is not None}
-            self.used |= {PREFIX + name for name in here}
-            read = from_torch(here, path, view, target).astype(np.float32)
-            return jnp.asarray(read - np.asarray(jax.device_get(leaf), np.float32))
-        biases = {}
+        own = np.asarray(jax.device_get(leaf))
+        found = {}
         for name, shape in expected.items():
-            module, _, kind = name.rpartition(".")
-            key = f"{PREFIX}{module}.lora_B.bias"
-            if kind == "bias" and key in self._tensors:
-                self.used.add(key)
-                rank = self._tensors[keys(module, "linear")[0]].shape[0]
-                biases[name] = self._tensors[key] * self._scaling(module, rank)
-            else:
-                biases[name] = np.zeros(shape, np.float32)
-        if not any(array.any() for array in biases.values()):
+            change = self._whole(path, name, own, view, target)
+            beside = self._bias(path, name, shape)
+            if change is not None or beside is not None:
+                zero = np.zeros(shape, np.float32)
+                found[name] = (zero if change is None else change) + (
+                    zero if beside is None else beside
+                )
+        if not found:
             return None
-        return jnp.asarray(from_torch(biases, path, view, target))
+        zeros = {name: np.zeros(shape, np.float32) for name, shape in expected.items()}
+        return jnp.asarray(from_torch(zeros | found, path, view, target))
+
+    def _whole(
+        self, path: str, name: str, leaf: np.ndarray, view: View, target: Target
+    ) -> np.ndarray | None:
+        """What a parameter is off the leaf where the file has it whole."""
+        key = PREFIX + name
+        trained = self._config["bias"] != "none" and name.endswith(".bias")
+        if key not in self._tensors and trained:
+            key = _beside(name)
+        if key not in self._tensors:
+            return None
+        self.used.add(key)
+        saved, own = self._tensors[key], to_torch(leaf, view, target, name)
+        if saved.shape != own.shape:
+            raise ValueError(
+                f"leaf {paths.show(path)}: expected {key} of shape {own.shape}, got "
+                f"{saved.shape}"
+            )
+        return saved - own.astype(np.float32)
+
+    def _bias(self, path: str, name: str, shape: tuple[int, ...]) -> np.ndarray | None:
+        """What the bias of ``lora_B`` adds."""
+        module, _, kind = name.rpartition(".")
+        key = f"{PREFIX}{module}.lora_B.bias"
+        if kind != "bias" or key not in self._tensors:
+            return None
+        self.used.add(key)
+        beside, saved = keys(module, "linear")[0], self._tensors[key]
+        if beside not in self._tensors or not self._tensors[beside].ndim:
+            raise ValueError(f"leaf {paths.show(path)}: {key} is there without {beside}")
+        if saved.shape != shape:
+            raise ValueError(
+                f"leaf {paths.show(path)}: expected {key} of shape {shape}, got "
+                f"{saved.shape}"
+            )
+        return self._scaled(saved, module, len(self._tensors[beside]))
+
+    def check_all_there(self, path: str, view: View, target: Target) -> None:
+        """Refuses a file without what its config names."""
+        config = self._config
+        if target.kind == "experts":
+            module = wrapper(target, self._fused) if target in self._fused else ""
+            if module and not self.used.issuperset(keys(module, "experts")):
+                raise self._lacking(path, "target_parameters", target.name)
+            return
+        for name in torch_shapes(view, target):
+            module, _, kind = name.rpartition(".")
+            first, _ = keys(module, target.kind)
+            bias = config["bias"]
+            if config.saves(module) and PREFIX + name not in self.used:
+                raise self._lacking(path, "modules_to_save", name)
+            adapted = config.adapts(module)
+            if target.kind != "plain" and adapted and first not in self.used:
+                raise self._lacking(path, "target_modules", module)
+            if (
+                kind == "bias"
+                and (bias == "all" or (bias == "lora_only" and adapted))
+                and not self.used & {PREFIX + name, _beside(name)}
+            ):
+                raise self._lacking(path, "bias", name)
+
+    def _lacking(self, path: str, entry: str, name: str) -> ValueError:
+        return ValueError(
+            f"leaf {paths.show(path)}: {self._config.file} names {name} by {entry}, and "
+            "the file has nothing of it; fetch it again, or take it out of the config"
+        )
 
     def _module(
         self, path: str, module: str, view: View, target: Target
@@ -222,15 +261,15 @@ class _Reader:
             return None
         down, up = read
         rank = len(down)
-        if target.kind == "conv":
-            down, up = window_first(down), up.reshape(*up.shape[:2])
+        if target.kind == "conv" and down.ndim > 2 and up.ndim == down.ndim:
+            down, up = window_first(down), up.reshape(len(up), -1)
         expected = tuple(math.prod(view.sizes(axes)) for axes in (view.rows, view.cols))
         if down.shape[1:] != expected[:1] or up.shape != (expected[1], rank):
             raise ValueError(
                 f"leaf {paths.show(path)}: the factors of {module} are {down.shape} and "
                 f"{up.shape}, expected {(rank, expected[0])} and {(expected[1], rank)}"
             )
-        return down, self._scaling(module, rank) * up.T
+        return down, self._scaled(up.T, module, rank)
 
     def _both(
         self, path: str, module: str, kind: str
@@ -243,7 +282,13 @@ class _Reader:
             missing = both[0] if here[0] == both[1] else both[1]
             raise ValueError(f"leaf {paths.show(path)}: the file has no {missing}")
         self.used |= set(both)
-        first, second = (np.asarray(self._tensors[key], np.float32) for key in both)
+        first, second = (self._tensors[key] for key in both)
+        for key, factor in zip(both, (first, second), strict=True):
+            if factor.ndim < 2 or not factor.size:
+                raise ValueError(
+                    f"leaf {paths.show(path)}: {key} has the shape {factor.shape}, "
+                    "expected a matrix"
+                )
         return first, second
 
     def _experts(self, path: str, view: View, target: Target) -> Pair | None:
@@ -254,10 +299,10 @@ class _Reader:
             return None
         (experts,) = view.sizes(view.batch)
         rows, cols = view.sizes(view.rows), view.sizes(view.cols)
-        if math.prod(rows) == math.prod(cols) and self._version() < _PLAIN_EXPERTS:
+        if math.prod(rows) == math.prod(cols) and self._config.version < _PLAIN_EXPERTS:
             raise ValueError(
                 f"leaf {paths.show(path)}: square experts, and the config has "
-                f"peft_version {self._config.get('peft_version')!r}: before 0.19.1 they "
+                f"peft_version {self._config['peft_version']!r}: before 0.19.1 they "
                 "were written transposed; save the adapter again with a newer PEFT"
             )
         rank, left = divmod(len(read[0]), experts)
@@ -270,26 +315,22 @@ class _Reader:
             )
         down = read[0].reshape(experts, rank, *rows)
         up = read[1].reshape(-1, rank, experts).transpose(2, 1, 0)
-        up = self._scaling(target.name, rank) * up.reshape(experts, rank, *cols)
+        up = self._scaled(up.reshape(experts, rank, *cols), target.name, rank)
         return Pair(jnp.asarray(down), jnp.asarray(up), 1)
 
-    def _scaling(self, module: str, rank: int) -> float:
-        """``alpha / rank``, or ``alpha / sqrt(rank)``, and what the patterns say."""
-        stated = self._pattern("rank_pattern", module, self._config.get("r", rank))
-        if stated != rank:
+    def _scaled(self, factor: np.ndarray, module: str, rank: int) -> np.ndarray:
+        """A factor by its scaling, in range."""
+        with np.errstate(over="ignore"):
+            found = np.float32(self._config.scaling(module, rank)) * factor
+        if not np.isfinite(found).all():
             raise ValueError(
-                f"{module}: its factors have rank {rank}, and the config says {stated}"
+                f"{self._config.file}: the factors of {module} by its lora_alpha are "
+                "beyond the range of float32"
             )
-        alpha = self._pattern("alpha_pattern", module, self._config.get("lora_alpha", 8))
-        root = math.sqrt(rank) if self._config.get("use_rslora") else rank
-        return float(alpha) / root
+        return found
 
-    def _version(self) -> tuple[int, ...]:
-        stated = str(self._config.get("peft_version", "0"))
-        return tuple(map(int, re.findall(r"\d+", stated)[:3]))
 
-    def _pattern(self, name: str, module: str, otherwise: Any) -> Any:
-        for key, value in (self._config.get(name) or {}).items():
-            if re.fullmatch(rf"(.*\.)?({key})", module):
-                return value
-        return otherwise
+def _beside(name: str) -> str:
+    """Where PEFT keeps a parameter of a module that it adapts."""
+    module, _, kind = name.rpartition(".")
+    return f"{PREFIX}{module}.base_layer.{kind}"

@@ -41,6 +41,9 @@ class Target:
       kind: How its axes lie, from the table.
       order: Of experts: its place among such parameters of its module, in the order in
         which the module has them.
+      tied: Of an embedding: the parameter of the head that is this leaf too, such as
+        ``"lm_head.weight"``; ``False`` if none is. PEFT changes the two apart, so that
+        an adapter with a change of the embedding needs it, but where a leaf is the head.
 
     Raises:
       ValueError: If the kind is unknown, or a name of a matrix does not end with
@@ -54,6 +57,7 @@ class Target:
     name: str
     kind: Kind = "linear"
     order: int = 0
+    tied: str | Literal[False] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -65,6 +69,14 @@ class Target:
             raise ValueError(
                 f"{self.name}: a {self.kind} parameter is named '<module>.weight'; name "
                 "it so, or say kind='plain' for one without rows and columns"
+            )
+
+        if self.tied is not None and self.kind != "embedding":
+            raise ValueError(f"{self.name}: tied is of an embedding, got {self.kind}")
+        if self.tied and not str(self.tied).endswith(".weight"):
+            raise ValueError(
+                f"{self.name}: tied must be the head's '<module>.weight' or False, got "
+                f"{self.tied!r}"
             )
 
     @property
@@ -122,7 +134,7 @@ def targets(
       ...     (r"h/(\\d+)/bias", r"h.\\1.bias", "plain"),
       ... ]
       >>> targets(params, rules)["h/0/kernel"]
-      Target(name='h.0.weight', kind='linear', order=0)
+      Target(name='h.0.weight', kind='linear', order=0, tied=None)
     """
     leaves, _ = paths.flatten(params)
     rules, used, found = list(rules), set(), {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import json
 import os
 import pathlib
@@ -15,7 +16,8 @@ import numpy as np
 from raclora_jax._core import paths
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import PyTree
-from raclora_jax.peft._files import new_folder, save
+from raclora_jax.peft._files import save
+from raclora_jax.peft._folder import new_folder
 from raclora_jax.peft._format import CONFIG, FILE, PREFIX, keys, modules, wrapper
 from raclora_jax.peft._pairs import Adapter, Pair
 from raclora_jax.peft._read import load_adapter
@@ -27,6 +29,7 @@ from raclora_jax.peft._targets import (
     views,
     window_last,
 )
+from raclora_jax.peft._ties import check_told, head_of, shared
 
 _TOLERANCE = 1e-5  # of a change read back, over its largest entry
 
@@ -81,6 +84,7 @@ def save_adapter(
                 f"leaf {paths.show(path)} is changed and has no name; add it to names"
             )
     found = views(params, spec, {p: names[p] for p in _changed(adapter)})
+    check_told(found, leaves, names)
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}
     fused = [names[p] for p in adapter.pairs if names[p].kind == "experts"]
@@ -93,10 +97,17 @@ def save_adapter(
             )
         ranks |= dict.fromkeys(modules(found[path], target), pair.rank)
         if target.kind == "experts":
-            tensors |= _experts(pair, found[path], wrapper(target, fused))
+            tensors |= _experts(path, pair, found[path], wrapper(target, fused))
         else:
-            tensors |= _factors(pair, found[path], target)
+            tensors |= _factors(path, pair, found[path], target)
     kept = _dense(adapter, leaves, found, names, set(ranks), tensors)
+    tied = [names[path] for path in found if names[path].tied]
+    for target in tied:
+        tensors |= shared(tensors, target)
+        if target.module in ranks:
+            ranks[head_of(target)] = ranks[target.module]
+        else:
+            kept.append(head_of(target))
     kinds = {names[path].kind for path in adapter.pairs}
     transposed = "transposed" in kinds
     biased = any(key.endswith(".lora_B.bias") for key in tensors)
@@ -107,11 +118,15 @@ def save_adapter(
                 f"PEFT takes no {kind} in one adapter with {what}; freeze one of them in "
                 "the spec, or export the merged model"
             )
-    config = _config(ranks, fused, kept, transposed, biased, base_model, task_type)
+    config = _config(ranks, fused, kept, transposed, biased) | {
+        "base_model_name_or_path": base_model,
+        "ensure_weight_tying": bool(tied),
+        "task_type": task_type,
+    }
     with new_folder(pathlib.Path(directory)) as folder:
         save(folder / f"{FILE}.safetensors", tensors)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        own = {path: names[path] for path in _changed(adapter)}
+        own = {path: _told(names[path]) for path in found}
         _compare(adapter, load_adapter(folder, params, spec, own))
     return pathlib.Path(directory)
 
@@ -120,19 +135,38 @@ def _changed(adapter: Adapter) -> Iterable[str]:
     return (*adapter.pairs, *adapter.dense)
 
 
-def _flat(pair: Pair, view: View) -> tuple[np.ndarray, np.ndarray]:
+def _told(target: Target) -> Target:
+    """The name by itself, of an embedding whose head is another leaf."""
+    if target.kind == "embedding" and target.tied is None:
+        return dataclasses.replace(target, tied=False)
+    return target
+
+
+def _float32(path: str, array: Any) -> np.ndarray:
+    """As a file has it; what it cannot hold is refused before one is written."""
+    with np.errstate(over="ignore"):
+        found = np.asarray(jax.device_get(array)).astype(np.float32)
+    if not np.isfinite(found).all():
+        raise ValueError(
+            f"leaf {paths.show(path)}: its change holds NaN, or numbers beyond float32; "
+            "nothing was kept"
+        )
+    return found
+
+
+def _flat(path: str, pair: Pair, view: View) -> tuple[np.ndarray, np.ndarray]:
     """``(batch..., rank, in)`` and ``(batch..., rank, out)``."""
     batch = view.sizes(view.batch)
     down, up = (
-        np.asarray(jax.device_get(side), np.float32).reshape(*batch, pair.rank, -1)
+        _float32(path, side).reshape(*batch, pair.rank, -1)
         for side in (pair.down, pair.up)
     )
     return down, up
 
 
-def _factors(pair: Pair, view: View, target: Target) -> dict[str, np.ndarray]:
+def _factors(path: str, pair: Pair, view: View, target: Target) -> dict[str, np.ndarray]:
     """``lora_A`` and ``lora_B`` of every module of a leaf."""
-    down, up = _flat(pair, view)
+    down, up = _flat(path, pair, view)
     tensors = {}
     for index, module in zip(view.indices, modules(view, target), strict=True):
         first, second = keys(module, target.kind)
@@ -144,9 +178,9 @@ def _factors(pair: Pair, view: View, target: Target) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _experts(pair: Pair, view: View, module: str) -> dict[str, np.ndarray]:
+def _experts(path: str, pair: Pair, view: View, module: str) -> dict[str, np.ndarray]:
     """Experts are the slow axis of the rows of A, and the fast one of B's columns."""
-    down, up = _flat(pair, view)
+    down, up = _flat(path, pair, view)
     first, second = keys(module, "experts")
     return {
         first: down.reshape(-1, down.shape[-1]),
@@ -166,7 +200,7 @@ def _dense(
     kept: dict[str, None] = {}
     for path, change in adapter.dense.items():
         view, target = found[path], names[path]
-        exact = np.asarray(jax.device_get(change), np.float32)
+        exact = _float32(path, change)
         for name in torch_shapes(view, target):
             module, _, kind = name.rpartition(".")
             if module not in adapted:
@@ -190,8 +224,6 @@ def _config(
     kept: list[str],
     transposed: bool,
     biased: bool,
-    base_model: str | None,
-    task_type: str | None,
 ) -> dict[str, Any]:
     whole = {target.name for target in fused}
     counts = collections.Counter(ranks.values())
@@ -199,7 +231,6 @@ def _config(
     others = {module: own for module, own in ranks.items() if own != rank}
     return {
         "alpha_pattern": others,
-        "base_model_name_or_path": base_model,
         "bias": "none",
         "fan_in_fan_out": transposed,
         "inference_mode": True,
@@ -214,7 +245,6 @@ def _config(
         "rank_pattern": others,
         "target_modules": sorted(set(ranks) - whole),
         "target_parameters": sorted(whole) or None,
-        "task_type": task_type,
         "use_dora": False,
         "use_rslora": False,
     }
