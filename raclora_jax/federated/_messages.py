@@ -14,6 +14,8 @@ from raclora_jax._forms.adapter import AdapterChain
 
 Arrays = dict[str, Any]
 
+LARGEST_COUNT = 2**31 - 1  # the largest int32, which clients count in
+
 
 class Trained(NamedTuple):
     """What a client trains, by canonical path.
@@ -54,7 +56,7 @@ class Message:
       trained: What it trained, as it stands after the local steps.
       client: The client's number.
       round: The round it took part in.
-      count: How many examples it holds: its weight in the mean.
+      count: How many examples it holds: its weight in the mean, at most ``2**31 - 1``.
       stamp: Static; what ``stamp_of`` says of the client's strategy and weights.
     """
 
@@ -91,7 +93,7 @@ class Drop(NamedTuple):
     Attributes:
       client: The number it claims, ``None`` if it says none.
       reason: One of ``"nothing"``, ``"stamp"``, ``"round"``, ``"twice"``, ``"shape"``,
-        ``"not finite"``, ``"weight"``, ``"no weight"``.
+        ``"not finite"``, ``"weight"``, ``"no weight"``, ``"few"``.
       line: The same for people, in one line.
     """
 
