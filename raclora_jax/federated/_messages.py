@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import Array
 
 from raclora_jax._core.types import PyTree
@@ -145,5 +146,10 @@ def nbytes(tree: PyTree) -> int:
       >>> nbytes({"kernel": jnp.zeros((2, 6)), "bias": jnp.zeros(4)})
       64
     """
-    leaves = jax.tree.leaves(tree)
-    return sum(int(jax.numpy.size(a)) * jax.numpy.result_type(a).itemsize for a in leaves)
+
+    def of(leaf: Any) -> int:
+        # A dtype of its own, where it has one: JAX need not know it.
+        dtype = getattr(leaf, "dtype", None) or jax.numpy.result_type(leaf)
+        return int(np.size(leaf)) * int(dtype.itemsize)
+
+    return sum(map(of, jax.tree.leaves(tree)))
