@@ -180,6 +180,18 @@ def _shown(value: Any) -> str:
     return " ".join(reprlib.repr(value).split())
 
 
+def check_range(name: str, value: Any, most: int) -> None:
+    """Refuses whole numbers that are known and not from 0 to ``most``."""
+    if isinstance(value, jax.core.Tracer):
+        return
+    array = _array(value)
+    if array is None or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must be whole numbers, got {_shown(value)}")
+    known = np.asarray(array)
+    if ((known < 0) | (known > most)).any():
+        raise ValueError(f"{name} must be from 0 to {most}, got {_shown(value)}")
+
+
 def check_step(step: Any, strategy: Strategy, state: State) -> None:
     """Refuses a step that does not follow on a state."""
     stamp = stamp_of(strategy, state.base_params)

@@ -12,8 +12,8 @@ from jax import Array
 from raclora_jax._core.keys import folded, key_data
 from raclora_jax._core.types import KeyLike, OptState
 from raclora_jax._forms.factor_rules import restart
-from raclora_jax.federated._checks import check_step
-from raclora_jax.federated._messages import State, Step
+from raclora_jax.federated._checks import check_range, check_step
+from raclora_jax.federated._messages import LARGEST_COUNT, State, Step
 from raclora_jax.federated._state import (
     advance,
     rule_of,
@@ -45,6 +45,7 @@ def sample_clients(clients: int, take: int, *, round: Array | int, key: KeyLike)
     """
     if not 1 <= take <= clients:
         raise ValueError(f"take must be from 1 to clients={clients}, got {take}")
+    check_range("round", round, LARGEST_COUNT)
     words = jnp.asarray([[round]], jnp.uint32)
     own = folded(key_data(key), words)[0]
     with jax.threefry_partitionable(True):
