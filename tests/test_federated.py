@@ -671,6 +671,10 @@ def private_fedex():
         ("steps or epochs", lambda: one_update(LOCAL._replace(epochs=1))),
         ("batch_size", lambda: one_update(LOCAL._replace(batch_size=0))),
         ("rank", lambda: one_update(LOCAL, rank=1)),
+        ("count must be from 0 to 12, got 13", lambda: one_update(LOCAL, count=13)),
+        ("client must be from 0", lambda: one_update(LOCAL, client=-1)),
+        ("client must be from 0", lambda: one_update(LOCAL, client=2**32)),
+        ("round must be", lambda: fed.sample_clients(5, 3, round=-1, key=0)),
         ("same number of rows", lambda: one_update(LOCAL, data=(np.ones((0, 6)),))),
         ("same number of rows", lambda: one_update(LOCAL, data=np.ones((4, 6)))),
         (
@@ -695,4 +699,4 @@ def one_update(local, data=None, **fields):
     strategy = make("raclora")
     state = fed.init(strategy, model(), key=0)
     own = tuple(array[0] for array in examples()) if data is None else data
-    return fed.client_update(strategy, state, own, local, client=0, key=0, **fields)
+    return fed.client_update(strategy, state, own, local, key=0, **{"client": 0} | fields)

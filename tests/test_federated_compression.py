@@ -175,3 +175,39 @@ def test_shares_are_checked(share):
         fed.qgd(share)
     with pytest.raises(ValueError, match="probability must be in"):
         fed.marina(0.1, probability=share)
+
+
+def stacked_of(compression, full=False):
+    grads = jnp.asarray(draw(3, 6, 4))
+    return jax.vmap(
+        lambda grad, client: message_of(
+            compression, {"kernel": grad}, {"kernel": 0 * grad}, client=client, full=full
+        )[0]
+    )(grads, jnp.arange(3))
+
+
+def test_what_no_client_can_have_sent_is_refused_by_name():
+    known = {"kernel": jnp.zeros((6, 4))}
+    sent = stacked_of(ALL["ef21"])
+    values, indices = map(np.array, sent["kernel"])
+    for place in (-1, 24, 2**31 - 1):
+        wrong = indices.copy()
+        wrong[2, 1] = place
+        with pytest.raises(ValueError, match="'kernel': message 2 of the stack"):
+            fed.estimate(
+                ALL["ef21"], known, {"kernel": fed.Sparse(values, wrong)}, full=False
+            )
+    values[1, 0] = np.nan
+    with pytest.raises(ValueError, match="'kernel': message 1 of the stack"):
+        fed.estimate(
+            ALL["qgd"], known, {"kernel": fed.Sparse(values, indices)}, full=False
+        )
+    with pytest.raises(ValueError, match=r"expected \(clients, k\) of both"):
+        fed.estimate(
+            ALL["qgd"], known, {"kernel": fed.Sparse(indices[0], indices)}, full=False
+        )
+    for full in (True, False):
+        with pytest.raises(ValueError, match=f"full={not full} and the messages are"):
+            fed.estimate(ALL["ef21"], known, stacked_of(ALL["ef21"], full), full=not full)
+    with pytest.raises(ValueError, match="differ in 'bias'"):
+        fed.estimate(ALL["qgd"], known | {"bias": jnp.zeros(3)}, sent, full=False)

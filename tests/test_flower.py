@@ -1,5 +1,6 @@
 """The Flower app: bad messages, lost places, and real processes that die."""
 
+import io
 import json
 import os
 import pathlib
@@ -168,7 +169,35 @@ def nested(reply, message):
     return records(factors=text)(reply, message)
 
 
+def damaged(change):
+    """A fault: other bytes of one array."""
+
+    def fault(reply, message):
+        packed = dict(reply.content["factors"])
+        name, array = next(iter(packed.items()))
+        bytes_ = change(array.data)
+        packed[name] = Array(array.dtype, array.shape, array.stype, bytes_)
+        return records(factors=ArrayRecord(packed))(reply, message)
+
+    return fault
+
+
+def archive(data):
+    file = io.BytesIO()
+    np.savez(file, factor=np.zeros(3))
+    return file.getvalue()
+
+
 FAULTS = {
+    "no bytes": (damaged(lambda data: b""), "not ours"),
+    "cut bytes": (damaged(lambda data: data[:-7]), "not ours"),
+    "a cut header": (damaged(lambda data: data[:40]), "not ours"),
+    "a torn header": (damaged(lambda data: data.replace(b"(", b"[", 1)), "not ours"),
+    "noise": (damaged(lambda data: data[::-1]), "not ours"),
+    "an archive": (damaged(archive), "not ours"),
+    "a torn archive": (damaged(lambda data: archive(data)[:50]), "not ours"),
+    "complex numbers": (factors(lambda f: f + 1j), "not ours"),
+    "finite in float64": (factors(lambda f: np.float64(f) + 1e300), "not finite"),
     "NaN": (factors(lambda f: f * np.nan), "not finite"),
     "infinity": (factors(lambda f: f + np.inf), "not finite"),
     "wrong shape": (factors(lambda f: f[:-1]), "shape"),
@@ -302,6 +331,20 @@ def test_a_client_refuses_another_stamp_and_what_is_no_question(grid, folder):
         (reply,) = grid.pull_messages([])
         assert reply.error.code == client_app.REFUSED
         assert said in reply.error.reason
+
+
+@pytest.mark.parametrize(
+    "name", ["kernel", "x/bias", "9/bias", "-1/bias", "0/more", "0/"]
+)
+def test_a_trainer_refuses_factors_of_no_link_and_goes_on(name, trainers):
+    one = trainers[0]
+    one._restart(0, 0)
+    odd = Question(0, 1, one.stamp, 0, {name: np.zeros(3, np.float32)})
+    said = one.answer(odd, run=0)
+    assert isinstance(said, str)
+    assert ("which is trained" if name == "0/more" else repr(name)) in said
+    assert one.link == 0
+    assert one.answer(Question(0, 0, one.stamp, 0, {}), run=0).link == 0
 
 
 def test_a_node_without_a_trainer_says_so(grid, server):

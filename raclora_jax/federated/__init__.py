@@ -5,6 +5,7 @@ same sketch from (key, link), train the factor and send it; the server merges th
 sends that. Simulated and real clients call the same functions.
 """
 
+from raclora_jax.federated._aggregate import aggregate, combine
 from raclora_jax.federated._client import Local, client_update, client_updates
 from raclora_jax.federated._compression import (
     Compression,
@@ -26,9 +27,8 @@ from raclora_jax.federated._messages import (
     nbytes,
 )
 from raclora_jax.federated._privacy import Privacy, epsilon
+from raclora_jax.federated._robust import Robust, bounded_mean, median, trimmed_mean
 from raclora_jax.federated._server import (
-    aggregate,
-    combine,
     replay,
     sample_clients,
     server_init,
@@ -51,6 +51,7 @@ __all__ = [
     "Local",
     "Message",
     "Privacy",
+    "Robust",
     "RoundLog",
     "Sparse",
     "State",
@@ -58,6 +59,7 @@ __all__ = [
     "Strategy",
     "Trained",
     "aggregate",
+    "bounded_mean",
     "client_update",
     "client_updates",
     "combine",
@@ -73,6 +75,7 @@ __all__ = [
     "init",
     "is_full",
     "marina",
+    "median",
     "nbytes",
     "params_of",
     "qgd",
@@ -82,4 +85,5 @@ __all__ = [
     "server_init",
     "server_step",
     "stamp_of",
+    "trimmed_mean",
 ]

@@ -15,7 +15,8 @@ from raclora_jax._core.keys import folded, key_data
 from raclora_jax._core.plan import plan_tree
 from raclora_jax._core.types import KeyLike, LossFn
 from raclora_jax.federated._batches import reshuffled
-from raclora_jax.federated._messages import Arrays, Message, State, Trained
+from raclora_jax.federated._checks import check_range
+from raclora_jax.federated._messages import LARGEST_COUNT, Arrays, Message, State, Trained
 from raclora_jax.federated._state import loss_of, rule_of, stamp_of, start_of
 from raclora_jax.federated._strategies import Strategy
 
@@ -74,7 +75,8 @@ def client_update(
       A ``Message``.
 
     Raises:
-      ValueError: If data, sizes or rank do not fit.
+      TypeError: If ``client`` or ``count`` are not whole.
+      ValueError: If data, sizes or rank do not fit, or ``count`` is above n.
 
     Example:
       >>> import jax.numpy as jnp
@@ -90,6 +92,8 @@ def client_update(
     """
     rows = _rows(data)
     steps, own_steps = _steps(local, rows), None
+    check_range("client", client, LARGEST_COUNT)
+    check_range("count", rows if count is None else count, rows)
     if count is not None and local.epochs is not None:
         # As many as its own examples give; the program has room for all rows.
         own_steps = local.epochs * jnp.maximum(count // local.batch_size, 1)
@@ -174,6 +178,7 @@ def client_updates(
       >>> messages.trained.factors["kernel"].shape
       (3, 2, 6)
     """
+    check_range("clients", clients, LARGEST_COUNT)
     clients = jnp.asarray(clients)
     number = clients.shape[0]
     # Counts that are not given are known before the program runs: fewer orders to sort.
@@ -184,6 +189,9 @@ def client_updates(
                 f"{number} clients need data and counts with a leading axis of that "
                 f"size, got shape {jnp.shape(array)}"
             )
+
+    if counts is not None:
+        check_range("counts", counts, _rows(jax.tree.map(lambda a: a[0], data)))
 
     def many(state: State, key: Array, *own: Any) -> Message:
         def one(data: Any, client: Array, count: Array | None = None) -> Message:

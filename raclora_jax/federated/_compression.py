@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from raclora_jax._core import paths
@@ -215,6 +216,10 @@ def estimate(
     Returns:
       Dense arrays.
 
+    Raises:
+      ValueError: If the messages are not of this round's kind and structure, are not
+        finite, or name places that a leaf has not; what is traced is not looked at.
+
     Example:
       >>> import jax, jax.numpy as jnp
       >>> grads = jnp.arange(4.0)
@@ -231,7 +236,45 @@ def estimate(
         spread = jax.vmap(lambda part: dense(part, known.shape))(parts).mean(axis=0)
         return spread if compression.name == "qgd" else known + spread
 
-    return jax.tree.map(mean, previous, messages)
+    leaves, treedef = paths.flatten(previous)
+    sent, _ = paths.flatten(messages, is_leaf=lambda part: isinstance(part, Sparse))
+    if set(leaves) != set(sent):
+        odd = sorted(set(leaves) ^ set(sent))[0]
+        raise ValueError(
+            f"messages and estimate differ in {paths.show(odd)}; stack messages of "
+            "compress, all of the same tree"
+        )
+    for path, parts in sent.items():
+        _check_parts(paths.show(path), leaves[path], parts, full)
+    return paths.unflatten(treedef, {p: mean(leaves[p], sent[p]) for p in leaves})
+
+
+def _check_parts(name: str, known: Any, parts: Any, full: bool) -> None:
+    """Refuses what clients sent of a leaf, if it cannot be theirs."""
+    if isinstance(parts, Sparse) == full:
+        raise ValueError(
+            f"{name}: full={full} and the messages are {type(parts).__name__}; pass the "
+            "same full= to compress and to estimate, as is_full says"
+        )
+    traced = any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(parts))
+    if traced:
+        return
+    values = np.asarray(parts.values if isinstance(parts, Sparse) else parts)
+    wrong = ~np.isfinite(values)
+    if isinstance(parts, Sparse):
+        places = np.asarray(parts.indices)
+        if places.shape != values.shape or places.ndim != 2:
+            raise ValueError(
+                f"{name}: values of shape {values.shape} and indices of shape "
+                f"{places.shape}, expected (clients, k) of both"
+            )
+        wrong = wrong | (places < 0) | (places >= np.size(known))
+    bad = np.flatnonzero(wrong.reshape(len(wrong), -1).any(axis=1))
+    if bad.size:
+        raise ValueError(
+            f"{name}: message {bad[0]} of the stack is not finite or names a place "
+            f"outside the {np.size(known)} numbers of the leaf; leave it out of the stack"
+        )
 
 
 def dense(sparse: Sparse, shape: tuple[int, ...]) -> Array:

@@ -7,12 +7,15 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax import Array
 
 from raclora_jax._core.types import PyTree
 from raclora_jax._forms.adapter import AdapterChain
 
 Arrays = dict[str, Any]
+
+LARGEST_COUNT = 2**31 - 1  # the largest int32, which clients count in
 
 
 class Trained(NamedTuple):
@@ -54,7 +57,7 @@ class Message:
       trained: What it trained, as it stands after the local steps.
       client: The client's number.
       round: The round it took part in.
-      count: How many examples it holds: its weight in the mean.
+      count: How many examples it holds: its weight in the mean, at most ``2**31 - 1``.
       stamp: Static; what ``stamp_of`` says of the client's strategy and weights.
     """
 
@@ -91,7 +94,7 @@ class Drop(NamedTuple):
     Attributes:
       client: The number it claims, ``None`` if it says none.
       reason: One of ``"nothing"``, ``"stamp"``, ``"round"``, ``"twice"``, ``"shape"``,
-        ``"not finite"``, ``"weight"``, ``"no weight"``.
+        ``"not finite"``, ``"weight"``, ``"no weight"``, ``"few"``.
       line: The same for people, in one line.
     """
 
@@ -143,5 +146,10 @@ def nbytes(tree: PyTree) -> int:
       >>> nbytes({"kernel": jnp.zeros((2, 6)), "bias": jnp.zeros(4)})
       64
     """
-    leaves = jax.tree.leaves(tree)
-    return sum(int(jax.numpy.size(a)) * jax.numpy.result_type(a).itemsize for a in leaves)
+
+    def of(leaf: Any) -> int:
+        # A dtype of its own, where it has one: JAX need not know it.
+        dtype = getattr(leaf, "dtype", None) or jax.numpy.result_type(leaf)
+        return int(np.size(leaf)) * int(dtype.itemsize)
+
+    return sum(map(of, jax.tree.leaves(tree)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import optax
@@ -11,6 +12,8 @@ from optax import contrib
 
 from raclora_jax._core.keys import folded, key_data
 from raclora_jax._core.types import KeyLike, PyTree
+from raclora_jax.federated._messages import Trained
+from raclora_jax.federated._robust import clipped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Privacy:
       key: The server's secret key: who knows it can take the noise away.
 
     Raises:
-      ValueError: If ``clip`` or ``take`` is not positive or the noise is negative.
+      ValueError: If ``clip`` or ``take`` is not positive, the noise is negative, or one
+        of them is not finite.
     """
 
     clip: float
@@ -34,15 +38,17 @@ class Privacy:
     key: KeyLike
 
     def __post_init__(self) -> None:
-        if not (self.clip > 0 and self.take >= 1 and self.noise_multiplier >= 0):
+        sizes = self.clip, self.take, self.noise_multiplier
+        positive = self.clip > 0 and self.take >= 1 and self.noise_multiplier >= 0
+        if not (positive and all(map(math.isfinite, sizes))):
             raise ValueError(
                 "Privacy: clip and take must be positive and noise_multiplier not "
-                f"negative, got clip={self.clip}, take={self.take}, "
+                f"negative, all of them finite, got clip={self.clip}, take={self.take}, "
                 f"noise_multiplier={self.noise_multiplier}"
             )
 
 
-def private_mean(moved: PyTree, privacy: Privacy, round: Array | int) -> PyTree:
+def private_mean(moved: Trained, privacy: Privacy, round: Array | int) -> PyTree:
     """``(sum_j clip(F_j) + noise) / take`` by optax's own transformation.
 
     Args:
@@ -58,6 +64,8 @@ def private_mean(moved: PyTree, privacy: Privacy, round: Array | int) -> PyTree:
     mechanism = contrib.differentially_private_aggregate(
         privacy.clip, privacy.noise_multiplier, key=key
     )
+    # The mechanism squares what it clips: numbers above 1e19 would weigh nothing.
+    moved = clipped(moved, privacy.clip)
     leaves = jax.tree.leaves(moved)
     start = jax.tree.map(lambda leaf: leaf[0], moved)
     mean, _ = mechanism.update(moved, mechanism.init(start), start)

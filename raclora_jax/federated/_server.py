@@ -1,32 +1,27 @@
-"""What the server does in a round: check the messages, take their mean, step."""
+"""What the server does once a round has its mean: step, and bring back who was away."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import Array
 
 from raclora_jax._core.keys import folded, key_data
-from raclora_jax._core.plan import plan_tree
 from raclora_jax._core.types import KeyLike, OptState
 from raclora_jax._forms.factor_rules import restart
-from raclora_jax.federated._checks import Expected, check_step
-from raclora_jax.federated._messages import (
-    Drop,
-    Message,
-    RoundLog,
-    State,
-    Step,
-    nbytes,
+from raclora_jax.federated._checks import check_range, check_step
+from raclora_jax.federated._messages import LARGEST_COUNT, State, Step
+from raclora_jax.federated._state import (
+    advance,
+    rule_of,
+    stamp_of,
+    start_of,
+    stays_finite,
 )
-from raclora_jax.federated._privacy import Privacy, private_mean
-from raclora_jax.federated._state import advance, rule_of, stamp_of, start_of
-from raclora_jax.federated._strategies import Strategy, mean_rule
+from raclora_jax.federated._strategies import Strategy
 
 
 def sample_clients(clients: int, take: int, *, round: Array | int, key: KeyLike) -> Array:
@@ -50,140 +45,12 @@ def sample_clients(clients: int, take: int, *, round: Array | int, key: KeyLike)
     """
     if not 1 <= take <= clients:
         raise ValueError(f"take must be from 1 to clients={clients}, got {take}")
+    check_range("round", round, LARGEST_COUNT)
     words = jnp.asarray([[round]], jnp.uint32)
     own = folded(key_data(key), words)[0]
     with jax.threefry_partitionable(True):
         order = jax.random.permutation(own, clients)
     return jnp.sort(order[:take]).astype(jnp.int32)
-
-
-def aggregate(
-    strategy: Strategy,
-    state: State,
-    messages: Iterable[Any],
-    *,
-    privacy: Privacy | None = None,
-) -> tuple[Step | None, RoundLog]:
-    """The weighted mean of the messages that can be used.
-
-    A message is dropped, with one line in the log, if it is nothing or no message, has
-    another stamp, another round or other shapes, is a second one of its client, is not
-    finite, or has a weight that is negative or not finite. The state is not touched.
-
-    Args:
-      strategy: The strategy of the run.
-      state: Where the run stands.
-      messages: What came in, in any order: it is summed in the order of the clients.
-      privacy: Clip and noise on what the clients trained; then all weigh the same. For
-        strategies whose step is the mean of that, so not FedEx-LoRA and FlexLoRA.
-
-    Returns:
-      ``(step, log)``. ``step`` is ``None`` if no message is left, or all that are left
-      weigh nothing.
-
-    Raises:
-      ValueError: If ``privacy`` is given with a strategy that sends more than the mean.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from raclora_jax import federated
-      >>> strategy = federated.raclora(2)
-      >>> state = federated.init(strategy, {"kernel": jnp.ones((6, 4))}, key=0)
-      >>> step, log = aggregate(strategy, state, [None])
-      >>> print(step, log, sep="\\n")
-      None
-      round 0: 0 in the mean, 1 dropped, 0 bytes up
-      a client sent nothing
-    """
-    if privacy is not None and strategy.combine is not mean_rule:
-        raise ValueError(
-            f"privacy covers the mean of what clients train, and {strategy.name} sends "
-            "down more than that; use raclora, ffa_lora, fedit or fedavg"
-        )
-    expected = Expected(strategy, state)
-    kept: dict[int, Message] = {}
-    dropped: list[Drop] = []
-    for message in messages:
-        drop = expected.refuses(message, kept)
-        if drop is None:
-            kept[int(message.client)] = message
-        else:
-            dropped.append(drop)
-    used = [kept[client] for client in sorted(kept)]
-    total = sum(float(message.count) for message in used)
-    if used and total == 0:
-        line = f"the weights of the {len(used)} messages left sum to 0"
-        dropped += [Drop(client, "no weight", line) for client in sorted(kept)]
-        used = []
-    log = RoundLog(
-        int(state.round),
-        tuple(int(message.client) for message in used),
-        tuple(dropped),
-        sum(nbytes(message) for message in used),
-    )
-    if not used:
-        return None, log
-    stacked = jax.tree.map(
-        lambda *arrays: np.stack([np.asarray(array) for array in arrays]),
-        *(expected.padded(message) for message in used),
-    )
-    if privacy is not None:
-        return _private(strategy, state, stacked, privacy), log
-    return _combine(strategy, state, stacked, None), log
-
-
-def combine(
-    strategy: Strategy,
-    state: State,
-    messages: Message,
-    *,
-    weights: Array | None = None,
-) -> Step:
-    """The aggregation rule alone, pure: for clients simulated inside ``jax.jit``.
-
-    Args:
-      strategy: The strategy of the run.
-      state: Where the run stands.
-      messages: Stacked messages, as of ``client_updates``; one that is not finite weighs
-        nothing.
-      weights: ``(clients,)``, not negative; the counts of examples by default, 0 for one
-        that takes no part.
-
-    Returns:
-      The ``Step`` of the mean. Where all weights are 0 it goes nowhere.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> from raclora_jax import federated
-      >>> strategy = federated.raclora(2)
-      >>> state = federated.init(strategy, {"kernel": jnp.ones((6, 4))}, key=0)
-      >>> factors = {"kernel": jnp.stack([jnp.ones((2, 6)), jnp.zeros((2, 6))])}
-      >>> messages = federated.Message(
-      ...     federated.Trained(factors, {}), jnp.arange(2), jnp.zeros(2, int),
-      ...     jnp.array([3, 1]), stamp="")
-      >>> float(combine(strategy, state, messages).trained.factors["kernel"][0, 0])
-      0.75
-    """
-    start = start_of(strategy, state)
-    stacked = messages.trained
-    wide = jnp.result_type(jnp.float32, *jax.tree.leaves(stacked))
-    weights = jnp.asarray(messages.count if weights is None else weights).astype(wide)
-    finite = jnp.ones(weights.shape, bool)
-    for leaf in jax.tree.leaves(stacked):
-        finite &= jnp.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim)))
-    weights = jnp.where(finite, weights, 0)
-    total = weights.sum()
-
-    def clean(leaf: Array, start: Array) -> Array:
-        shape = (-1,) + (1,) * start.ndim
-        return jnp.where(finite.reshape(shape), leaf, start)
-
-    stacked = jax.tree.map(clean, stacked, start)
-    shares = weights / jnp.where(total > 0, total, 1)
-    plans = plan_tree(strategy.spec, state.base_params)
-    mean, missed = strategy.combine(plans, stacked, shares)
-    mean = jax.tree.map(lambda m, s: jnp.where(total > 0, m, s), mean, start)
-    return Step(mean, missed, state.round, stamp_of(strategy, state.base_params))
 
 
 def server_init(
@@ -236,7 +103,10 @@ def server_step(
       ``(state, opt_state, step)``: the next round, and what to send to the clients.
 
     Raises:
-      ValueError: If the step is of another round or stamp, or ``tx`` has no state.
+      TypeError: If ``step`` is no ``Step``.
+      ValueError: If the step is of another round or stamp, has other shapes, is not
+        finite or leaves weights that are not (what is traced is not looked at), or
+        ``tx`` has no state.
 
     Example:
       >>> import jax.numpy as jnp
@@ -247,10 +117,9 @@ def server_step(
       >>> int(state.round), step.trained
       (1, None)
     """
-    stamp = stamp_of(strategy, state.base_params)
     if step is None:
-        step = Step(None, {}, state.round, stamp)
-    check_step(step, state, stamp)
+        step = Step(None, {}, state.round, stamp_of(strategy, state.base_params))
+    check_step(step, strategy, state)
     if tx is not None and opt_state is None:
         raise ValueError(
             "server_step: tx needs its state; pass opt_state=server_init(strategy, "
@@ -263,7 +132,7 @@ def server_step(
         updates, opt_state = rule.update(away, opt_state, start)
         moved = optax.apply_updates(start, updates)
         step = Step(moved, step.residual, step.round, step.stamp)
-    after = _advance(strategy, state, step)
+    after = _moved(strategy, state, step)
     if tx is not None and strategy.rounds_per_link is not None:
         fresh = restart(
             opt_state, rule_of(strategy, state, tx), start_of(strategy, after)
@@ -290,7 +159,8 @@ def replay(strategy: Strategy, state: State, steps: Sequence[Step]) -> State:
       The ``State`` after the last of them.
 
     Raises:
-      ValueError: If a step is missing or of another run; the message says which.
+      TypeError: If one of them is no ``Step``.
+      ValueError: If a step is missing, of another run or damaged; the message says which.
 
     Example:
       >>> import jax.numpy as jnp
@@ -301,28 +171,25 @@ def replay(strategy: Strategy, state: State, steps: Sequence[Step]) -> State:
       >>> int(replay(strategy, behind, [step]).round)
       1
     """
-    stamp = stamp_of(strategy, state.base_params)
     for step in steps:
-        check_step(step, state, stamp)
-        state = _advance(strategy, state, step)
+        check_step(step, strategy, state)
+        state = _moved(strategy, state, step)
     return state
 
 
 # One program for the server and for a client that replays: the same bits.
 _advance = jax.jit(advance, static_argnames="strategy")
-_combine = jax.jit(
-    lambda strategy, state, messages, weights: combine(
-        strategy, state, messages, weights=weights
-    ),
-    static_argnums=0,
-)
+_stays_finite = jax.jit(stays_finite, static_argnums=0)
 
 
-def _private(
-    strategy: Strategy, state: State, messages: Message, privacy: Privacy
-) -> Step:
-    start = start_of(strategy, state)
-    moved = jax.tree.map(lambda all_, one: all_ - one, messages.trained, start)
-    mean = private_mean(moved, privacy, state.round)
-    trained = jax.tree.map(lambda s, m: s + m, start, mean)
-    return Step(trained, {}, state.round, messages.stamp)
+def _moved(strategy: Strategy, state: State, step: Step) -> State:
+    """The state after a step, unless its weights would be lost."""
+    after = _advance(strategy, state, step)
+    finite = _stays_finite(strategy, state, after)
+    if not isinstance(finite, jax.core.Tracer) and not finite:
+        raise ValueError(
+            f"the step of round {int(state.round)} leaves weights that are not finite; "
+            "the state is as it was: skip the round with server_step(strategy, state, "
+            "None), or let aggregate find who sent it"
+        )
+    return after

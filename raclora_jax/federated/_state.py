@@ -170,6 +170,16 @@ def advance(strategy: Strategy, state: State, step: Step) -> State:
     )
 
 
+def stays_finite(strategy: Strategy, state: State, after: State) -> Array:
+    """Whether all weights that are finite now are finite after; a boolean scalar."""
+    fine = jnp.ones((), bool)
+    now, then = (jax.tree.leaves(params_of(strategy, s)) for s in (state, after))
+    for old, new in zip(now, then, strict=True):
+        if jnp.issubdtype(old.dtype, jnp.inexact):
+            fine &= (jnp.isfinite(new) | ~jnp.isfinite(old)).all()
+    return fine
+
+
 def _with_residual(strategy: Strategy, state: State, added: Arrays) -> PyTree:
     if not added:
         return state.base_params

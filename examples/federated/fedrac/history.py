@@ -21,12 +21,20 @@ def arrays_of(steps: Sequence[fed.Step], since: int) -> Arrays:
 
 
 def steps_of(arrays: Arrays, since: int, until: int, stamp: str) -> list[fed.Step]:
-    """Back again: one step a link; a link without factors was skipped."""
-    links: list[Arrays] = [{} for _ in range(since, until)]
+    """Back again: one step a link; a link without factors was skipped.
+
+    Raises:
+      ValueError: If an array is of no link from ``since`` to ``until - 1``.
+    """
+    links: dict[int, Arrays] = {}
     for name, array in arrays.items():
-        link, path = name.split("/", 1)
-        links[int(link) - since][path] = array
+        link, _, path = name.partition("/")
+        if not (link.isdecimal() and since <= int(link) < until and path):
+            raise ValueError(
+                f"the array {name!r} is of no link from {since} to {until - 1}"
+            )
+        links.setdefault(int(link), {})[path] = array
     return [
-        fed.Step(fed.Trained(factors, {}) if factors else None, {}, link, stamp)
-        for link, factors in enumerate(links, since)
+        fed.Step(fed.Trained(links[link], {}) if link in links else None, {}, link, stamp)
+        for link in range(since, until)
     ]

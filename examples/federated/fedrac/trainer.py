@@ -55,9 +55,12 @@ class Trainer:
                 f"{question.since}"
             )
         span = question.since, question.link
-        steps = steps_of(question.factors, *span, self.stamp)
-        missed = steps[self.link - question.since :]
-        self.state = fed.replay(task.STRATEGY, self.state, missed)
+        try:
+            steps = steps_of(question.factors, *span, self.stamp)
+            missed = steps[self.link - question.since :]
+            self.state = fed.replay(task.STRATEGY, self.state, missed)
+        except ValueError as error:
+            return str(error)
         message = task.train(self.state, self.data, self.client)
         factors = {p: np.asarray(f) for p, f in message.trained.factors.items()}
         count = int(message.count)
