@@ -26,7 +26,7 @@ from benchmarks.fuzzing.case import Case
 # Where the cases of each kind come from: a module of ``fuzzing``, and its function.
 KINDS = {
     "folders": ("folders", "cases"),
-    "checkpoints": ("checkpoints", "cases"),
+    "checkpoints": ("checkpoints", "checkpoint_cases"),
     "logs": ("checkpoints", "log_cases"),
     "messages": ("messages", "cases"),
 }

@@ -1,5 +1,8 @@
 """Fine-tuning at LoRA's cost with full fine-tuning's guarantee."""
 
+from importlib import import_module as _import_module
+from types import ModuleType as _ModuleType
+
 from raclora_jax._chain.orthogonal import orthogonal
 from raclora_jax._chain.state import RacLoraState
 from raclora_jax._core.factor import Factor
@@ -47,3 +50,27 @@ __all__ = [
     "trace_spec",
     "value_and_grad",
 ]
+
+_MODULES = (
+    "checkpoint",
+    "estimators",
+    "federated",
+    "flax",
+    "methods",
+    "peft",
+    "quantized",
+    "sharding",
+    "theory",
+    "tunix",
+)
+
+
+def __getattr__(name: str) -> _ModuleType:
+    """The modules that few programs need, imported where one is first named."""
+    if name in _MODULES:
+        return _import_module(f"raclora_jax.{name}")
+    raise AttributeError(f"module 'raclora_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
+import contextlib
+from collections.abc import Iterator
 
 
-def needs(module: str, extra: str) -> ModuleType:
-    """A module of an optional package.
+@contextlib.contextmanager
+def extra(name: str) -> Iterator[None]:
+    """Imports inside it tell of the extra that brings what is missing.
 
     Args:
-      module: Its name, such as ``"safetensors.numpy"``.
-      extra: The extra of this package that brings it.
-
-    Returns:
-      The module.
+      name: The extra of this package.
 
     Raises:
-      ModuleNotFoundError: If it is not installed; it names the command that does.
+      ModuleNotFoundError: If a package is not installed; it names the command that
+        installs it.
 
     Example:
-      >>> needs("json", "peft").__name__
-      'json'
+      >>> with extra("peft"):
+      ...     import json
     """
     try:
-        return importlib.import_module(module)
+        yield
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"{module} is not installed: pip install 'raclora-jax[{extra}]'",
+            f"{error.name} is not installed: pip install 'raclora-jax[{name}]'",
             name=error.name,
         ) from error

@@ -8,15 +8,18 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx, struct
-from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
-from flax.training import train_state
 
 from raclora_jax._core import paths
 from raclora_jax._core.factor import is_factor
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaf, PyTree
+from raclora_jax._extras import extra
 from raclora_jax._forms import gradient, optimizer
+
+with extra("flax"):
+    from flax import nnx, struct
+    from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
+    from flax.training import train_state
 
 # An nnx.Module, or any view that holds a model's parameters.
 Model: TypeAlias = Any

@@ -12,13 +12,16 @@ from typing import Any
 
 import jax
 import optax
-from flax import nnx
-from tunix.sft import utils
-from tunix.sft.dpo.dpo_trainer import DPOTrainer
-from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
 
 from raclora_jax import flax as rl_flax
 from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._extras import extra
+
+with extra("tunix"):
+    from flax import nnx
+    from tunix.sft import utils
+    from tunix.sft.dpo.dpo_trainer import DPOTrainer
+    from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
 
 
 class _FactorForm:

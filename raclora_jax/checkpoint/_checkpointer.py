@@ -16,6 +16,7 @@ import jax
 from raclora_jax._core import paths
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaves, PyTree
+from raclora_jax._extras import extra
 from raclora_jax.checkpoint._digest import digests
 from raclora_jax.checkpoint._disk import flush_all
 from raclora_jax.checkpoint._everyone import agreed, attempt, everyone, one_line
@@ -51,7 +52,7 @@ class Checkpointer:
       keep: How many checkpoints stay, the newest.
 
     Raises:
-      ImportError: If orbax is not installed.
+      ModuleNotFoundError: If orbax is not installed.
       ValueError: If ``keep`` is below 1, or the directory's name holds one of
         ``[]*?\\``, which orbax takes for a pattern.
       TypeError: If ``keep`` is no int.
@@ -358,12 +359,7 @@ def _check_name(where: str) -> None:
 
 def _orbax() -> tuple[Any, Any]:
     """orbax and its paths, which only those who save a run need."""
-    try:
+    with extra("checkpoint"):
         import orbax.checkpoint as orbax
         from etils import epath
-    except ImportError as error:
-        raise ImportError(
-            "raclora_jax.checkpoint.Checkpointer needs orbax: "
-            "pip install 'raclora-jax[checkpoint]'"
-        ) from error
     return orbax, epath

@@ -12,6 +12,7 @@ from optax import contrib
 
 from raclora_jax._core.keys import folded, key_data
 from raclora_jax._core.types import KeyLike, PyTree
+from raclora_jax._extras import extra
 from raclora_jax.federated._messages import Trained
 from raclora_jax.federated._robust import clipped
 
@@ -89,7 +90,7 @@ def epsilon(privacy: Privacy, *, clients: int, rounds: int, delta: float) -> flo
       epsilon of (epsilon, delta)-differential privacy.
 
     Raises:
-      ImportError: Without ``dp-accounting`` (``pip install raclora_jax[privacy]``).
+      ImportError: Without ``dp-accounting`` (``pip install 'raclora-jax[privacy]'``).
 
     Example:
       >>> privacy = Privacy(clip=1.0, noise_multiplier=4.0, take=10, key=0)
@@ -102,8 +103,9 @@ def epsilon(privacy: Privacy, *, clients: int, rounds: int, delta: float) -> flo
       <https://arxiv.org/abs/1710.06963>`_, 2018; Wang et al., `Subsampled Renyi
       Differential Privacy <https://arxiv.org/abs/1808.00087>`_, 2019.
     """
-    import dp_accounting
-    from dp_accounting import rdp
+    with extra("privacy"):
+        import dp_accounting
+        from dp_accounting import rdp
 
     neighbours = dp_accounting.NeighboringRelation.REPLACE_ONE
     accountant = rdp.RdpAccountant(neighboring_relation=neighbours)

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from raclora_jax._extras import needs
+from raclora_jax._extras import extra
 
-_safetensors = needs("safetensors", "peft")
+with extra("peft"):
+    import safetensors
+    from safetensors.numpy import save_file
 
 INDEX = "model.safetensors.index.json"
 _TYPES: dict[str, Any] = {
@@ -129,9 +131,9 @@ def _header(file: pathlib.Path) -> dict[str, _Place]:
     try:
         if not file.is_file():
             raise ValueError(f"{file} is missing, or no file; fetch it again")
-        with _safetensors.safe_open(file, "numpy"):
+        with safetensors.safe_open(file, "numpy"):
             pass
-    except (_safetensors.SafetensorError, OSError) as error:
+    except (safetensors.SafetensorError, OSError) as error:
         raise ValueError(
             f"{file} is no whole safetensors file ({error}); fetch it again"
         ) from error
@@ -198,10 +200,8 @@ def save(file: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
                 f"{name} is {array.dtype}, which safetensors does not hold; cast it first"
             )
     try:
-        needs("safetensors.numpy", "peft").save_file(
-            whole, file, metadata={"format": "pt"}
-        )
-    except _safetensors.SafetensorError as error:
+        save_file(whole, file, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
         raise OSError(f"{file} could not be written ({error})") from error
 
 

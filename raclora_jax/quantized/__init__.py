@@ -17,7 +17,9 @@ References:
   training beside it. The code of the error is our own.
 """
 
-try:
+from raclora_jax._extras import extra
+
+with extra("quantized"):
     from raclora_jax.quantized._merge import (
         Held,
         exact_params,
@@ -27,10 +29,6 @@ try:
         quantize,
         zero_error,
     )
-except ImportError as error:
-    raise ImportError(
-        "raclora_jax.quantized needs qwix: pip install 'raclora-jax[quantized]'"
-    ) from error
 
 __all__ = [
     "Held",

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from raclora_jax._core import paths
+from raclora_jax._extras import extra
 from raclora_jax.theory._certificate import THRESHOLD, Certificate
 
 # Lines of one panel that can still be told apart.
@@ -118,12 +119,8 @@ def _draw(
     optimum: float,
     out: str | os.PathLike[str],
 ) -> None:
-    try:
+    with extra("report"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "report draws with matplotlib; install it, or leave out=None for the line"
-        ) from error
     figure = Figure(figsize=(10, 4), layout="constrained")
     shares, losses = figure.subplots(1, 2)
     _draw_shares(shares, links)
