@@ -78,6 +78,13 @@ def command(program: str, words: dict[str, Any]) -> Run:
     return Run([json.loads(line) for line in lines], report, seconds, cpu_seconds)
 
 
+def optimizer_bytes(run: Run) -> int:
+    """What its report says of the optimizer's state."""
+    size = re.search(r"optimizer bytes\D*([\d,]+)", run.report)
+    assert size is not None
+    return int(size[1].replace(",", ""))
+
+
 def _cpu_seconds() -> float:
     """Of the processes that this one started and that have ended."""
     spent = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -100,11 +107,9 @@ def decode(
         "seed": seed,
     }
     run = command("finetune_llm.py", words)
-    size = re.search(r"optimizer bytes\D*([\d,]+)", run.report)
-    assert size is not None
     return {
         "loss": min(row["dev_loss"] for row in run.metrics),
-        "optimizer_bytes": int(size[1].replace(",", "")),
+        "optimizer_bytes": optimizer_bytes(run),
         "cpu_seconds": run.cpu_seconds,
     }
 
@@ -117,7 +122,7 @@ def encode(options: argparse.Namespace) -> None:
     run = command("finetune_glue.py", words)
     best = max(run.metrics, key=lambda row: row["dev_metric"])
     row = {
-        "method": "RAC-LoRA r16, Adam",
+        "method": "RAC-LoRA r16, Adam, links of 100",
         "dev_accuracy": best["dev_metric"],
         "at_step": best["step"],
         "steps": run.metrics[-1]["step"],
