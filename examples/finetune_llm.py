@@ -35,7 +35,7 @@ with extra("finetuning", __name__):
 
 DEFAULTS = asked.Defaults(
     "raclora-orthogonal",
-    {"raclora-orthogonal": 4e-3, "raclora": 4e-3, "lora": 8e-3, "full": 2e-3},
+    {"raclora-orthogonal": 3e-3, "raclora": 4e-3, "lora": 8e-3, "full": 2e-3},
     "decoders 64, 128 and 256 wide; a larger model wants less",
 )
 

@@ -217,6 +217,8 @@ BAD = {
     "not numbers": ({"regression": ""}, "a label is no number"),
     "length": ({"length": 17}, "beyond the model's 16 positions"),
     "spec": ({"spec": "nowhere.toml"}, r"nowhere\.toml"),
+    "no number": ({"text": "\u00b2"}, "no column '\u00b2'"),
+    "decoder": ({"model": "decoder"}, "llama is fine-tuned by examples/finetune_llm.py"),
     "three texts": ({"text": "a,b,c"}, "3 columns of texts"),
     "no steps": ({"steps": 0}, "--steps: expected a whole number from 1 on, got 0"),
     "batch": ({"batch": -1}, "--batch: expected a whole number from 1 on, got -1"),
@@ -231,6 +233,8 @@ BAD = {
 def test_bad_input(folder, table, tmp_path, monkeypatch, capsys, name):
     changed, match = BAD[name]
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "decoder").mkdir()
+    (tmp_path / "decoder" / "config.json").write_text('{"model_type": "llama"}')
     words = [w for w in asked(folder, table, tmp_path / "out", **changed) if w != ""]
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *words)

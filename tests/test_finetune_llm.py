@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import struct
 import sys
 
 import jax
@@ -124,6 +125,25 @@ def test_lines_end_where_json_says(tmp_path):
     text = json.dumps(pair, ensure_ascii=False) + "\r\n"
     (tmp_path / "a.jsonl").write_bytes(text.encode("utf-8-sig"))
     assert texts.read(tmp_path / "a.jsonl") == [tuple(pair.values())]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "match"),
+    [
+        ((8, 16, 1, 2, 2, 32, 4), "is cut short"),
+        ((8, 16, 1, 2, 0, 32, 4), "no checkpoint"),
+        ((8, 16, -1, 2, 2, 32, 4), "no checkpoint"),
+        ((6, 16, 1, 2, 2, 32, 4), "no checkpoint"),  # heads of three numbers
+        ((12, 16, 1, 6, 4, 32, 4), "no checkpoint"),
+        ((2**30, 2**30, 2**30, 2, 2, 2**30, 4), "is cut short"),
+    ],
+)
+def test_what_is_no_checkpoint_of_llama2c(tmp_path, sizes, match):
+    llama2c = pytest.importorskip("finetuning.llama2c")
+    file = tmp_path / "model.bin"
+    file.write_bytes(struct.pack("<7i", *sizes) + b"\0" * 103)
+    with pytest.raises(ValueError, match=match):
+        llama2c.read(file)
 
 
 # With Tunix ---------------------------------------------------------------------------
