@@ -56,10 +56,10 @@ class Run(NamedTuple):
     cpu_seconds: float
 
 
-def command(program: str, words: dict[str, Any]) -> Run:
-    """Runs an example, and reads what its folder says."""
+def command(program: str, words: dict[str, Any], keep: pathlib.Path | None = None) -> Run:
+    """Runs an example, and reads what its folder says; it is thrown away unless named."""
     with tempfile.TemporaryDirectory() as scratch:
-        out = pathlib.Path(scratch) / "run"
+        out = keep or pathlib.Path(scratch) / "run"
         words = words | {"out": out}
         before, begun = _cpu_seconds(), time.perf_counter()
         subprocess.run(
