@@ -296,10 +296,10 @@ def test_a_finished_run_is_made_longer(
     assert "going on from step 20, to 40 in place of 20: the cosine is now" in said
     new = load_file(out / "model" / "model.safetensors")
     assert any((new[name] != old[name]).any() for name in old)
-    assert json.loads((out / "config.json").read_text())["steps"] == "40"
     fewer = asked(folder, table, out, steps=30, eval_every=10)
     assert ended(monkeypatch, program, *fewer, "--resume") == 2
     assert "has done 40 steps: --steps 30 are fewer" in capsys.readouterr().err
+    assert json.loads((out / "config.json").read_text())["steps"] == "40"
 
 
 def test_a_rate_is_searched(program, folder, table, tmp_path, monkeypatch, capsys):

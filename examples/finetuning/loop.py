@@ -90,7 +90,7 @@ def train(
             rate = search.searched(options, problem, spec, steps, interrupt)
             job = job._replace(rate=rate)
             method = job.method()
-            run.settle(learning_rate=f"{rate.peak:g}")
+            run.config["learning_rate"] = f"{rate.peak:g}"
         run.console.print(f"learning rate {rate.peak:g}: {rate.why}")
         best, params = _steps(job, run, method, interrupt)
     with folders.whole(options.out / "model") as folder:
@@ -139,11 +139,11 @@ def _steps(
             done, held, data, _ = keeper.restore(held)
             best, recent = data["best"], data["recent"]
         state, best_params = held["state"], held["best"]
-        run.begin(done)
         if done > steps:
             raise ValueError(
                 f"{options.out} has done {done} steps: --steps {steps} are fewer"
             )
+        run.begin(done)
         if done:
             _say_how_it_goes_on(run, done, steps, float(schedule(done)))
         if not run.rows:

@@ -72,23 +72,23 @@ class Run:
                     "has, or name another --out"
                 )
         folder.mkdir(parents=True, exist_ok=True)
-        self.settle()
         self._file = folder / "metrics.jsonl"
         self.rows: list[dict[str, Any]] = []
         self.console = Console()
-
-    def settle(self, **more: Any) -> None:
-        """Writes the config, with what came out since."""
-        self.config |= {name: str(value) for name, value in more.items()}
-        partial = self.folder / "config.partial"
-        partial.write_text(json.dumps(self.config, indent=1) + "\n")
-        partial.replace(self.folder / "config.json")
+        if not self.before:
+            self._write_config()
 
     def begin(self, step: int) -> None:
         """Takes over what was logged up to a step; what came after is done again."""
+        self._write_config()
         rows = jsonl.rows(self._file, ("step", "dev_loss"))
         self.rows = [row for row in rows if row["step"] <= step]
         jsonl.write(self._file, self.rows)
+
+    def _write_config(self) -> None:
+        partial = self.folder / "config.partial"
+        partial.write_text(json.dumps(self.config, indent=1) + "\n")
+        partial.replace(self.folder / "config.json")
 
     def log(self, step: int, **values: float) -> None:
         """One row, on disk at once."""
@@ -127,8 +127,8 @@ class Run:
             )
             parts += [f"<h2>{html.escape(title)}</h2>", _image(figure, title)]
         parts += [
-            "<h2>Asked for</h2>",
-            _table({k: str(v) for k, v in self.config.items()}),
+            "<h2>Settings</h2>",
+            _table(self.config),
         ]
         parts += ["<h2>Leaf by leaf</h2>", f"<pre>{html.escape(summary)}</pre>"]
         page = (
