@@ -56,10 +56,10 @@ class Run(NamedTuple):
     cpu_seconds: float
 
 
-def command(program: str, words: dict[str, Any]) -> Run:
-    """Runs an example, and reads what its folder says."""
+def command(program: str, words: dict[str, Any], keep: pathlib.Path | None = None) -> Run:
+    """Runs an example, and reads what its folder says; it is thrown away unless named."""
     with tempfile.TemporaryDirectory() as scratch:
-        out = pathlib.Path(scratch) / "run"
+        out = keep or pathlib.Path(scratch) / "run"
         words = words | {"out": out}
         before, begun = _cpu_seconds(), time.perf_counter()
         subprocess.run(
@@ -76,6 +76,13 @@ def command(program: str, words: dict[str, Any]) -> Run:
         lines = (out / "metrics.jsonl").read_text().splitlines()
         report = (out / "report.html").read_text()
     return Run([json.loads(line) for line in lines], report, seconds, cpu_seconds)
+
+
+def optimizer_bytes(run: Run) -> int:
+    """What its report says of the optimizer's state."""
+    size = re.search(r"optimizer bytes\D*([\d,]+)", run.report)
+    assert size is not None
+    return int(size[1].replace(",", ""))
 
 
 def _cpu_seconds() -> float:
@@ -100,11 +107,9 @@ def decode(
         "seed": seed,
     }
     run = command("finetune_llm.py", words)
-    size = re.search(r"optimizer bytes\D*([\d,]+)", run.report)
-    assert size is not None
     return {
         "loss": min(row["dev_loss"] for row in run.metrics),
-        "optimizer_bytes": int(size[1].replace(",", "")),
+        "optimizer_bytes": optimizer_bytes(run),
         "cpu_seconds": run.cpu_seconds,
     }
 
@@ -117,7 +122,7 @@ def encode(options: argparse.Namespace) -> None:
     run = command("finetune_glue.py", words)
     best = max(run.metrics, key=lambda row: row["dev_metric"])
     row = {
-        "method": "RAC-LoRA r16, Adam",
+        "method": "RAC-LoRA r16, Adam, links of 100",
         "dev_accuracy": best["dev_metric"],
         "at_step": best["step"],
         "steps": run.metrics[-1]["step"],

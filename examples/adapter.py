@@ -3,13 +3,16 @@
 python examples/adapter.py
 """
 
-import jax
-import numpy as np
-import optax
-from sklearn.datasets import load_digits
-from sklearn.neural_network import MLPClassifier
+from needs import extra
 
-import raclora_jax as rl
+with extra("examples", __name__):
+    import jax
+    import numpy as np
+    import optax
+    from sklearn.datasets import load_digits
+    from sklearn.neural_network import MLPClassifier
+
+    import raclora_jax as rl
 
 digits = load_digits()
 images, labels = (digits.data / 16).astype(np.float32), digits.target

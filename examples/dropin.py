@@ -3,13 +3,16 @@
 python examples/dropin.py
 """
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from sklearn.datasets import load_digits
+from needs import extra
 
-import raclora_jax as rl
+with extra("examples", __name__):
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    from sklearn.datasets import load_digits
+
+    import raclora_jax as rl
 
 digits = load_digits()
 images, labels = (digits.data / 16).astype(np.float32), digits.target

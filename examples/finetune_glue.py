@@ -17,16 +17,25 @@ import pathlib
 import shutil
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from finetuning import bert, loop, tables, training
-from finetuning.metrics import METRICS
+from needs import extra
 
-import raclora_jax as rl
-from raclora_jax import flax as rl_flax
-from raclora_jax import peft
+with extra("finetuning", __name__):
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    from finetuning import asked, bert, folders, loop, tables, training
+    from finetuning.metrics import METRICS
+
+    import raclora_jax as rl
+    from raclora_jax import flax as rl_flax
+    from raclora_jax import peft
+
+DEFAULTS = asked.Defaults(
+    "raclora",
+    {"raclora": 8e-4, "raclora-orthogonal": 4e-4, "lora": 2e-3, "full": 2e-4},
+    "tasks of GLUE with an encoder 384 wide",
+)
 
 
 class Task(NamedTuple):
@@ -51,9 +60,9 @@ TASKS = {
 }
 
 
-def arguments() -> loop.Parser:
+def arguments() -> asked.RunParser:
     """The command line."""
-    parser = loop.Parser(__doc__)
+    parser = asked.RunParser(__doc__, DEFAULTS)
     add = parser.add_argument
     add("--model", type=pathlib.Path, required=True, help="folder of the checkpoint")
     add("--task", choices=TASKS, help="a preset; needs --data-dir")
@@ -63,16 +72,21 @@ def arguments() -> loop.Parser:
     add("--text", help="its column, or two separated by a comma")
     add("--label", help="the column of the label")
     add("--regression", action="store_true", help="the label is a number")
-    add("--steps", type=loop.count)
-    add("--batch", type=loop.count, default=32)
-    add("--length", type=loop.count, help="tokens of a training text, the rest is cut")
-    add("--eval-every", type=loop.count, default=100)
-    add(
-        "--patience",
-        type=loop.count,
-        default=10,
-        help="evaluations without gain",
-    )
+    own = Task(tables.Columns((), ""))
+    for name, said in (
+        ("steps", ""),
+        ("length", "tokens of a training text, the rest is cut "),
+    ):
+        presets = {task: getattr(preset, name) for task, preset in TASKS.items()}
+        presets = ", ".join(f"{value} for {task}" for task, value in presets.items())
+        said += f"(default: {presets}, {getattr(own, name)} for your own)"
+        add(f"--{name}", type=asked.count, help=said)
+    for name, default, said in (
+        ("--batch", 32, "texts a step"),
+        ("--eval-every", 100, "steps from one evaluation to the next"),
+        ("--patience", 10, "evaluations without gain, then it stops"),
+    ):
+        add(name, type=asked.count, default=default, help=f"{said} (default: {default})")
     return parser
 
 
@@ -108,7 +122,10 @@ def task_of(options: argparse.Namespace) -> tuple[Task, pathlib.Path, pathlib.Pa
 class Problem:
     """A model, its data, and the loss: everything that does not depend on the method."""
 
+    defaults = DEFAULTS
+
     def __init__(self, options: argparse.Namespace):
+        folders.check_program(options.model, "finetune_glue.py")
         self.task, *files = task_of(options)
         self.length = options.length or self.task.length
         config = bert.Config.read(options.model)
@@ -189,18 +206,17 @@ class Problem:
         }
 
 
-def spec_for(options: argparse.Namespace) -> rl.Spec:
+def spec_for(options: argparse.Namespace, width: int) -> rl.Spec:
     """The matrices of all layers through sketches, the head in full, the rest frozen."""
     if options.spec is not None:
         return training.spec_of(options.spec)
     return rl.Spec(
-        options.rank,
+        **training.settings(options.method, options.rank, width),
         rules=[
             rl.Rule("(pooler|head)/.*", mode="dense"),
             rl.Rule(".*/kernel", rows=(0,)),
             rl.Rule(".*", mode="frozen"),
         ],
-        **(training.STATELESS if options.method == "raclora-orthogonal" else {}),
     )
 
 
@@ -228,13 +244,24 @@ def _say_labels(file: pathlib.Path, labels: list[str] | None) -> None:
     file.write_text(json.dumps(config, indent=1) + "\n")
 
 
+def fine_tune(options: argparse.Namespace) -> Problem:
+    """The run that the options ask for, and what it was about.
+
+    Raises:
+      ValueError: For bad input.
+    """
+    problem = Problem(options)
+    steps = options.steps or problem.task.steps
+    spec = spec_for(options, problem.model.config.width)
+    loop.train(options, problem, spec, steps, export)
+    return problem
+
+
 def main() -> None:
     """One line and exit code 2 for bad input."""
     options = arguments().asked()
-    with loop.one_line():
-        problem = Problem(options)
-        steps = options.steps or problem.task.steps
-        loop.train(options, problem, spec_for(options), steps, export)
+    with asked.one_line():
+        fine_tune(options)
 
 
 if __name__ == "__main__":

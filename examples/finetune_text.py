@@ -15,26 +15,25 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-import finetune_llm
-from finetuning import decoder, fresh, loop
+from needs import extra
+
+with extra("finetuning", __name__):
+    import finetune_llm
+    from finetuning import asked, decoder, fresh
 
 
-def arguments() -> argparse.ArgumentParser:
+def arguments() -> asked.Parser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = asked.Parser(__doc__)
     add = parser.add_argument
-    add("--out", type=pathlib.Path, default=pathlib.Path("out/text"))
-    add(
-        "--start-steps",
-        type=loop.count,
-        default=600,
-        help="on the reference, from random",
-    )
-    add("--steps", type=loop.count, default=300, help="on the library")
-    add("--rank", type=loop.count, default=32)
-    add("--seed", type=int, default=0)
+    for name, kind, default, said in (
+        ("--out", pathlib.Path, pathlib.Path("out/text"), "the folder of both runs"),
+        ("--start-steps", asked.count, 600, "on the reference, from random"),
+        ("--steps", asked.count, 300, "on the library"),
+        ("--seed", asked.seed, 0, ""),
+    ):
+        said = f"{said} (default: %(default)s)".strip()
+        add(name, type=kind, default=default, help=said)
     add("--resume", action="store_true", help="go on with the runs in --out")
     return parser
 
@@ -62,14 +61,14 @@ def train(
       model: Where it starts.
       **more: Other arguments of that program.
     """
-    asked = {
+    wanted = {
         "model": model,
         "train": options.out / f"{text}.txt",
         "out": options.out / text,
         "seed": options.seed,
         "eval-every": 100,
     } | more
-    words = [f"--{name}={value}" for name, value in asked.items()]
+    words = [f"--{name}={value}" for name, value in wanted.items()]
     return finetune_llm.fine_tune(
         finetune_llm.arguments().parse_args([*words, "--resume"])
     )
@@ -80,12 +79,11 @@ def main() -> None:
     options = arguments().parse_args()
     random, begun = options.out / "random", options.out / "reference"
     tuned = options.out / "library"
-    with loop.one_line():
+    with asked.one_line():
         prepare(options)
         full = {"method": "full", "learning-rate": 3e-3, "steps": options.start_steps}
-        ours = {"rank": options.rank, "learning-rate": 1e-2, "steps": options.steps}
         train(options, "reference", random, **full)
-        problem = train(options, "library", begun / "model", **ours)
+        problem = train(options, "library", begun / "model", steps=options.steps)
         again = decoder.load(tuned / "model", bf16=False, remat=False)
         before, after = (
             problem.judge(params)["dev_loss"] for params in (problem.params, again.params)

@@ -3,14 +3,17 @@
 python examples/linen.py
 """
 
-import jax
-import numpy as np
-import optax
-from flax import linen as nn
-from sklearn.datasets import load_digits
+from needs import extra
 
-import raclora_jax as rl
-from raclora_jax.flax import TrainState
+with extra("examples", __name__):
+    import jax
+    import numpy as np
+    import optax
+    from flax import linen as nn
+    from sklearn.datasets import load_digits
+
+    import raclora_jax as rl
+    from raclora_jax.flax import TrainState
 
 
 class Net(nn.Module):

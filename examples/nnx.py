@@ -3,14 +3,17 @@
 python examples/nnx.py
 """
 
-import jax
-import numpy as np
-import optax
-from flax import nnx
-from sklearn.datasets import load_digits
+from needs import extra
 
-import raclora_jax as rl
-from raclora_jax import flax as rl_flax
+with extra("examples", __name__):
+    import jax
+    import numpy as np
+    import optax
+    from flax import nnx
+    from sklearn.datasets import load_digits
+
+    import raclora_jax as rl
+    from raclora_jax import flax as rl_flax
 
 
 class Net(nnx.Module):

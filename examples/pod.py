@@ -14,18 +14,21 @@ import os
 import pathlib
 import signal
 
-import grain
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from needs import extra
 
-import raclora_jax as rl
-from raclora_jax import checkpoint
-from raclora_jax.sharding import state_shardings
+with extra("pod", __name__):
+    import grain
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    import optax
+    from jax.experimental import multihost_utils
+    from jax.sharding import AxisType, NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    import raclora_jax as rl
+    from raclora_jax import checkpoint
+    from raclora_jax.sharding import state_shardings
 
 VOCAB, HEADS = 256, 4
 # Where each weight lives: its embedding axis over "fsdp", heads and hidden over "tp".

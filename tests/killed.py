@@ -46,6 +46,19 @@ def finished(program, words, out, kills=(), seed=0):
         assert process.returncode == expected, said.decode()
 
 
+def press_ctrl_c(patch, problem, calls):
+    """Sends SIGINT to this process when a problem is asked for its so many-th batch."""
+    batch, seen = problem.batch, []
+
+    def pressing(self, step, size, seed):
+        seen.append(step)
+        if len(seen) == calls:
+            signal.raise_signal(signal.SIGINT)
+        return batch(self, step, size, seed)
+
+    patch.setattr(problem, "batch", pressing)
+
+
 def kill_after(process, file, rows, draw):
     """SIGKILL within the time of one row after the file has some rows."""
     begun = seen = time.monotonic()

@@ -124,7 +124,8 @@ def whole(folder, table, tmp_path_factory):
 
 def test_a_run_learns_and_says_so(whole):
     rows = rows_of(whole)
-    assert [row["step"] for row in rows] == [20, 40, 60]
+    assert [row["step"] for row in rows] == [0, 20, 40, 60]
+    assert rows[0].keys() == {"step", "dev_loss", "dev_metric"}
     assert rows[-1]["dev_metric"] > 0.95
     assert 0 < rows[-1]["captured"] < 1
     page = (whole / "report.html").read_text()
@@ -160,24 +161,19 @@ def test_the_written_model_is_the_best_one(whole, folder, table):
         pytest.param("full", marks=pytest.mark.slow),
     ],
 )
-def test_a_stopped_run_goes_on(folder, table, tmp_path, monkeypatch, method):
+def test_a_stopped_run_goes_on(folder, table, tmp_path, monkeypatch, capsys, method):
     """Interrupted between two checkpoints, it ends with the numbers of the whole run."""
     settings = {"method": method, "steps": 40, "eval_every": 10, "learning_rate": 0.005}
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     run(monkeypatch, *asked(folder, table, straight, **settings))
 
-    batch, seen = finetune_glue.Problem.batch, []
-
-    def interrupted(problem, step, size, seed):
-        seen.append(step)
-        if len(seen) > 25:
-            raise KeyboardInterrupt
-        return batch(problem, step, size, seed)
-
-    monkeypatch.setattr(finetune_glue.Problem, "batch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        run(monkeypatch, *asked(folder, table, broken, **settings))
-    monkeypatch.setattr(finetune_glue.Problem, "batch", batch)
+    words = asked(folder, table, broken, **settings)
+    with monkeypatch.context() as patch:
+        killed.press_ctrl_c(patch, finetune_glue.Problem, 26)
+        with pytest.raises(SystemExit) as stopped:
+            run(patch, *words)
+    assert stopped.value.code == 130
+    assert "stopped and saved at step 26; go on with" in capsys.readouterr().err
     run(monkeypatch, *asked(folder, table, broken, **settings), "--resume")
     assert timeless(rows_of(broken)) == timeless(rows_of(straight))
 
@@ -221,10 +217,15 @@ BAD = {
     "not numbers": ({"regression": ""}, "a label is no number"),
     "length": ({"length": 17}, "beyond the model's 16 positions"),
     "spec": ({"spec": "nowhere.toml"}, r"nowhere\.toml"),
+    "no number": ({"text": "\u00b2"}, "no column '\u00b2'"),
+    "decoder": ({"model": "decoder"}, "llama is fine-tuned by examples/finetune_llm.py"),
     "three texts": ({"text": "a,b,c"}, "3 columns of texts"),
     "no steps": ({"steps": 0}, "--steps: expected a whole number from 1 on, got 0"),
     "batch": ({"batch": -1}, "--batch: expected a whole number from 1 on, got -1"),
-    "rate": ({"learning_rate": 0}, "--learning-rate: expected a number above 0, got 0"),
+    "rate": (
+        {"learning_rate": 0},
+        "--learning-rate: expected a number above 0 or search, got 0",
+    ),
 }
 
 
@@ -232,6 +233,8 @@ BAD = {
 def test_bad_input(folder, table, tmp_path, monkeypatch, capsys, name):
     changed, match = BAD[name]
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "decoder").mkdir()
+    (tmp_path / "decoder" / "config.json").write_text('{"model_type": "llama"}')
     words = [w for w in asked(folder, table, tmp_path / "out", **changed) if w != ""]
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *words)
@@ -317,7 +320,10 @@ def test_an_export_that_was_cut_off_is_done_again(folder, table, tmp_path, monke
 
 def test_a_run_is_never_written_over(folder, table, whole, monkeypatch, capsys):
     before = (whole / "metrics.jsonl").read_bytes()
-    for words, match in (([], "exists; name another"), (["--resume"], "another batch")):
+    for words, match in (
+        ([], "exists; name another"),
+        (["--resume"], "batch 16 and not 8"),
+    ):
         with pytest.raises(SystemExit):
             run(monkeypatch, *asked(folder, table, whole, batch=8), *words)
         assert match in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+import struct
 import sys
 
 import jax
@@ -10,6 +12,7 @@ import killed
 import numpy as np
 import pytest
 from decoders import SIZES
+from safetensors.numpy import load_file
 
 texts = pytest.importorskip("finetuning.texts")  # of the examples beside the tests
 
@@ -124,6 +127,25 @@ def test_lines_end_where_json_says(tmp_path):
     assert texts.read(tmp_path / "a.jsonl") == [tuple(pair.values())]
 
 
+@pytest.mark.parametrize(
+    ("sizes", "match"),
+    [
+        ((8, 16, 1, 2, 2, 32, 4), "is cut short"),
+        ((8, 16, 1, 2, 0, 32, 4), "no checkpoint"),
+        ((8, 16, -1, 2, 2, 32, 4), "no checkpoint"),
+        ((6, 16, 1, 2, 2, 32, 4), "no checkpoint"),  # heads of three numbers
+        ((12, 16, 1, 6, 4, 32, 4), "no checkpoint"),
+        ((2**30, 2**30, 2**30, 2, 2, 2**30, 4), "is cut short"),
+    ],
+)
+def test_what_is_no_checkpoint_of_llama2c(tmp_path, sizes, match):
+    llama2c = pytest.importorskip("finetuning.llama2c")
+    file = tmp_path / "model.bin"
+    file.write_bytes(struct.pack("<7i", *sizes) + b"\0" * 103)
+    with pytest.raises(ValueError, match=match):
+        llama2c.read(file)
+
+
 # With Tunix ---------------------------------------------------------------------------
 
 
@@ -213,7 +235,7 @@ def rows_of(out):
 def test_a_run_learns(program, folder, table, tmp_path, monkeypatch, words):
     run(monkeypatch, program, *asked(folder, table, tmp_path / "out"), *words)
     losses = [row["dev_loss"] for row in rows_of(tmp_path / "out")]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.8 * losses[1]
     assert (tmp_path / "out" / "model" / "config.json").exists()
     assert "data:image/png" in (tmp_path / "out" / "report.html").read_text()
 
@@ -225,24 +247,112 @@ def test_lora_is_qwix_beside_the_weights(program, folder, table, tmp_path, monke
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_stopped_run_goes_on(program, folder, table, tmp_path, monkeypatch):
+def ended(monkeypatch, program, *words):
+    """The exit code of a run that does not come to its end."""
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, program, *words)
+    return stopped.value.code
+
+
+def test_a_stopped_run_goes_on(program, folder, table, tmp_path, monkeypatch, capsys):
+    """By the very command that it says, with the numbers of an unbroken run."""
     settings = {"steps": 40, "eval_every": 10}
     run(monkeypatch, program, *asked(folder, table, tmp_path / "whole", **settings))
-    batch, seen = program.Problem.batch, []
+    words = asked(folder, table, tmp_path / "bro ken", **settings)
+    with monkeypatch.context() as patch:
+        killed.press_ctrl_c(patch, program.Problem, 26)
+        assert ended(patch, program, *words) == 130
+    assert not (tmp_path / "bro ken" / "model").exists()
+    said = capsys.readouterr().err.strip().splitlines()
+    assert said[-2] == "stopped and saved at step 26; go on with"
+    _, name, *command = shlex.split(said[-1])
+    assert (name, command[-1]) == ("finetune_llm.py", "--resume")
+    run(monkeypatch, program, *command)
+    assert rows_of(tmp_path / "bro ken") == rows_of(tmp_path / "whole")
 
-    def interrupted(problem, step, size, seed):
-        seen.append(step)
-        if len(seen) > 25:
-            raise KeyboardInterrupt
-        return batch(problem, step, size, seed)
 
-    monkeypatch.setattr(program.Problem, "batch", interrupted)
-    words = asked(folder, table, tmp_path / "broken", **settings)
-    with pytest.raises(KeyboardInterrupt):
-        run(monkeypatch, program, *words)
-    monkeypatch.setattr(program.Problem, "batch", batch)
+def test_a_finished_run_is_made_longer(
+    program, folder, table, tmp_path, monkeypatch, capsys
+):
+    """The cosine is that of the new length from there on; fewer steps are refused."""
+    out = tmp_path / "out"
+    run(monkeypatch, program, *asked(folder, table, out, steps=20, eval_every=10))
+    old = load_file(out / "model" / "model.safetensors")
+    longer = asked(folder, table, out, steps=40, eval_every=10)
+    run(monkeypatch, program, *longer, "--resume")
+    rates = {row["step"]: row.get("learning_rate") for row in rows_of(out)}
+    cosine = {
+        steps: 0.03 * (1 + np.cos(np.pi * (step - steps / 10) / (0.9 * steps))) / 2
+        for steps, step in ((20, 19), (40, 29))
+    }
+    assert rates == {
+        0: None,
+        10: pytest.approx(rates[10]),
+        20: pytest.approx(cosine[20], rel=1e-4),
+        30: pytest.approx(cosine[40], rel=1e-4),
+        40: pytest.approx(rates[40]),
+    }
+    said = " ".join(capsys.readouterr().out.split())
+    assert "going on from step 20, to 40 in place of 20: the cosine is now" in said
+    new = load_file(out / "model" / "model.safetensors")
+    assert any((new[name] != old[name]).any() for name in old)
+    fewer = asked(folder, table, out, steps=30, eval_every=10)
+    assert ended(monkeypatch, program, *fewer, "--resume") == 2
+    assert "has done 40 steps: --steps 30 are fewer" in capsys.readouterr().err
+    assert json.loads((out / "config.json").read_text())["steps"] == "40"
+
+
+def test_a_rate_is_searched(program, folder, table, tmp_path, monkeypatch, capsys):
+    """By short runs that are not repeated; the best is kept, with all numbers."""
+    out = tmp_path / "out"
+    monkeypatch.setitem(program.DEFAULTS.rates, "full", 0.01)
+    words = asked(
+        folder, table, out, steps=20, eval_every=20, method="full", learning_rate="search"
+    )
+    with monkeypatch.context() as patch:
+        killed.press_ctrl_c(patch, program.Problem, 3)  # in the second short run
+        assert ended(patch, program, *words) == 130
+    assert "stopped in the search" in capsys.readouterr().err
+    first = (out / "search.jsonl").read_text()
     run(monkeypatch, program, *words, "--resume")
-    assert rows_of(tmp_path / "broken") == rows_of(tmp_path / "whole")
+    assert (out / "search.jsonl").read_text().startswith(first)
+    tried = [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
+    best = min(tried, key=lambda row: row["dev_loss"])["learning_rate"]
+    assert [row["learning_rate"] for row in tried[:3]] == [0.01, 0.005, 0.02]
+    config = json.loads((out / "config.json").read_text())
+    assert config["learning_rate"] == f"{best:g}"
+    page = (out / "report.html").read_text()
+    for row in tried:
+        assert f"{row['learning_rate']:g}: {row['dev_loss']:.4f}" in page
+
+
+def test_a_grid_ends_when_the_best_has_neighbours():
+    search = pytest.importorskip("finetuning.search")
+    found = search.grid(lambda rate: abs(np.log2(rate / 8.0)), 1.0)
+    assert found == {0.5: 4.0, 1.0: 3.0, 2.0: 2.0, 4.0: 1.0, 8.0: 0.0, 16.0: 1.0}
+    diverging = search.grid(lambda rate: rate if rate < 0.2 else float("inf"), 1.0)
+    assert min(diverging, key=diverging.get) == 2**-5
+    assert len(diverging) == 7
+
+
+def test_what_it_comes_to_is_said_first(program, folder, table, tmp_path, monkeypatch):
+    out, rate = tmp_path / "out", program.DEFAULTS.rates["raclora-orthogonal"]
+    words = asked(
+        folder, table, out, steps=20, eval_every=10, learning_rate=None, rank=None
+    )
+    run(monkeypatch, program, *words)
+    first, *_, last = rows_of(out)
+    assert first.keys() == {"step", "dev_loss"}
+    both = f"{first['dev_loss']:.4f} before, {last['dev_loss']:.4f} after"
+    page = (out / "report.html").read_text()
+    assert page.index(both) < page.index("In numbers")
+    assert "the default of raclora-orthogonal, measured on decoders" in page
+    config = json.loads((out / "config.json").read_text())
+    assert "None" not in config.values()
+    settings = ("rank", "alpha", "sketch", "side", "resample_every", "inner")
+    found = tuple(config[name] for name in ("learning_rate", *settings))
+    width = str(SIZES["hidden_size"] // 4)
+    assert found == (f"{rate:g}", width, "dim", "block", "left", "25", "orthogonal")
 
 
 @pytest.mark.slow
@@ -252,6 +362,33 @@ def test_a_killed_run_ends_as_an_unbroken_one(program, folder, table, tmp_path):
     killed.finished("finetune_llm.py", words, tmp_path / "whole")
     killed.finished("finetune_llm.py", words, tmp_path / "broken", kills=(1, 2, 7))
     killed.assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_an_encoder_is_sent_to_its_program(
+    program, folder, table, tmp_path, monkeypatch, capsys, kind
+):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    words = asked(tmp_path, table, tmp_path / "out")
+    assert ended(monkeypatch, program, *words) == 2
+    assert f"{kind} is fine-tuned by examples/finetune_glue.py" in capsys.readouterr().err
+
+
+def test_programs_know_each_others_models(program):
+    from finetuning import families, folders
+
+    known = {kind for kind, name in folders.PROGRAMS.items() if "llm" in name}
+    assert known == set(families.FAMILIES)
+
+
+def test_help_says_every_default(program):
+    said = " ".join(program.arguments().format_help().split())
+    for action in program.arguments()._actions:
+        if action.default not in (None, False, "==SUPPRESS=="):
+            assert f"(default: {action.default})" in said, action.dest
+    for method, rate in program.DEFAULTS.rates.items():
+        assert f"{rate:g} for {method}" in said
+    assert "a quarter of the model's width for raclora" in said.replace("- ", "-")
 
 
 @pytest.mark.parametrize(
@@ -265,6 +402,9 @@ def test_a_killed_run_ends_as_an_unbroken_one(program, folder, table, tmp_path):
         ({"steps": 0}, "argument --steps: expected a whole number from 1 on, got 0"),
         ({"patience": -1}, "argument --patience: expected a whole number"),
         ({"learning_rate": 0}, "argument --learning-rate: expected a number above 0"),
+        ({"learning_rate": "abc"}, "--learning-rate: expected a number above 0 or sear"),
+        ({"seed": -1}, "--seed: expected a whole number from 0 on, got -1"),
+        ({"steps": 2**40}, "--steps: expected at most 2147483647"),
     ],
 )
 def test_bad_input(program, folder, table, tmp_path, monkeypatch, capsys, changed, match):

@@ -25,7 +25,7 @@ def small(monkeypatch):
 
 
 def run(monkeypatch, out, *words):
-    asked = ["--start-steps=30", "--steps=60", "--rank=8", f"--out={out}", *words]
+    asked = ["--start-steps=30", "--steps=60", f"--out={out}", *words]
     monkeypatch.setattr(sys, "argv", ["finetune_text.py", *asked])
     finetune_text.main()
 

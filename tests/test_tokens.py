@@ -111,3 +111,21 @@ def test_no_tokenizer(tmp_path):
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs")
     with pytest.raises(ValueError, match=r"tokenizer\.json describes no tokenizer"):
         tokens.tokenizer_of(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize(
+    ("files", "match"),
+    [
+        ({"config": {"eos_token_id": -1}}, r"config\.json: eos_token_id -1 is no token"),
+        ({"config": {"eos_token_id": 99}}, "eos_token_id 99 is no token"),
+        ({"generation_config": {"eos_token_id": "</s>"}}, "eos_token_id '</s>' is no"),
+        ({"config": {"eos_token_id": 2**40}}, "is no token of tokenizer"),
+        (
+            {"tokenizer_config": {"eos_token": 5}},
+            "has no token 5, which tokenizer_config",
+        ),
+    ],
+)
+def test_marks_that_are_none(tmp_path, files, match):
+    with pytest.raises(ValueError, match=match):
+        hub(tmp_path, **files)

@@ -11,6 +11,26 @@ from typing import Any
 
 import tokenizers
 
+PROGRAMS = {
+    **dict.fromkeys(("bert", "roberta"), "finetune_glue.py"),
+    **dict.fromkeys(("llama", "qwen3", "qwen3_moe", "gemma3_text"), "finetune_llm.py"),
+}
+
+
+def check_program(folder: pathlib.Path, program: str) -> None:
+    """Refuses a model that another program of the examples fine-tunes.
+
+    Raises:
+      ValueError: If there is one, by its name.
+    """
+    kind = stated(folder).get("model_type")
+    other = PROGRAMS.get(kind) if isinstance(kind, str) else None
+    if other not in (None, program):
+        raise ValueError(
+            f"{folder / 'config.json'}: model_type {kind} is fine-tuned by "
+            f"examples/{other}, not by {program}"
+        )
+
 
 def stated(folder: pathlib.Path, name: str = "config.json") -> dict[str, Any]:
     """What a JSON file of a folder states; nothing if only another file is missing.
@@ -48,8 +68,14 @@ def tokenizer(file: pathlib.Path) -> tokenizers.Tokenizer:
 
 @contextlib.contextmanager
 def whole(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A place to fill; the folder has its name when all went well, and not before."""
-    partial = folder.with_name(f"{folder.name}.partial")
+    """A place to fill; it takes the folder's name when all went well, and not before."""
+    partial, old = (
+        folder.with_name(f"{folder.name}.{kind}") for kind in ("partial", "old")
+    )
     shutil.rmtree(partial, ignore_errors=True)
     yield partial
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 import struct
 from typing import Any
@@ -22,18 +23,23 @@ def read(file: pathlib.Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     data = file.read_bytes()
     if len(data) < 28:
         raise ValueError(f"{file} is cut short")
-    sizes = dict(zip(_HEADER, struct.unpack("7i", data[:28]), strict=True))
-    counts = [abs(count) for count in sizes.values()]
-    if not all(counts) or sizes["width"] % sizes["heads"]:
+    sizes = dict(zip(_HEADER, struct.unpack("<7i", data[:28]), strict=True))
+    counts = sizes | {"vocab": abs(sizes["vocab"])}
+    whole = (
+        min(counts.values()) > 0
+        and sizes["width"] % (2 * sizes["heads"]) == 0
+        and sizes["heads"] % sizes["kv_heads"] == 0
+    )
+    if not whole:
         raise ValueError(f"{file} is no checkpoint of llama2.c: it begins with {sizes}")
-    tied, vocab = sizes["vocab"] > 0, abs(sizes["vocab"])
+    tied, vocab = sizes["vocab"] > 0, counts["vocab"]
     width, layers, heads = sizes["width"], sizes["layers"], sizes["heads"]
     kv_heads, hidden, size = sizes["kv_heads"], sizes["hidden"], width // heads
-    numbers, at = np.frombuffer(data[28:], np.float32), 0
+    numbers, at = np.frombuffer(data, "<f4", (len(data) - 28) // 4, 28), 0
 
     def take(*shape: int) -> np.ndarray:
         nonlocal at
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         if at + count > len(numbers):
             raise ValueError(f"{file} is cut short")
         at += count

@@ -7,7 +7,6 @@ import html
 import io
 import json
 import pathlib
-import time
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -19,6 +18,10 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+
+from finetuning import folders, jsonl
+
+_MAY_CHANGE = ("steps", "patience")  # with --resume
 
 _STYLE = """
 :root { color-scheme: light dark; }
@@ -41,41 +44,51 @@ class Run:
       config: What the run was asked to do.
       resume: Whether the folder may hold a run, of the same config, to go on with.
 
+    Attributes:
+      before: The config that the folder held, if any.
+
     Raises:
       ValueError: If the folder exists and is not to be resumed, or of another config.
     """
 
     def __init__(self, folder: pathlib.Path, config: dict[str, Any], *, resume: bool):
-        self.folder, self.config = folder, config
-        file = folder / "config.json"
+        self.folder, self.config = folder, {k: str(v) for k, v in config.items()}
+        self.before: dict[str, Any] = {}
         held = folder.iterdir() if folder.exists() else ()
         if any(entry.suffix != ".partial" for entry in held):
             if not resume:
                 raise ValueError(f"{folder} exists; name another, or say --resume")
-            stated = json.loads(file.read_text()) if file.exists() else {}
-            differing = [key for key in config if stated.get(key) != config[key]]
+            if not (folder / "config.json").exists():
+                raise ValueError(f"{folder} holds no run to go on with; name another")
+            self.before = folders.stated(folder)
+            differing = [
+                f"{name} {self.before.get(name, 'not stated')} and not {wanted}"
+                for name, wanted in self.config.items()
+                if name not in _MAY_CHANGE and self.before.get(name) != wanted
+            ]
             if differing:
                 raise ValueError(
-                    f"{folder} is a run of another {', '.join(differing)}; name another"
+                    f"{folder} is a run with {', '.join(differing)}; ask for what it "
+                    "has, or name another --out"
                 )
         folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(config, indent=1) + "\n")
-        partial.replace(file)
         self._file = folder / "metrics.jsonl"
         self.rows: list[dict[str, Any]] = []
         self.console = Console()
-        self._begun = time.monotonic()
+        if not self.before:
+            self._write_config()
 
     def begin(self, step: int) -> None:
         """Takes over what was logged up to a step; what came after is done again."""
-        if self._file.exists():
-            lines = self._file.read_text().splitlines()
-            rows = [json.loads(line) for line in lines if line.endswith("}")]
-            self.rows = [row for row in rows if row["step"] <= step]
-        partial = self._file.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        partial.replace(self._file)
+        self._write_config()
+        rows = jsonl.rows(self._file, ("step", "dev_loss"))
+        self.rows = [row for row in rows if row["step"] <= step]
+        jsonl.write(self._file, self.rows)
+
+    def _write_config(self) -> None:
+        partial = self.folder / "config.partial"
+        partial.write_text(json.dumps(self.config, indent=1) + "\n")
+        partial.replace(self.folder / "config.json")
 
     def log(self, step: int, **values: float) -> None:
         """One row, on disk at once."""
@@ -89,10 +102,10 @@ class Run:
         return [row["step"] for row in held], [row[name] for row in held]
 
     def progress(self) -> Progress:
-        """A bar with the loss, tokens a second, memory and the time left."""
+        """A bar with what is said of a step, and the time left."""
         return Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[said]}"),
             TimeRemainingColumn(),
@@ -114,8 +127,8 @@ class Run:
             )
             parts += [f"<h2>{html.escape(title)}</h2>", _image(figure, title)]
         parts += [
-            "<h2>Asked for</h2>",
-            _table({k: str(v) for k, v in self.config.items()}),
+            "<h2>Settings</h2>",
+            _table(self.config),
         ]
         parts += ["<h2>Leaf by leaf</h2>", f"<pre>{html.escape(summary)}</pre>"]
         page = (

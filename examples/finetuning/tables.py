@@ -88,7 +88,7 @@ def _lines(file: pathlib.Path) -> Iterator[tuple[int, str]]:
 def _tsv(file: pathlib.Path, columns: Columns) -> Iterator[list[str]]:
     wanted = (*columns.texts, columns.label)
     lines = _lines(file)
-    if all(name.isdigit() for name in wanted):
+    if all(name.isdecimal() for name in wanted):
         places = [int(name) for name in wanted]
     else:
         header = next(lines, (1, ""))[1].split("\t")

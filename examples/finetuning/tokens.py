@@ -51,15 +51,24 @@ class _Hub:
             if not named and (self._file.parent / name).exists():
                 number = folders.stated(self._file.parent, name).get("eos_token_id")
                 number = number[0] if isinstance(number, list) and number else number
-                named = [number] if isinstance(number, int) else []
+                named = [] if number is None else [self._known(number, name)]
         return named
+
+    def _known(self, number: object, name: str) -> int:
+        known = isinstance(number, int) and 0 <= number < 2**31  # as the package has it
+        if known and self._held.id_to_token(number) is not None:
+            return number
+        raise ValueError(
+            f"{self._file.parent / name}: eos_token_id {number!r} is no token of "
+            f"{self._file.name}: state one, or eos_token in tokenizer_config.json"
+        )
 
     def _named(self, mark: str) -> list[int]:
         name = folders.stated(self._file.parent, "tokenizer_config.json").get(mark)
         name = name.get("content") if isinstance(name, dict) else name
         if name is None:
             return []
-        number = self._held.token_to_id(name)
+        number = self._held.token_to_id(name) if isinstance(name, str) else None
         if number is None:
             raise ValueError(
                 f"{self._file} has no token {name!r}, which tokenizer_config.json names "

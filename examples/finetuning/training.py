@@ -16,9 +16,20 @@ from jax import Array
 import raclora_jax as rl
 from raclora_jax import methods, theory
 
-RATES = {"raclora": 1e-3, "raclora-orthogonal": 1e-3, "lora": 2e-3, "full": 1e-4}
-# Of ``raclora-orthogonal``: blocks of rows, full fine-tuning's rate at every rank.
-STATELESS = {"alpha": "dim", "sketch": "block", "resample_every": 25}
+# Of ``Spec``, by method. ``alpha="dim"`` gives both of ours one rate at every rank.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "raclora-orthogonal": {
+        "alpha": "dim",
+        "sketch": "block",
+        "side": "left",
+        "resample_every": 25,
+    },
+    "raclora": {"alpha": "dim", "resample_every": 100},
+    "lora": {},
+    "full": {},
+}
+# By method; 0 is a quarter of the model's width. A full one has none.
+RANKS = {"raclora-orthogonal": 0, "raclora": 16, "lora": 8}
 
 
 class Trainer(NamedTuple):
@@ -37,9 +48,38 @@ class Trainer(NamedTuple):
     bytes: Callable[[Any], int]
 
 
-def schedule(peak: float, steps: int, warm_up: float) -> optax.Schedule:
-    """Linear warm-up, cosine to zero."""
-    warm = max(1, int(warm_up * steps))
+def rank_said(method: str) -> str:
+    """The default rank of a method, in words."""
+    return str(RANKS[method] or "a quarter of the model's width")
+
+
+def settings(method: str, rank: int | None, width: int) -> dict[str, Any]:
+    """The arguments of ``Spec`` for a method, besides its rules.
+
+    Args:
+      method: How it trains.
+      rank: Asked for, if any.
+      width: Of the model.
+    """
+    default = RANKS.get(method, 1) or max(1, width // 4)
+    return {"rank": rank or default} | SETTINGS[method]
+
+
+def effective(method: str, spec: rl.Spec) -> dict[str, Any]:
+    """What of a spec a method goes by, for a config."""
+    if method == "full":
+        return {}
+    if method == "lora":
+        return {"rank": spec.rank, "alpha": spec.alpha or spec.rank}
+    names = "rank", "alpha", "sketch", "side", "resample_every"
+    inner = "orthogonal" if method == "raclora-orthogonal" else "Adam"
+    stated = {name: getattr(spec, name) for name in names}
+    return stated | {"alpha": spec.alpha or spec.rank, "inner": inner}
+
+
+def schedule(peak: float, steps: int) -> optax.Schedule:
+    """Linear warm-up over a tenth, cosine to zero."""
+    warm = max(1, steps // 10)
     return optax.warmup_cosine_decay_schedule(0.0, peak, warm, max(steps, warm + 1))
 
 
@@ -53,7 +93,7 @@ def spec_of(file: pathlib.Path) -> rl.Spec:
         stated = tomllib.loads(file.read_text())
         rules = [rl.Rule(**rule) for rule in stated.pop("rules", [])]
         return rl.Spec(**stated, rules=rules)
-    except (OSError, tomllib.TOMLDecodeError, TypeError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{file}: {error}") from error
 
 
