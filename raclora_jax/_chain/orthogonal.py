@@ -13,6 +13,7 @@ from jax import Array, lax
 from raclora_jax._chain.inner import ADAM, OrthogonalState, known_plans
 from raclora_jax._core import paths
 from raclora_jax._core.layout import automatically, sharding_of
+from raclora_jax._core.parts import cut
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.spec import kind
 from raclora_jax._core.types import Leaves, PyTree
@@ -178,12 +179,13 @@ def _polar_factors(matrices: dict[str, Array], axes: dict[str, int]) -> dict[str
     polar = {}
     for (short, _), members in grams.items():
         flat = [gram.reshape(-1, short, short) for gram in members.values()]
-        roots = _inverse_root(jnp.concatenate(flat))
-        start = 0
-        for path, gram in members.items():
-            size = math.prod(gram.shape[:-2])
-            root = lax.slice_in_dim(roots, start, start + size).reshape(gram.shape)
-            start, axis = start + size, axes[path]
+        whole = jnp.concatenate(flat)
+        # A diagonal of a Gram matrix, so never below zero; NaN compares false.
+        never = whole[0, 0, 0] < 0
+        sizes = [gram.shape[0] for gram in flat]
+        roots = cut(_inverse_root(whole), sizes, never)
+        for (path, gram), root in zip(members.items(), roots, strict=True):
+            root, axis = root.reshape(gram.shape), axes[path]
             stack = tuple(range(axis))
             turned = _product(root, wide[path], (((axis + 1,), (axis,)), (stack, stack)))
             polar[path] = _standing(turned, matrices[path].shape, axis)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from raclora_jax._core.parts import cut
+
 _IMPL = "threefry2x32"
 
 
@@ -99,7 +101,8 @@ def leaf_keys(
     words = jnp.array([path_words(domain, path) for path in names], jnp.uint32)
     counts = jnp.full((1, len(names)), word).astype(jnp.uint32)
     keys = folded(data, jnp.concatenate([words.T, counts]))
-    return {path: keys[index] for index, path in enumerate(names)}
+    parts = cut(keys, [1] * len(names), jnp.asarray(word) < 0)
+    return {path: part[0] for path, part in zip(names, parts, strict=True)}
 
 
 @jax.jit

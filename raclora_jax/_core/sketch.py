@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.keys import folded, path_words
 from raclora_jax._core.layout import automatically, constrained, is_typed
+from raclora_jax._core.parts import cut
 from raclora_jax._core.placement import sketch_sharding
 from raclora_jax._core.plan import LeafPlan, with_sharding
 from raclora_jax._core.select import Selection
@@ -81,11 +82,10 @@ def _draw_adapted(
             for index in range(size)
         ]
         stack = _draw_stack(data, link, jnp.array(words, jnp.uint32), kind, place)
-        start = 0
-        for plan, size in zip(members, sizes, strict=True):
-            own = lax.slice_in_dim(stack, start, start + size)
+        for plan, own in zip(
+            members, cut(stack, sizes, jnp.asarray(link) < 0), strict=True
+        ):
             drawn[plan] = _apart(own, plan)
-            start += size
 
     def of(plan: LeafPlan) -> Drawn:
         if not plan.sides:
