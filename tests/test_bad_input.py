@@ -404,6 +404,68 @@ def test_what_needs_params():
     refuses(lambda: tx.update(LOW, state), "params", "'bias'", call)
 
 
+def test_params_that_lack_a_leaf():
+    """Whether it is adapted or trained in full, before the loss looks for it."""
+    whole = PARAMS | {"head": jnp.ones((5, 4))}
+    state = rl.raclora(0.1, 2, key=0).init(whole)
+    for path, missing in (("'bias'", "bias"), ("'head'", "head")):
+        params = {name: leaf for name, leaf in whole.items() if name != missing}
+        grad_fn = rl.value_and_grad(lambda p: jnp.sum(p["bias"]) + jnp.sum(p["head"]), 2)
+        refuses(lambda: grad_fn(params, state), path, "params", "tx.init")  # noqa: B023
+
+
+def functions_of(params, spec):
+    """Every function that plans a tree."""
+
+    def loss(params):
+        return jnp.sum(jnp.ones(9) @ params["body"]["kernel"])
+
+    def steps():
+        tx = rl.raclora(0.1, spec, key=0)
+        state = tx.init(params)
+        _, grads = rl.value_and_grad(loss, spec)(params, state)
+        return rl.apply_updates(params, tx.update(grads, state, params)[0])
+
+    def links():
+        factors, chain = rl.init_adapter(params, spec, key=0)
+        rl.adapted(loss, spec)(factors, params, chain)
+        return rl.next_link(params, factors, chain, spec)[0]
+
+    def traced():
+        return rl.trace_spec(loss, params, rank=2, rules=spec.rules)
+
+    return steps, links, traced, lambda: rl.summary(params, spec)
+
+
+LEAVES = {
+    "key": jax.random.key(0),
+    "float0": np.zeros(3, jax.dtypes.float0),
+    "int": jnp.arange(3),
+    "str": np.array(["a"]),
+}
+
+
+@pytest.mark.parametrize("kind", LEAVES)
+def test_leaves_that_are_no_plain_numbers(kind):
+    """Named in the error of every function, and passed by where they are frozen."""
+    params = PARAMS | {"odd": LEAVES[kind]}
+    for call in functions_of(params, rl.Spec(2)):
+        refuses(call, "'odd'")
+    if kind == "str":
+        return
+    spec = rl.Spec(2, rules=[rl.Rule("odd", mode="frozen")])
+    for call in functions_of(params, spec)[:2]:
+        assert call()["odd"] is LEAVES[kind]
+    for call in functions_of(params, spec)[2:]:
+        call()
+
+
+@pytest.mark.parametrize("clip_norm", [0, -1.0, "1", True, float("nan")])
+def test_clip_norms(clip_norm):
+    for make in (rl.scale_by_raclora, lambda *a, **k: rl.raclora(0.1, *a, **k)):
+        refuses(lambda: make(2, clip_norm=clip_norm, key=0), "clip_norm")  # noqa: B023
+
+
 @pytest.mark.parametrize("count", [0, 2])
 def test_opt_states_without_one_state(count):
     _, state = transformation()

@@ -67,6 +67,18 @@ def test_no_gradient_gives_no_step_and_no_nan(dtype):
         assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(updates))
 
 
+@pytest.mark.parametrize("shape", [(3, 8), (9, 4)])
+@pytest.mark.parametrize("size", [1e-30, 1e18, 1e30, 1e37])
+def test_a_gradient_of_any_finite_size(size, shape):
+    """The polar factor knows no size; a stack has matrices of several."""
+    matrix = np.random.default_rng(0).normal(size=shape).astype("f")
+    want = polar_factor(jnp.asarray(matrix), 0)
+    stack = jnp.stack([matrix, np.float32(size) * matrix])
+    for got in polar_factor(stack, 1):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_array_equal(polar_factor(jnp.zeros(shape), 0), 0)
+
+
 def test_it_keeps_nothing():
     """No byte for any adapted leaf; biases have Adam's."""
     params = {"kernel": jnp.ones((9, 7)), "bias": jnp.ones(7)}

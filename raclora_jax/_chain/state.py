@@ -211,17 +211,18 @@ def check_leaves(state: RacLoraState, plans: dict[str, LeafPlan], spec: Spec) ->
                 f"{shapes(sketch)}, this spec and these params expect {expected}; "
                 f"{way_out}"
             )
-    held = {
-        str(keypath[-1].key)
-        for keypath, _ in jax.tree_util.tree_leaves_with_path(state.inner_state.lowrank)
-        if isinstance(keypath[-1], DictKey) and not _is_hyperparam(keypath)
-    }
     names = {name for plan in adapted.values() for name in named(plan)}
     # A rule of some leaves, as under ``masked``, holds nothing of the others.
-    for path in sorted(held - names):
+    for path in sorted(_held(state.inner_state.lowrank) - names):
         raise ValueError(
             f"leaf {paths.show(path)} is adapted in opt_state but not in these params; "
             f"{way_out}"
+        )
+    dense = {path for path, plan in plans.items() if plan.mode == "dense"}
+    for path in sorted(_held(state.inner_state.dense) - dense):
+        raise ValueError(
+            f"leaf {paths.show(path)} is trained in full in opt_state but not in these "
+            f"params; {way_out}"
         )
     for path in adapted:
         if spec.cache and path not in state.sketches.values:
@@ -229,6 +230,15 @@ def check_leaves(state: RacLoraState, plans: dict[str, LeafPlan], spec: Spec) ->
                 f"leaf {paths.show(path)} is adapted in this spec, but opt_state has no "
                 f"sketch for it; {way_out}"
             )
+
+
+def _held(inner_state: OptState) -> set[str]:
+    """The leaves that a state of the inner rule holds something of."""
+    return {
+        str(keypath[-1].key)
+        for keypath, _ in jax.tree_util.tree_leaves_with_path(inner_state)
+        if isinstance(keypath[-1], DictKey) and not _is_hyperparam(keypath)
+    }
 
 
 def _is_hyperparam(keypath: tuple[Any, ...]) -> bool:

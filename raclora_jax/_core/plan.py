@@ -19,7 +19,7 @@ from raclora_jax._core import layout, paths
 from raclora_jax._core.select import LAWS, Selection, selection_of
 from raclora_jax._core.spec import Rule, Spec, as_spec, check_rules_win, kind, winner
 from raclora_jax._core.stamp import Stamp
-from raclora_jax._core.types import Alpha, Cause, Leaf, Mode, PyTree, widened
+from raclora_jax._core.types import Alpha, Cause, Leaf, Mode, PyTree, is_number, widened
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -260,8 +260,15 @@ def shape_and_dtype(path: str, leaf: Leaf) -> tuple[tuple[int, ...], str]:
             f"leaf {paths.show(path)} must be an array, got {kind(leaf)}; hand over the "
             "arrays of the model only"
         )
-    dtype = str(jnp.result_type(leaf))
-    return tuple(map(int, jnp.shape(leaf))), dtype
+    try:
+        dtype = jnp.result_type(leaf)
+    except TypeError as error:
+        raise TypeError(
+            f"leaf {paths.show(path)} of dtype {leaf.dtype} is no array of JAX; hand "
+            "over the arrays of the model only"
+        ) from error
+    name = "float0" if dtype == jax.dtypes.float0 else str(dtype)
+    return tuple(map(int, jnp.shape(leaf))), name
 
 
 @functools.lru_cache(maxsize=256)
@@ -284,7 +291,7 @@ def _plan_leaf(
     leaf = LeafPlan(path=path, shape=shape, dtype=dtype, mode="frozen")
     if rule is not None and rule.mode == "frozen":
         return leaf
-    if dtype.startswith("key<") or not jnp.issubdtype(dtype, jnp.inexact):
+    if not is_number(dtype) or not jnp.issubdtype(dtype, jnp.inexact):
         raise ValueError(
             f"leaf {paths.show(path)} has dtype {dtype}: only floating leaves can be "
             f"trained; add Rule({re.escape(path)!r}, mode='frozen')"

@@ -14,9 +14,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from raclora_jax._core.types import is_number
+
 
 def is_low(dtype: DTypeLike) -> bool:
     """Whether a dtype is a real float below float32."""
+    if isinstance(dtype, str) and not is_number(dtype):
+        return False
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
 
 

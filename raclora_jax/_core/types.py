@@ -43,6 +43,11 @@ Moments = Literal["reset", "keep", "transport"]
 Cause = Literal["rule", "matrix", "no matrix", "rank"]
 
 
+def is_number(dtype: str) -> bool:
+    """Whether a dtype, by its name, is one of numbers: keys and float0 are none."""
+    return not dtype.startswith(("key<", "float0"))
+
+
 def widened(dtype: DTypeLike) -> jnp.dtype:
     """A dtype, or float32 where it is narrower.
 

@@ -17,7 +17,7 @@ from raclora_jax._core import paths
 from raclora_jax._core.plan import LeafPlan, plan_tree
 from raclora_jax._core.sides import named
 from raclora_jax._core.spec import Spec, as_spec
-from raclora_jax._core.types import Leaf, PyTree
+from raclora_jax._core.types import Leaf, PyTree, is_number
 from raclora_jax._forms.gradient import reporting
 from raclora_jax._forms.optimizer import apply_updates, raclora
 
@@ -246,7 +246,7 @@ def _row(plan: LeafPlan, state_bytes: int, sketch_bytes: int) -> Row:
 
 
 def _itemsize(plan: LeafPlan) -> int:
-    return jnp.dtype(plan.dtype).itemsize
+    return jnp.dtype(plan.dtype).itemsize if is_number(plan.dtype) else 0
 
 
 def _view(plan: LeafPlan) -> str:

@@ -23,7 +23,7 @@ from raclora_jax._core.plan import (
     shape_and_dtype,
 )
 from raclora_jax._core.spec import Rule, Spec, check_rules_win, winner
-from raclora_jax._core.types import PyTree
+from raclora_jax._core.types import Leaf, PyTree, is_number
 
 
 def trace_spec(
@@ -110,15 +110,17 @@ def _tell_unread(unread: dict[str, tuple[str, int]], rest: str) -> None:
     warnings.warn(text, stacklevel=user_level())
 
 
+def _abstract(path: str, leaf: Leaf) -> jax.ShapeDtypeStruct:
+    shape, dtype = shape_and_dtype(path, leaf)
+    return jax.ShapeDtypeStruct(shape, dtype if is_number(dtype) else leaf.dtype)
+
+
 def _watched(
     fn: Callable[..., Any], params: PyTree, args: tuple[Any, ...], spec: Spec
 ) -> Uses:
     """What ``fn`` does with its leaves, found without running it."""
     leaves, treedef = paths.flatten(params)
-    shapes = [
-        jax.ShapeDtypeStruct(*shape_and_dtype(path, leaf))
-        for path, leaf in leaves.items()
-    ]
+    shapes = [_abstract(path, leaf) for path, leaf in leaves.items()]
     inputs, filled = abstracted(args)
     staged = stage(
         lambda params, arrays: fn(params, *filled(arrays)),
