@@ -149,7 +149,7 @@ def apply_updates(model: nnx.Module, updates: PyTree, *gone: Any) -> nnx.Module:
       The same module.
 
     Raises:
-      TypeError: If ``model`` is no ``nnx.Module``, or there is a third argument.
+      TypeError: If ``model`` is no ``nnx.Module``.
       ValueError: As ``raclora_jax.apply_updates``.
 
     Example:

@@ -144,7 +144,7 @@ def test_norms_and_clips_see_its_numbers_alone():
 def test_the_old_call_says_what_to_write():
     tx = rl.raclora(0.1, 3, key=0)
     state = tx.init(PARAMS)
-    with pytest.raises(TypeError, match=r"apply_updates\(params, updates\)"):
+    with pytest.raises(ValueError, match=r"apply_updates\(params, updates\)"):
         rl.apply_updates(PARAMS, PARAMS, state, 3)
 
 

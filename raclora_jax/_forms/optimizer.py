@@ -239,8 +239,8 @@ def apply_updates(params: PyTree, updates: PyTree, *gone: Any) -> PyTree:
 
     Raises:
       ValueError: If an update does not belong to its leaf, is a gradient, or was changed
-        by a rule after ``raclora`` that does more than scale it.
-      TypeError: If there is a third argument.
+        by a rule after ``raclora`` that does more than scale it; or if there is a third
+        argument.
 
     Example:
       >>> import jax.numpy as jnp, raclora_jax as rl
@@ -252,7 +252,7 @@ def apply_updates(params: PyTree, updates: PyTree, *gone: Any) -> PyTree:
       (6, 4)
     """
     if gone:
-        raise TypeError(
+        raise ValueError(
             f"apply_updates takes params and updates, got {2 + len(gone)} arguments: an "
             "update knows its sketch, so state and spec are not handed over; write "
             "rl.apply_updates(params, updates)"
