@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from benchmarks import contest, programs, rows, timing
 
 STEPS, START = 300, 600
-GUESSES = {"raclora-orthogonal": 2e-3, "raclora": 4e-3, "lora": 8e-3, "full": 2e-3}
+GUESSES = {"raclora-orthogonal": 4e-3, "raclora": 4e-3, "lora": 8e-3, "full": 2e-3}
 
 
 class Model(NamedTuple):

@@ -37,7 +37,7 @@ with extra("finetuning", __name__):
 # state were 2e-3, 4e-3 and 4e-3; 2e-3 is ahead of LoRA's on each of them, 4e-3 on two.
 DEFAULTS = asked.Defaults(
     "raclora-orthogonal",
-    {"raclora-orthogonal": 2e-3, "raclora": 4e-3, "lora": 8e-3, "full": 2e-3},
+    {"raclora-orthogonal": 4e-3, "raclora": 4e-3, "lora": 8e-3, "full": 2e-3},
     "decoders 64, 128 and 256 wide",
 )
 

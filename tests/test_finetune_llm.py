@@ -388,7 +388,7 @@ def test_help_says_every_default(program):
             assert f"(default: {action.default})" in said, action.dest
     for method, rate in program.DEFAULTS.rates.items():
         assert f"{rate:g} for {method}" in said
-    assert "a quarter of the model's width for raclora" in said.replace("- ", "-")
+    assert "half of the model's width for raclora" in said.replace("- ", "-")
 
 
 @pytest.mark.parametrize(

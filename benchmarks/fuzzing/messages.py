@@ -52,6 +52,9 @@ def cases(seed: int, count: int, folder: pathlib.Path) -> Iterator[Case]:
     """
     draw, ways = random.Random(seed), _ways()
     states = [fed.init(way.strategy, PARAMS, key=0) for way in ways]
+    for way, state in zip(ways, states, strict=True):
+        # Compiled once, so that no case is timed with it.
+        _round(way, state, _messages(draw, way.strategy, state))
     for index in range(count):
         way, state = ways[index % len(ways)], states[index % len(ways)]
         forgery = _FORGERIES[index // len(ways) % len(_FORGERIES)]

@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora": {},
     "full": {},
 }
-# By method; 0 is a quarter of the model's width. A full one has none.
+# By method; 0 is half of the model's width. A full one has none.
 RANKS = {"raclora-orthogonal": 0, "raclora": 16, "lora": 8}
 
 
@@ -50,7 +50,7 @@ class Trainer(NamedTuple):
 
 def rank_said(method: str) -> str:
     """The default rank of a method, in words."""
-    return str(RANKS[method] or "a quarter of the model's width")
+    return str(RANKS[method] or "half of the model's width")
 
 
 def settings(method: str, rank: int | None, width: int) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def settings(method: str, rank: int | None, width: int) -> dict[str, Any]:
       rank: Asked for, if any.
       width: Of the model.
     """
-    default = RANKS.get(method, 1) or max(1, width // 4)
+    default = RANKS.get(method, 1) or max(1, width // 2)
     return {"rank": rank or default} | SETTINGS[method]
 
 
