@@ -192,6 +192,7 @@ class Weight:
         if self.leaf.zero:
             return attach(output, factor, inputs, keep, push, pull, self.leaf.scaling)
         if whole:
+            self.fell_back("the product with another leaf")
             return output
         # The sum itself, and no derivative put on it: it is right to any order.
         change = resharded(push(keep(inputs), factor), jax.typeof(output))
@@ -271,6 +272,11 @@ class Weight:
         """A shard with the sizes it has."""
         return dataclasses.replace(self, axes=resized(self.axes, jnp.shape(self.array)))
 
+    def fell_back(self, operation: str) -> None:
+        """Writes down that the gradient of a use is formed in full."""
+        fallbacks, use = self.leaf.uses.fallbacks, (self.leaf.path, operation)
+        fallbacks[use] = fallbacks.get(use, 0) + 1
+
     def materialise(self, operation: str) -> Array:
         """The leaf as an array whose gradient is formed in full, then projected.
 
@@ -280,9 +286,7 @@ class Weight:
         Returns:
           Array of ``shape``.
         """
-        fallbacks = self.leaf.uses.fallbacks
-        use = self.leaf.path, operation
-        fallbacks[use] = fallbacks.get(use, 0) + 1
+        self.fell_back(operation)
         base = self.array
         if self.factor is None:
             return base

@@ -21,14 +21,14 @@ def check_takes_factors(opt_state: PyTree, plans: dict[str, LeafPlan]) -> None:
     ``MultiSteps``, ``schedule_free``, ``ema`` and their like add gradients or updates to
     arrays of the leaf's shape, which a ``Factor`` has not.
     """
-    adapted = [plan for plan in plans.values() if plan.adapted]
     around = _holder(opt_state)
     for keypath, leaf in jax.tree_util.tree_leaves_with_path(around, is_leaf=is_state):
         if is_state(leaf):
             continue
-        where = "/" + paths.canonical(keypath)
-        for plan in adapted:
-            if where.endswith("/" + plan.path) and jnp.shape(leaf) == plan.shape:
+        parts = paths.canonical(keypath).split("/")
+        ends = ("/".join(parts[at:]) for at in range(len(parts)))
+        for plan in (plans[end] for end in ends if end in plans):
+            if plan.adapted and jnp.shape(leaf) == plan.shape:
                 raise ValueError(
                     f"leaf {paths.show(plan.path)}: opt_state holds an array of its full "
                     f"shape {plan.shape} at {jax.tree_util.keystr(keypath)}, outside "

@@ -32,7 +32,7 @@ def clipped(groups: Groups, plans: Mapping[str, LeafPlan], max_norm: Scalar) -> 
       The groups, dtypes kept.
     """
     squares = [
-        jnp.sum(jnp.square(array), dtype=array.dtype) / _seen(plans[name])
+        jnp.sum(jnp.real(array * jnp.conj(array))) / _seen(plans[name])
         for group in groups.values()
         for name, array in group.items()
         if array.size
