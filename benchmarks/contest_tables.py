@@ -59,6 +59,29 @@ def programs() -> str:
     return "\n".join(lines)
 
 
+def defaults() -> str:
+    """What both programs take by themselves against LoRA's, on texts and labels."""
+    lines = [
+        "| data | method | optimizer bytes | loss | accuracy, % | loss minus LoRA's |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in _rows("defaults"):
+        scored = row["metric"][0] is not None
+        behind = "-"
+        if "minus_lora" in row:
+            behind = f"{row['minus_lora']:+.3f} ± {row['standard_error']:.3f}"
+        cells = (
+            row["task"],
+            row["method"],
+            f"{row['optimizer_bytes']:,}",
+            f"{statistics.mean(row['loss']):.3f} ± {statistics.stdev(row['loss']):.3f}",
+            f"{100 * statistics.mean(row['metric']):.1f}" if scored else "-",
+            behind,
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def glue(study: str) -> str:
     """The metric of every task that all methods have a row of, and their mean."""
     kept = [row for row in _rows("glue") if row["study"].endswith(study)]

@@ -179,6 +179,7 @@ TABLES = {
     "language_explored": lambda: contest_tables.losses("language", "explored"),
     "language_rates": contest_tables.rates,
     "polynomials": contest_tables.polynomials,
+    "defaults": contest_tables.defaults,
     "programs": contest_tables.programs,
     "glue_steps": lambda: contest_tables.glue("equal steps"),
     "glue_time": lambda: contest_tables.glue("equal time"),
