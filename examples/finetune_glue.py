@@ -33,7 +33,7 @@ with extra("finetuning", __name__):
 
 DEFAULTS = asked.Defaults(
     "raclora",
-    {"raclora": 8e-4, "raclora-orthogonal": 4e-4, "lora": 2e-3, "full": 2e-4},
+    {"raclora": 4e-4, "raclora-orthogonal": 4e-4, "lora": 2e-3, "full": 2e-4},
     "tasks of GLUE with an encoder 384 wide",
 )
 
