@@ -167,3 +167,36 @@ def test_a_bfloat16_base_keeps_float32_factors():
     np.testing.assert_allclose(value, loss_fn(exact, *inputs()), rtol=0.05)
     gap = np.linalg.norm(grads["qkv"] - wanted["qkv"]) / np.linalg.norm(wanted["qkv"])
     assert gap < 0.05  # some steps of bfloat16, 2^-8, through five layers
+
+
+@pytest.mark.parametrize("start", [0.0, 0.3])
+def test_second_derivatives_are_those_of_the_merged_weights(start):
+    """By the factors, also where two leaves meet, and forwards."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    base = {
+        "up": jax.random.normal(keys[0], (6, 8)) / 3,
+        "down": jax.random.normal(keys[1], (8, 4)) / 3,
+        "mix": jax.random.normal(keys[2], (4, 5)),
+    }
+    x = jax.random.normal(keys[3], (5, 6))
+
+    def loss(params, x):
+        return (
+            jnp.mean(jnp.tanh(x @ params["up"]) @ (params["down"] @ params["mix"])) ** 2
+        )
+
+    spec = rl.Spec(2)
+    factors, chain = rl.init_adapter(base, spec, key=1)
+    factors = jax.tree.map(lambda f: f + start, factors)
+
+    def ours(factors):
+        return rl.adapted(loss, spec)(factors, base, chain, x)
+
+    def merged(factors):
+        return loss(rl.effective_params(base, factors, chain, spec), x)
+
+    for derivative in (jax.grad, jax.hessian, jax.jacfwd):
+        got, want = derivative(ours)(factors), derivative(merged)(factors)
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+    assert float(jnp.abs(jax.hessian(ours)(factors)["down"]["down"]).max()) > 1e-6

@@ -52,6 +52,31 @@ def attach(
     return attached
 
 
+def named(
+    output: Array,
+    factor: Array,
+    inputs: PyTree,
+    keep: Callable[[PyTree], PyTree],
+    push: Map,
+    scaling: float,
+) -> Array:
+    """``attach`` for an output with the factor's part in it: right to any order."""
+
+    @jax.custom_jvp
+    def identity(output: Array, factor: Array, inputs: PyTree) -> Array:
+        return output
+
+    @identity.defjvp
+    def rule(primals: PyTree, tangents: PyTree) -> tuple[Array, Array]:
+        change = resharded(push(keep(primals[2]), tangents[1]), jax.typeof(primals[0]))
+        # Itself, and not its output: that depends on the factor when derived again.
+        out: Array = identity(*primals)
+        return out, tangents[0] + (scaling * change).astype(out.dtype)
+
+    attached: Array = identity(output, varying_as(factor, output), inputs)
+    return attached
+
+
 def varying_as(array: Array, other: Array) -> Array:
     """Inside ``shard_map``, an array that varies over what another varies over."""
     axes = tuple(varying_axes(other) - varying_axes(array))

@@ -29,8 +29,9 @@ from raclora_jax._core.layout import automatically, merged
 def dot_general(eqn: Eqn, left: Operand, right: Operand) -> Array | None:
     """A product with leaves on either side or both, any axes summed, free or stacked."""
     if isinstance(left, Weight) and isinstance(right, Weight):
+        forgetting = left.forgetting().value(), right.forgetting().value()
+        y = eqn.primitive.bind(*forgetting, **eqn.params)
         values = left.value(), right.value()
-        y = eqn.primitive.bind(*values, **eqn.params)
         y = dotted(eqn, right, values[0], y, first=False, whole=True)
         return dotted(eqn, left, values[1], y, first=True, whole=True)
     first = isinstance(left, Weight)

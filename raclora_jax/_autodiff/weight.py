@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec
 
-from raclora_jax._autodiff.attach import Map, attach
+from raclora_jax._autodiff.attach import Map, attach, named
 from raclora_jax._autodiff.axes import RANK, Atom, Axis, MeshAxes, Part, resized
 from raclora_jax._autodiff.contraction import contract
 from raclora_jax._autodiff.picks import Picks
@@ -192,11 +192,16 @@ class Weight:
         if self.leaf.zero:
             return attach(output, factor, inputs, keep, push, pull, self.leaf.scaling)
         if whole:
-            self.fell_back("the product with another leaf")
-            return output
+            return named(output, factor, inputs, keep, push, self.leaf.scaling)
         # The sum itself, and no derivative put on it: it is right to any order.
         change = resharded(push(keep(inputs), factor), jax.typeof(output))
         return output + (self.leaf.scaling * change).astype(output.dtype)
+
+    def forgetting(self) -> Weight:
+        """The weight, whose value no gradient goes back through to the factor."""
+        if self.factor is None:
+            return self
+        return dataclasses.replace(self, factor=lax.stop_gradient(self.factor))
 
     def value(self) -> Array:
         """The leaf as an array; where the factor is zero, one that forgets it."""
@@ -272,11 +277,6 @@ class Weight:
         """A shard with the sizes it has."""
         return dataclasses.replace(self, axes=resized(self.axes, jnp.shape(self.array)))
 
-    def fell_back(self, operation: str) -> None:
-        """Writes down that the gradient of a use is formed in full."""
-        fallbacks, use = self.leaf.uses.fallbacks, (self.leaf.path, operation)
-        fallbacks[use] = fallbacks.get(use, 0) + 1
-
     def materialise(self, operation: str) -> Array:
         """The leaf as an array whose gradient is formed in full, then projected.
 
@@ -286,7 +286,9 @@ class Weight:
         Returns:
           Array of ``shape``.
         """
-        self.fell_back(operation)
+        fallbacks = self.leaf.uses.fallbacks
+        use = self.leaf.path, operation
+        fallbacks[use] = fallbacks.get(use, 0) + 1
         base = self.array
         if self.factor is None:
             return base
