@@ -351,7 +351,7 @@ def test_what_it_comes_to_is_said_first(program, folder, table, tmp_path, monkey
     assert "None" not in config.values()
     settings = ("rank", "alpha", "sketch", "side", "resample_every", "inner")
     found = tuple(config[name] for name in ("learning_rate", *settings))
-    width = str(SIZES["hidden_size"] // 4)
+    width = str(SIZES["hidden_size"] // 2)
     assert found == (f"{rate:g}", width, "dim", "block", "left", "25", "orthogonal")
 
 
