@@ -14,9 +14,10 @@ from raclora_jax._forms.adapter import (
     merge,
     next_link,
 )
+from raclora_jax._forms.apply import apply_updates
 from raclora_jax._forms.factor_rules import factor_labels, planned, restart
 from raclora_jax._forms.gradient import grad, value_and_grad
-from raclora_jax._forms.optimizer import apply_updates, raclora, scale_by_raclora
+from raclora_jax._forms.optimizer import raclora, scale_by_raclora
 from raclora_jax._forms.pure import lift, project, sample_sketch
 from raclora_jax._forms.summary import summary
 from raclora_jax._forms.trace import trace_spec

@@ -14,7 +14,7 @@ from raclora_jax._core.factor import is_factor
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaf, PyTree
 from raclora_jax._extras import extra
-from raclora_jax._forms import gradient, optimizer
+from raclora_jax._forms import apply, gradient
 
 with extra("flax"):
     from flax import nnx, struct
@@ -164,7 +164,7 @@ def apply_updates(model: nnx.Module, updates: PyTree, *gone: Any) -> nnx.Module:
     """
     _check_module(model, "apply_updates")
     tree, restore = to_tree(model)
-    stepped = optimizer.apply_updates(tree, updates, *gone)
+    stepped = apply.apply_updates(tree, updates, *gone)
     nnx.update(model, nnx.state(restore(stepped), nnx.Param))
     return model
 
@@ -229,7 +229,7 @@ class Optimizer(nnx.Optimizer[Any]):
         opt_state = nnx.as_pure(self.opt_state)
         given = (_as_params(grads, params), opt_state, params)
         updates, new_state = self.tx.update(*given, **nnx.as_pure(kwargs))
-        stepped = optimizer.apply_updates(params, updates)
+        stepped = apply.apply_updates(params, updates)
         nnx.update(model, stepped)
         nnx.update(self.opt_state, nnx.state(new_state))
         self.step[...] += 1
@@ -299,7 +299,7 @@ class TrainState(train_state.TrainState):
         if overwrites:
             given, params = grads["params"], params["params"]
         updates, opt_state = self.tx.update(given, self.opt_state, params)
-        params = optimizer.apply_updates(params, updates)
+        params = apply.apply_updates(params, updates)
         if overwrites:
             whole = {"params": params}
             whole[OVERWRITE_WITH_GRADIENT] = grads[OVERWRITE_WITH_GRADIENT]

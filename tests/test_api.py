@@ -24,7 +24,7 @@ ROOMS = {
     "_autodiff": "stage uses contraction axes attach picks weight rearrange arithmetic "
     "output picked consume join interpret watch",
     "_chain": "boxes inner orthogonal state around clip step",
-    "_forms": "pure optimizer gradient adapter factor_rules unmerged trace summary",
+    "_forms": "pure apply optimizer gradient adapter factor_rules unmerged trace summary",
     "peft": "_folder _files _targets _families _pairs _best _format _patterns _config "
     "_ties _read _write _models",
     "quantized": "_codes _merge",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple, NoReturn
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from raclora_jax._core import layout, paths, rounding
-from raclora_jax._core.plan import LeafPlan, stamped_plan
+from raclora_jax._core.plan import LeafPlan, shape_and_dtype, with_sharding
 from raclora_jax._core.sides import (
     BothSketches,
     factor_shapes,
@@ -231,10 +232,52 @@ def plan_of_update(path: str, update: Factor, weight: Leaf) -> LeafPlan:
             f"leaf {paths.show(path)}: this Factor was made by hand and has no sketch to "
             "be lifted on; apply what tx.update returned"
         )
-    plan = stamped_plan(path, update.stamp, weight)
+    plan = _stamped_plan(path, update.stamp, weight)
     check_factor(update, plan)
     _check_origin(update, plan)
     return plan
+
+
+def _stamped_plan(path: str, stamp: Stamp, weight: Leaf) -> LeafPlan:
+    """The plan that a stamp was taken of, for the weight it is about.
+
+    Raises:
+      ValueError: If a weight of this shape cannot have it.
+    """
+    shape, dtype = shape_and_dtype(path, weight)
+    if stamp.shape != shape:
+        raise ValueError(
+            f"leaf {paths.show(path)}: the update is of a leaf of shape {stamp.shape}, "
+            f"this one has {shape}; apply it to the params that tx.update was given"
+        )
+    plan, sharding = _stamped(path, stamp, shape, dtype), layout.sharding_of(weight)
+    return plan if sharding is None else with_sharding(plan, sharding)
+
+
+@functools.lru_cache(maxsize=4096)
+def _stamped(path: str, stamp: Stamp, shape: tuple[int, ...], dtype: str) -> LeafPlan:
+    taken = (*stamp.rows, *stamp.batch)
+    plan = LeafPlan(
+        path=path,
+        shape=shape,
+        dtype=dtype,
+        mode="lowrank",
+        rows=stamp.rows,
+        cols=tuple(axis for axis in range(len(shape)) if axis not in taken),
+        batch=stamp.batch,
+        side=stamp.side,
+        rank=stamp.rank,
+        sketch=stamp.sketch,
+        resample_every=stamp.resample_every,
+        rounding=stamp.rounding,
+    )
+    if not isinstance(stamp.scaling, tuple):
+        return dataclasses.replace(plan, scaling=stamp.scaling)
+    sides = tuple(
+        dataclasses.replace(plan, side=side, scaling=scaling)
+        for side, scaling in zip(("left", "right"), stamp.scaling, strict=True)
+    )
+    return dataclasses.replace(plan, scaling=sides[0].scaling, sides=sides)
 
 
 def _check_origin(update: Factor, plan: LeafPlan) -> None:

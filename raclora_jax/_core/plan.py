@@ -211,48 +211,6 @@ def with_sharding(plan: LeafPlan, sharding: NamedSharding | None) -> LeafPlan:
     return dataclasses.replace(plan, sides=sides, sharding=sharding)
 
 
-def stamped_plan(path: str, stamp: Stamp, weight: Leaf) -> LeafPlan:
-    """The plan that a stamp was taken of, for the weight it is about.
-
-    Raises:
-      ValueError: If a weight of this shape cannot have it.
-    """
-    shape, dtype = shape_and_dtype(path, weight)
-    if stamp.shape != shape:
-        raise ValueError(
-            f"leaf {paths.show(path)}: the update is of a leaf of shape {stamp.shape}, "
-            f"this one has {shape}; apply it to the params that tx.update was given"
-        )
-    plan, sharding = _stamped(path, stamp, shape, dtype), layout.sharding_of(weight)
-    return plan if sharding is None else with_sharding(plan, sharding)
-
-
-@functools.lru_cache(maxsize=4096)
-def _stamped(path: str, stamp: Stamp, shape: tuple[int, ...], dtype: str) -> LeafPlan:
-    taken = (*stamp.rows, *stamp.batch)
-    plan = LeafPlan(
-        path=path,
-        shape=shape,
-        dtype=dtype,
-        mode="lowrank",
-        rows=stamp.rows,
-        cols=tuple(axis for axis in range(len(shape)) if axis not in taken),
-        batch=stamp.batch,
-        side=stamp.side,
-        rank=stamp.rank,
-        sketch=stamp.sketch,
-        resample_every=stamp.resample_every,
-        rounding=stamp.rounding,
-    )
-    if not isinstance(stamp.scaling, tuple):
-        return dataclasses.replace(plan, scaling=stamp.scaling)
-    sides = tuple(
-        dataclasses.replace(plan, side=side, scaling=scaling)
-        for side, scaling in zip(("left", "right"), stamp.scaling, strict=True)
-    )
-    return dataclasses.replace(plan, scaling=sides[0].scaling, sides=sides)
-
-
 def shape_and_dtype(path: str, leaf: Leaf) -> tuple[tuple[int, ...], str]:
     """Of a leaf, refused by name where it is no array."""
     if not (hasattr(leaf, "dtype") or isinstance(leaf, numbers.Number)):

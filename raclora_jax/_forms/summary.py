@@ -18,8 +18,9 @@ from raclora_jax._core.plan import LeafPlan, plan_tree
 from raclora_jax._core.sides import named
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaf, PyTree, is_number
+from raclora_jax._forms.apply import apply_updates
 from raclora_jax._forms.gradient import reporting
-from raclora_jax._forms.optimizer import apply_updates, raclora
+from raclora_jax._forms.optimizer import raclora
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
