@@ -12,9 +12,10 @@ from jax import Array, lax
 def cut(stack: Array, sizes: Sequence[int], never: Array) -> list[Array]:
     """Consecutive parts of a stack along its first axis.
 
-    A slice at a place of its own is a kernel of its own, and on a CPU each takes some 20
-    ms to compile. Slices that are told their place when they run are one kernel, so there
-    the places come out of a branch, which the compiler cannot see through.
+    A slice at a place of its own is a kernel of its own, and on a CPU kernels take longer
+    to compile than all else. Slices that are told their place when they run are one
+    kernel, so there the places come out of a branch, which the compiler does not see
+    through.
 
     Args:
       stack: Array ``(sum of sizes, ...)``.
