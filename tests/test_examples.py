@@ -57,11 +57,14 @@ def unloaded():
         ("nnx", "flax", "examples"),
         ("pod", "grain", "pod"),
         ("finetune_glue", "tokenizers", "finetuning"),
-        ("finetune_llm", "tokenizers", "finetuning"),
-        ("finetune_text", "rich.console", "finetuning"),
+        ("finetune_llm", "tunix", "finetuning"),
+        ("finetune_text", "tunix", "finetuning"),
     ],
 )
 def test_a_missing_package_is_one_line(program, package, extra, monkeypatch, capsys):
+    for name in list(sys.modules):
+        if name.startswith(f"{package}."):  # would be found without its package
+            monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(sys, "argv", [f"{program}.py"])
     with pytest.raises(SystemExit) as stopped:
