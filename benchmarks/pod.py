@@ -5,13 +5,14 @@ run, and with it the memory of a device, the bytes that devices exchange and wha
 compiler itself takes. One program is compiled at a time, in a process of its own, and
 its row is saved at once; rows that are there already are kept. Needs the extra ``tpu``.
 
-    python -m benchmarks.pod [--quick] [--full] [--studies slices,fits] [--only REGEX]
-                             [--effort -1]
+    python -m benchmarks.pod [--quick] [--full] [--studies slices,fits,one_chip]
+                             [--only REGEX] [--effort -1]
 
 ``slices`` compiles every method on a grid of models, slices, meshes and lengths; ``fits``
 looks for the smallest v5e slice whose program the compiler accepts, at 4096 tokens a
-chip. ``--full`` takes the whole grid: hours. ``--effort`` is XLA's, from -1 to 1, for
-both the speed and the memory of the program; rows say it, and 0 is what a user gets.
+chip; ``one_chip`` compiles what a single chip is asked to hold. ``--full`` takes the
+whole grid: hours. ``--effort`` is XLA's, from -1 to 1, for both the speed and the memory
+of the program; rows say it, and 0 is what a user gets.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ ALONE = {
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
 SLICES = {
+    "v5e-1": "v5e:1x1",
+    "v6e-1": "v6e:1x1",
     "v5e-4": "v5e:2x2",
     "v5e-8": "v5e:2x4",
     "v5e-16": "v5e:4x4",
@@ -49,6 +52,9 @@ SLICES = {
     "v5p-64": "v5p:4x4x4",
     "v6e-256": "v6e:16x16",
 }
+
+
+ALONE_ON_HOST = ("v5e-1", "v6e-1")
 
 
 class Point(NamedTuple):
@@ -107,6 +113,16 @@ FULL = tuple(
         ),
     )
 )
+ONE_CHIP = tuple(
+    Point(model, chip, 1, length)
+    for model, chip in (
+        ("7B", "v5e-1"),
+        ("8B", "v5e-1"),
+        ("8B", "v6e-1"),
+        ("13B", "v6e-1"),
+    )
+    for length in (2048, 4096)
+)
 QUICK = (Point("tiny", "v5e-16", 1, 512), Point("tiny", "v5e-16", 4, 512))
 # From where the search for the smallest slice starts: below, the weights are too much.
 FITS_FROM = {"7B": 0, "13B": 0, "70B": 2, "tiny": 0}
@@ -118,7 +134,10 @@ def compiled(job: Job) -> dict[str, Any]:
     point = job.point
     jax.config.update("jax_exec_time_optimization_effort", job.effort)
     jax.config.update("jax_memory_fitting_effort", job.effort)
-    topology = topologies.get_topology_desc(SLICES[point.slice], "tpu")
+    one: Any = (
+        {"chips_per_host_bounds": (1, 1, 1)} if point.slice in ALONE_ON_HOST else {}
+    )
+    topology = topologies.get_topology_desc(SLICES[point.slice], "tpu", **one)
     chips = len(topology.devices)
     split = (chips // point.tensor, point.tensor)
     # A slice of 16 x 16 chips as 64 x 4 cuts one of its own axes.
@@ -128,7 +147,8 @@ def compiled(job: Job) -> dict[str, Any]:
     mesh = Mesh(devices, ("fsdp", "tp"))
     sizes = pod_steps.LLAMA[point.model]
     model = pod_steps.llama(sizes, split[0], point.length, mesh)
-    method = pod_steps.METHODS[job.method](model, sizes.width)
+    methods = pod_steps.METHODS | pod_steps.ONE_CHIP
+    method = methods[job.method](model, sizes.width)
     key, rows = jax.random.key(0), NamedSharding(mesh, PartitionSpec("fsdp"))
     state = pod_steps.placed(jax.eval_shape(method.init, key), sizes, mesh)
     batch = jax.tree.map(
@@ -185,6 +205,12 @@ def study_slices(points: Iterable[Point], add: Callable[..., dict[str, Any]]) ->
         add(point, method)
 
 
+def study_one_chip(points: Iterable[Point], add: Callable[..., dict[str, Any]]) -> None:
+    """What one chip takes, by each method."""
+    for point, method in itertools.product(points, pod_steps.ONE_CHIP):
+        add(point, method)
+
+
 def study_fits(models: Iterable[str], add: Callable[..., dict[str, Any]]) -> None:
     """Every method on larger and larger slices, up to one that the compiler accepts."""
     for model, method in itertools.product(models, pod_steps.METHODS):
@@ -197,7 +223,7 @@ def main() -> None:
     """Compiles what is missing."""
     parser = timing.parser(__doc__)
     parser.add_argument("--full", action="store_true", help="the whole grid: hours")
-    parser.add_argument("--studies", default="slices,fits")
+    parser.add_argument("--studies", default="slices,fits,one_chip")
     parser.add_argument("--only", default="", help="part of 'study, method', a regex")
     parser.add_argument("--effort", type=float, default=0.0, help="of XLA, -1 to 1")
     options = timing.parse(parser)
@@ -221,6 +247,10 @@ def main() -> None:
     studies = options.studies.split(",")
     if "slices" in studies:
         study_slices(QUICK if options.quick else FULL if options.full else CHOSEN, add)
+    if "one_chip" in studies:
+        study_one_chip(
+            [Point("tiny", "v5e-1", 1, 512)] if options.quick else ONE_CHIP, add
+        )
     if "fits" in studies:
         study_fits(["tiny"] if options.quick else ["7B", "13B", "70B"], add)
 

@@ -44,6 +44,7 @@ LLAMA = {
     "7B": Sizes(4096, 32, 32, 32, 11_008),
     "13B": Sizes(5120, 40, 40, 40, 13_824),
     "70B": Sizes(8192, 80, 64, 8, 28_672),
+    "8B": Sizes(4096, 32, 32, 8, 14_336, 128_256),
     "tiny": Sizes(512, 2, 4, 4, 1024, 2048),
 }
 
@@ -348,6 +349,26 @@ def lora(model: Model) -> Method:
     return Method("LoRA", init, step)
 
 
+def stateless(parts: int) -> dict[str, Any]:
+    """The options of a rule without state on one part of the rows, or on all of them."""
+    options = {"side": "left", "sketch": "block", "inner": rl.orthogonal()}
+    if parts == 1:
+        return options | {"rules": [rl.Rule(".*", mode="full")]}
+    return options | {"alpha": "dim"}
+
+
+def _by_parts(form: str, make: Callable[..., Method]) -> dict[str, Any]:
+    """A form of ours for each share of the rows that one step moves."""
+
+    def method(parts: int) -> Callable[[Model, int], Method]:
+        return lambda model, width: make(
+            model, rank=width // max(parts, 2), **stateless(parts)
+        )
+
+    names = {1: "whole"} | {parts: f"dim / {parts}" for parts in (4, 8, 16)}
+    return {f"{form}, {name}": method(parts) for parts, name in names.items()}
+
+
 METHODS: dict[str, Callable[[Model, int], Method]] = {
     "floor": lambda model, width: floor(model),
     "AdamW": lambda model, width: adamw(model),
@@ -365,4 +386,16 @@ METHODS: dict[str, Callable[[Model, int], Method]] = {
         alpha="dim",
         inner=rl.orthogonal(),
     ),
+}
+# On one chip, for which the memory is the question.
+ONE_CHIP: dict[str, Callable[[Model, int], Method]] = {
+    "floor": METHODS["floor"],
+    "AdamW": METHODS["AdamW"],
+    "LoRA": METHODS["LoRA"],
+    "ours, left": METHODS["ours, left"],
+    "fused, Adam, left": lambda model, width: rivals.fused(
+        model, rank=RANK, side="left", inner=optax.scale_by_adam()
+    ),
+    **_by_parts("block", rivals.ours),
+    **_by_parts("fused", rivals.fused),
 }

@@ -122,6 +122,22 @@ def ours(
     return Method(name, init, step)
 
 
+def fused(model: Model, name: str = "fused", *, inner: Any, **options: Any) -> Method:
+    """RAC-LoRA that updates the weights inside the backward pass."""
+    tx = rl.raclora(RATE, spec_of(model, **options), inner=inner, key=0)
+    one = rl.fused_step(model.loss, tx)
+
+    def init(key: Any) -> tuple[Any, Any]:
+        params = model.init(key)
+        return params, tx.init(params)
+
+    def step(state: tuple[Any, Any], batch: Batch) -> tuple[tuple[Any, Any], Array]:
+        params, opt_state, loss = one(*state, batch)
+        return (params, opt_state), loss
+
+    return Method(name, init, step)
+
+
 def dense_form(model: Model, **options: Any) -> Method:
     """RAC-LoRA with plain dense gradients, projected."""
     tx = rl.raclora(RATE, spec_of(model, **options), key=0)

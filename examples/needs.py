@@ -19,8 +19,9 @@ def extra(name, module):
         if module != "__main__":
             raise
         program = pathlib.Path(sys.argv[0]).name
+        package = str(error.name or error).partition(".")[0]
         print(
-            f"{program}: needs {error.name or error}: pip install 'raclora-jax[{name}]'",
+            f"{program}: needs {package}: pip install 'raclora-jax[{name}]'",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -4,6 +4,7 @@ from importlib import import_module as _import_module
 from types import ModuleType as _ModuleType
 
 from raclora_jax._chain.orthogonal import orthogonal
+from raclora_jax._chain.separable import per_matrix
 from raclora_jax._chain.state import RacLoraState
 from raclora_jax._core.factor import Factor
 from raclora_jax._core.spec import Rule, Spec
@@ -16,6 +17,7 @@ from raclora_jax._forms.adapter import (
 )
 from raclora_jax._forms.apply import apply_updates
 from raclora_jax._forms.factor_rules import factor_labels, planned, restart
+from raclora_jax._forms.fused import fused_step
 from raclora_jax._forms.gradient import grad, value_and_grad
 from raclora_jax._forms.optimizer import raclora, scale_by_raclora
 from raclora_jax._forms.pure import lift, project, sample_sketch
@@ -35,12 +37,14 @@ __all__ = [
     "apply_updates",
     "effective_params",
     "factor_labels",
+    "fused_step",
     "grad",
     "init_adapter",
     "lift",
     "merge",
     "next_link",
     "orthogonal",
+    "per_matrix",
     "planned",
     "project",
     "raclora",

@@ -1,11 +1,21 @@
 """Eight fake CPU devices for every test, so that sharded runs can be compared."""
 
+import os
+
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+# Nearly all the time of a test is that of the compiler, which need not try hard.
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+).strip()
 chex.set_n_cpu_devices(8)
 
 # Seconds each, for what a quicker case or another test shows too.

@@ -22,9 +22,10 @@ ROOMS = {
     "_core": "types parts paths stamp layout select spec plan placement sides keys "
     "cholesky sketch lowrank rounding factor merge",
     "_autodiff": "stage uses contraction axes attach picks weight rearrange arithmetic "
-    "output picked consume join interpret watch",
-    "_chain": "boxes inner orthogonal state around clip step",
-    "_forms": "pure apply optimizer gradient adapter factor_rules unmerged trace summary",
+    "output picked consume join rounds updating interpret watch",
+    "_chain": "boxes inner separable orthogonal state around clip step slices",
+    "_forms": "pure apply optimizer gradient fused adapter factor_rules unmerged trace "
+    "summary",
     "peft": "_folder _files _targets _families _pairs _best _format _patterns _config "
     "_ties _read _write _models",
     "quantized": "_codes _merge",

@@ -51,8 +51,8 @@ def unloaded():
 @pytest.mark.parametrize(
     ("program", "package", "extra"),
     [
-        ("adapter", "sklearn.neural_network", "examples"),
-        ("dropin", "sklearn.datasets", "examples"),
+        ("adapter", "sklearn", "examples"),
+        ("dropin", "sklearn", "examples"),
         ("linen", "flax", "examples"),
         ("nnx", "flax", "examples"),
         ("pod", "grain", "pod"),

@@ -8,13 +8,13 @@ none, the leaf is formed and the operation runs as it stands: same numbers, said
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.extend.core as jex
 from jax import Array, lax
 
-from raclora_jax._autodiff import arithmetic, consume, join, rearrange
+from raclora_jax._autodiff import arithmetic, consume, join, rearrange, updating
 from raclora_jax._autodiff.join import Standing, Value
 from raclora_jax._autodiff.stage import Eqn, Program, body_of, called
 from raclora_jax._autodiff.weight import Operand, Weight
@@ -36,6 +36,57 @@ def read_inputs(program: Program) -> set[int]:
             operands = [var for i, var in enumerate(operands) if i in places]
         read |= {var for var in operands if not isinstance(var, jex.Literal)}
     return {place for place, var in enumerate(jaxpr.invars) if var in read}
+
+
+class Reads(NamedTuple):
+    """How often something reads an input: one slice at a time in a scan, or otherwise."""
+
+    in_scans: int
+    elsewhere: int
+
+
+def scanned_once(program: Program) -> set[int]:
+    """The places of the inputs that one scan reads slice by slice, and nothing else."""
+    jaxpr = body_of(program)
+    reads, standing = _reads(jaxpr)
+    handed_out = {
+        standing.get(v) for v in jaxpr.outvars if not isinstance(v, jex.Literal)
+    }
+    return {p for p, r in reads.items() if r == (1, 0) and p not in handed_out}
+
+
+def _reads(jaxpr: jex.Jaxpr) -> tuple[dict[int, Reads], dict[jex.Var, int]]:
+    """How each input of a program is read, and which variables are inputs handed on."""
+    standing = {var: place for place, var in enumerate(jaxpr.invars)}
+    reads = {place: Reads(0, 0) for place in standing.values()}
+    for eqn in jaxpr.eqns:
+        inside = _reads_by(eqn)
+        for own, var in enumerate(eqn.invars):
+            if isinstance(var, jex.Literal) or var not in standing:
+                continue
+            more, place = inside(own), standing[var]
+            before = reads[place]
+            reads[place] = Reads(
+                before.in_scans + more.in_scans, before.elsewhere + more.elsewhere
+            )
+        for out, own in handed_on_by(eqn).items():
+            var = eqn.invars[own]
+            if not isinstance(var, jex.Literal) and var in standing:
+                standing[eqn.outvars[out]] = standing[var]
+    return reads, standing
+
+
+def _reads_by(eqn: Eqn) -> Callable[[int], Reads]:
+    """How an equation reads each of its operands."""
+    rule = _CALLS.get(eqn.primitive.name)
+    if rule is _call and not _asks_sharding(eqn):
+        inside, _ = _reads(body_of(called(eqn)))
+        return inside.__getitem__
+    if rule is _scan and eqn.params["length"] > 0:
+        closed_over, carry, _ = scan_operands(eqn.params, [*range(len(eqn.invars))])
+        first = len(closed_over) + len(carry)
+        return lambda own: Reads(1, 0) if own >= first else Reads(0, 1)
+    return lambda own: Reads(0, 1)
 
 
 def evaluate(program: Program, arguments: Sequence[Value]) -> list[Value]:
@@ -171,20 +222,25 @@ def _scan(eqn: Eqn, operands: list[Value]) -> list[Value]:
     kept_carry = {i: value for i, value in kept.items() if i < len(carry)}
 
     def sliced(x: Value) -> Operand:
-        stacked = x.stacked() if isinstance(x, Weight) else None
+        if not isinstance(x, Weight):
+            return arrays([x], "scan")[0]
+        stacked = x if updating.is_moving(x) else x.stacked()
         return arrays([x], "scan")[0] if stacked is None else stacked
 
     def step(
-        state: list[Array], slices: list[Operand]
+        closed_over: list[Value], state: list[Array], slices: list[Operand]
     ) -> tuple[list[Array], list[Array]]:
-        each = [x.unstacked() if isinstance(x, Weight) else x for x in slices]
-        out = evaluate(program, [*closed_over, *_filled(state, kept_carry), *each])
+        around = closed_over[: len(closed_over) - len(kept_carry)]
+        handed_on = dict(zip(kept_carry, closed_over[len(around) :], strict=True))
+        out = evaluate(program, [*around, *_filled(state, handed_on), *slices])
         changed = arrays(_changing(out, kept), "scan")
         return changed[: len(state)], changed[len(state) :]
 
-    end, ys = lax.scan(
+    start = arrays(_changing(carry, kept_carry), "scan")
+    end, ys = updating.scan(
         step,
-        arrays(_changing(carry, kept_carry), "scan"),
+        [*closed_over, *kept_carry.values()],
+        start,
         [sliced(x) for x in xs],
         length=params["length"],
         reverse=params["reverse"],

@@ -8,6 +8,8 @@ import re
 import warnings
 from typing import NamedTuple
 
+from jax import Array
+
 from raclora_jax._core import paths
 
 
@@ -27,11 +29,13 @@ class Uses:
       fallbacks: ``{(path, operation): times}`` for uses that formed a dense gradient.
       lost: ``{path: operation}`` for leaves that an operation read in a way that shows
         no view.
+      tokens: What scans that update their leaves gave to be differentiated.
     """
 
     found: dict[str, list[Use]] = dataclasses.field(default_factory=dict)
     fallbacks: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
     lost: dict[str, str] = dataclasses.field(default_factory=dict)
+    tokens: list[Array] = dataclasses.field(default_factory=list)
 
     def warn(self) -> None:
         """One warning for all the uses that formed a dense gradient."""

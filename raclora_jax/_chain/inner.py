@@ -27,7 +27,7 @@ ADAM = optax.scale_by_adam()
 _FIRST_MOMENTS = ("mu", "trace", "momentum")
 
 # What a rule is tried on before it is used.
-_PROBE = LeafPlan(
+PROBE = LeafPlan(
     path="probe",
     shape=(4, 2),
     dtype="float32",
@@ -87,15 +87,15 @@ def check_inner(inner: object) -> None:
             "for example optax.scale_by_adam()"
         )
     rule = as_rule(inner)
-    gradient = {_PROBE.path: jnp.ones(_PROBE.factor_shape, jnp.float32)}
-    plans = {_PROBE.path: _PROBE}
+    gradient = {PROBE.path: jnp.ones(PROBE.factor_shape, jnp.float32)}
+    plans = {PROBE.path: PROBE}
 
     def probe() -> Array:
         def advance(carry: PyTree) -> PyTree:
             count, state, _ = carry
             with knowing(plans):
                 update, new = rule.update(gradient, state, None, plans=plans)
-            return count + 1, jax.tree.map(same_type, new, state), update[_PROBE.path]
+            return count + 1, jax.tree.map(same_type, new, state), update[PROBE.path]
 
         def waits(carry: PyTree) -> Array:
             count, _, update = carry

@@ -11,6 +11,7 @@ import optax
 from jax import Array, lax
 
 from raclora_jax._chain.inner import ADAM, OrthogonalState, known_plans
+from raclora_jax._chain.separable import per_matrix
 from raclora_jax._core import paths
 from raclora_jax._core.layout import automatically, sharding_of
 from raclora_jax._core.parts import cut
@@ -130,7 +131,7 @@ def orthogonal(
         new = OrthogonalState(adam, momenta, count, moments)
         return paths.unflatten(treedef, {p: answer[p] for p in leaves}), new
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return per_matrix(optax.GradientTransformationExtraArgs(init, update))
 
 
 def polar_factor(matrix: Array, axis: int) -> Array:

@@ -64,6 +64,8 @@ class RacLoraState(NamedTuple):
       inner_state: ``InnerStates`` of the inner rule.
       sketches: ``SketchCache``; it holds no values under ``Spec(cache=False)``.
       master: ``{path: float32 weight}`` under ``rounding="master"``, else empty.
+      skipped: int32 scalar, how often a fused step left a matrix as it was, for a loss
+        or a gradient that was not finite.
     """
 
     count: Array  # type: ignore[assignment]  # hides tuple.count, as in optax
@@ -74,6 +76,7 @@ class RacLoraState(NamedTuple):
     inner_state: InnerStates
     sketches: SketchCache
     master: dict[str, Array]
+    skipped: Array
 
 
 class Now(NamedTuple):
@@ -288,7 +291,7 @@ def check_values(state: RacLoraState) -> None:
             return bool(jnp.all(jnp.isfinite(value)))
 
     way_out = "the checkpoint is damaged: restore another, or start anew with tx.init"
-    for name in ("count", "link", "step_in_link"):
+    for name in ("count", "link", "step_in_link", "skipped"):
         value = getattr(state, name)
         if known(value) and int(value) < 0:
             raise ValueError(f"the RAC-LoRA state has {name}={int(value)}; {way_out}")

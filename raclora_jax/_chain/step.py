@@ -59,7 +59,6 @@ from raclora_jax._core.types import (
     Drawn,
     FactorValue,
     KeyLike,
-    Leaf,
     Leaves,
     Moments,
     OptState,
@@ -88,16 +87,16 @@ class Step(NamedTuple):
             return value
         return lift_leaf(value, self.sketches[path], self.plans[path])
 
-    def answer(self, one: Callable[[str, Leaf], Leaf]) -> PyTree:
-        """The updates tree: ``one(path, grad)`` per trained leaf, zeros for frozen."""
+    @property
+    def trained(self) -> Leaves:
+        """The gradients of the leaves that are trained."""
+        return {p: g for p, g in self.grads.items() if self.plans[p].mode != "frozen"}
 
-        def each(path: str, grad: Leaf) -> Leaf:
-            frozen = self.plans[path].mode == "frozen"
-            return jnp.zeros_like(grad) if frozen else one(path, grad)
-
-        return paths.unflatten(
-            self.treedef, {p: each(p, g) for p, g in self.grads.items()}
-        )
+    def answer(self, updates: Leaves) -> PyTree:
+        """The tree of updates, with zeros for the leaves that are not trained."""
+        still = {p: jnp.zeros_like(g) for p, g in self.grads.items() if p not in updates}
+        both = still | updates
+        return paths.unflatten(self.treedef, {p: both[p] for p in self.grads})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,7 +172,7 @@ class Run:
             for plan in plans
             if plan.adapted and self.spec.cache
         }
-        lowrank, dense = (self._inner_init(plans, mode) for mode in ("lowrank", "dense"))
+        lowrank, dense = (self.inner_init(plans, mode) for mode in ("lowrank", "dense"))
         return RacLoraState(
             count=jnp.zeros((), jnp.int32),
             link=jnp.zeros((), jnp.int32),
@@ -184,6 +183,7 @@ class Run:
             # Nothing is drawn yet: the first door finds the cache stale.
             sketches=SketchCache(jnp.full((), -1, jnp.int32), values),
             master=master,
+            skipped=jnp.zeros((), jnp.int32),
         )
 
     def step(
@@ -197,9 +197,33 @@ class Run:
         """Projects what comes dense, clips, runs the inner rule, and counts."""
         grads, treedef = paths.flatten(updates, is_leaf=is_factor)
         plans = plan_gradients(self.spec, grads, params)
+        state, sketches = self.entered(state, plans)
+        groups = self._grouped(grads, plans, sketches)
+        if clip_norm is not None:
+            groups = clipped(groups, _named(plans.values()), clip_norm)
+        directions, inner, went = self.directions(groups, state.inner_state, plans, extra)
+        state = self.counted(state._replace(inner_state=inner), went)
+        return Step(state, plans, grads, treedef, sketches, directions, went)
+
+    def entered(
+        self, state: RacLoraState, plans: dict[str, LeafPlan]
+    ) -> tuple[RacLoraState, dict[str, Drawn]]:
+        """The state as the link of the next update finds it, and that link's sketches."""
         self._check(state, tuple(plans.values()))
         now = sketches_now(state, plans.values(), self.spec)
-        state = self._entered(state, now, adapted_plans(plans.values()))
+        return self._entered(state, now, adapted_plans(plans.values())), now.sketches
+
+    def counted(self, state: RacLoraState, went: Array) -> RacLoraState:
+        """The state after an update, or after one that was held back."""
+        return state._replace(
+            count=jnp.where(went, optax.safe_increment(state.count), state.count),
+            step_in_link=state.step_in_link + went.astype(jnp.int32),
+        )
+
+    def _grouped(
+        self, grads: Leaves, plans: dict[str, LeafPlan], sketches: dict[str, Drawn]
+    ) -> dict[str, dict[str, Array]]:
+        """Gradients as the inner rule sees them: factors, and leaves trained in full."""
         groups: dict[str, dict[str, Array]] = {"dense": {}, "lowrank": {}}
         for path, grad in grads.items():
             plan = plans[path]
@@ -207,24 +231,16 @@ class Run:
                 for name, value in apart(plan, grad.value).items():
                     groups["lowrank"][name] = value.astype(plan.wide_dtype)
             elif plan.adapted:
-                factor = project_leaf(grad, now.sketches[path], plan)
+                factor = project_leaf(grad, sketches[path], plan)
                 groups["lowrank"].update(apart(plan, factor))
             elif plan.mode == "dense":
                 groups["dense"][path] = grad.astype(plan.wide_dtype)
-        if clip_norm is not None:
-            groups = clipped(groups, _named(plans.values()), clip_norm)
-        directions, inner_state, went = self._inner_step(groups, state, plans, extra)
-        state = state._replace(
-            count=jnp.where(went, optax.safe_increment(state.count), state.count),
-            step_in_link=state.step_in_link + went.astype(jnp.int32),
-            inner_state=inner_state,
-        )
-        return Step(state, plans, grads, treedef, now.sketches, directions, went)
+        return groups
 
-    def _inner_step(
+    def directions(
         self,
         groups: dict[str, Any],
-        state: RacLoraState,
+        inner_state: InnerStates,
         plans: dict[str, LeafPlan],
         extra: Leaves,
     ) -> tuple[dict[str, FactorValue], InnerStates, Array]:
@@ -232,7 +248,7 @@ class Run:
         rule = as_rule(self.inner).update
         all_named = _named(plans.values())
         names = [name for name, group in groups.items() if group]
-        old = {name: getattr(state.inner_state, name) for name in names}
+        old = {name: getattr(inner_state, name) for name in names}
         moved, new = {}, {}
         for name in names:
             own = {path: all_named[path] for path in groups[name]}
@@ -251,7 +267,7 @@ class Run:
             for path, plan in plans.items()
             if plan.mode != "frozen"
         }
-        return directions, state.inner_state._replace(**new), went
+        return directions, inner_state._replace(**new), went
 
     # Compiled as one piece, so that a step outside jit does not trace it anew.
     @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -260,7 +276,7 @@ class Run:
         old = state.inner_state.lowrank
         inner, cache = old, state.sketches
         if self.moments == "reset":
-            fresh = restarted(old, self._inner_init(plans, "lowrank"))
+            fresh = restarted(old, self.inner_init(plans, "lowrank"))
             inner = _select(now.begins, fresh, old)
         elif self.moments == "transport":
             moved = lax.cond(
@@ -268,7 +284,7 @@ class Run:
                 lambda: self._transported(state, now, plans),
                 lambda: old,
             )
-            fresh = restarted(old, self._inner_init(plans, "lowrank"))
+            fresh = restarted(old, self.inner_init(plans, "lowrank"))
             inner = _select(now.begins & now.lost, fresh, moved)
         if self.spec.cache:
             cache = SketchCache(now.link, now.sketches)
@@ -302,7 +318,7 @@ class Run:
 
         return in_bases(state.inner_state.lowrank, bases, adapted)
 
-    def _inner_init(self, plans: Plans, mode: str) -> OptState:
+    def inner_init(self, plans: Plans, mode: str) -> OptState:
         own = _named(plan for plan in plans if plan.mode == mode)
         start = {
             path: zeros(plan.trained_shape, plan.wide_dtype, trained_sharding(plan))
@@ -336,14 +352,14 @@ class Run:
                 plan.shape, plan.wide_dtype, sharding=plan.sharding
             )
             for plan in plans
-            if self._has_master(plan)
+            if self.has_master(plan)
         }
         shapes: RacLoraState = jax.eval_shape(
             lambda *args: self._init(args[0], plans, args[1]), data, master
         )
         return shapes
 
-    def _has_master(self, plan: LeafPlan) -> bool:
+    def has_master(self, plan: LeafPlan) -> bool:
         """Whether the state holds a float32 copy of this leaf."""
         return self.masters and plan.mode != "frozen" and rounding.is_low(plan.dtype)
 
@@ -353,7 +369,7 @@ class Run:
         """The float32 copies a run starts with."""
         copies = {}
         for path, plan in plans.items():
-            if not self._has_master(plan):
+            if not self.has_master(plan):
                 continue
             if isinstance(leaves[path], jax.ShapeDtypeStruct):
                 raise TypeError(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from raclora_jax._core.layout import automatically
 from raclora_jax._core.lowrank import Laid, add_lifted
 from raclora_jax._core.plan import LeafPlan
-from raclora_jax._core.rounding import settle
+from raclora_jax._core.rounding import places_of, settle
 from raclora_jax._core.select import place, take
 from raclora_jax._core.types import Drawn, FactorValue, Scalar
 
@@ -22,6 +21,7 @@ def merge_leaf(
     plan: LeafPlan,
     rounding: str,
     key: Array | None,
+    start: Array | None = None,
 ) -> Array:
     """``W + (lift(F) - decay * W)`` on the grid of the weight's dtype.
 
@@ -36,6 +36,7 @@ def merge_leaf(
       plan: Plan of the leaf.
       rounding: As in ``Spec``.
       key: Key for rounding; ``None`` from float32 up.
+      start: Where the weight begins in the leaf it is a slice of; uint32 scalar.
 
     Returns:
       Array of ``plan.shape`` in the dtype of the weight.
@@ -43,8 +44,8 @@ def merge_leaf(
 
     still = not isinstance(decay, jax.core.Tracer) and float(decay) == 0
     return automatically(
-        lambda weight, factor, sketch, decay, key: _merge(
-            weight, factor, sketch, decay, key, plan, rounding, still
+        lambda weight, factor, sketch, decay, key, start: _merge(
+            weight, factor, sketch, decay, key, start, plan, rounding, still
         ),
         plan.sharding,
         weight,
@@ -52,6 +53,7 @@ def merge_leaf(
         sketch,
         decay,
         key,
+        start,
     )
 
 
@@ -61,6 +63,7 @@ def _merge(
     sketch: Drawn,
     decay: Scalar,
     key: Array | None,
+    start: Array | None,
     plan: LeafPlan,
     rounding: str,
     still: bool,
@@ -70,11 +73,12 @@ def _merge(
             exact = settle(exact, weight.dtype, rounding, key, positions)
         return exact.astype(weight.dtype)
 
+    places = None if start is None else start + places_of(weight.shape)
     if plan.selection is None or not still:
-        return settled(add_lifted(weight, factor, sketch, decay, plan))
+        return settled(add_lifted(weight, factor, sketch, decay, plan), places)
     laid, chosen = Laid.of(plan), plan.selection
     base = laid.gather(weight)
-    places = laid.gather(lax.iota(jnp.uint32, weight.size).reshape(weight.shape))
+    places = laid.gather(places_of(weight.shape) if places is None else places)
     rows, positions = (
         take(array, sketch, chosen, laid.axis, laid.batch) for array in (base, places)
     )

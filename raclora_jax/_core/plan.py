@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from raclora_jax._core import layout, paths
 from raclora_jax._core.select import LAWS, Selection, selection_of
@@ -160,6 +160,27 @@ class LeafPlan:
             return chance * left.lam + (1 - chance) * right.lam
         return self.rank / self.dim
 
+    @functools.cached_property
+    def of_slice(self) -> LeafPlan:
+        """The plan of one slice along the first axis, which stacks matrices."""
+        assert self.batch[:1] == (0,), self.path
+        assert not self.sides, self.path
+
+        def behind(axes: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(axis - 1 for axis in axes if axis)
+
+        sharding = self.sharding
+        if sharding is not None:
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        return dataclasses.replace(
+            self,
+            shape=self.shape[1:],
+            rows=behind(self.rows),
+            cols=behind(self.cols),
+            batch=behind(self.batch),
+            sharding=sharding,
+        )
+
     def size_of(self, axes: tuple[int, ...]) -> int:
         """Product of the sizes of some axes."""
         return math.prod(self.shape[axis] for axis in axes)
@@ -282,7 +303,23 @@ def _plan_leaf(
         reason="matrix" if rule is None else "rule",
         assumed_view=rule is None or not rule.has_view,
     )
+    if rule is not None and rule.mode == "full":
+        return _whole(spec, rule, plan)
     return _sized(spec, rule, plan)
+
+
+def _whole(spec: Spec, rule: Rule, plan: LeafPlan) -> LeafPlan:
+    """All rows at once: the only block there is."""
+    side = rule.side if rule.side in ("left", "right") else "left"
+    return dataclasses.replace(
+        plan,
+        side=side,
+        rank=plan.size_of(plan.rows if side == "left" else plan.cols),
+        sketch="block",
+        resample_every=spec.resample_every,
+        rounding=spec.rounding,
+        reason="rule, whole",
+    )
 
 
 def _view(

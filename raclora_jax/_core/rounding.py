@@ -52,7 +52,7 @@ def stochastic(
     Returns:
       float32 array of values on the grid of ``dtype``; not-finite values stay.
     """
-    noise = _hash(key, _places(exact.shape) if positions is None else positions)
+    noise = _hash(key, places_of(exact.shape) if positions is None else positions)
     low = jnp.uint32(_ulp(dtype) - 1)
     bits = lax.bitcast_convert_type(exact, jnp.uint32)
     # Adding noise below the last kept place carries into it as often as it should.
@@ -68,7 +68,7 @@ def stochastic(
 
 def integers(exact: Array, key: Array) -> Array:
     """One of the two integers around float32 values, right on average."""
-    return jnp.floor(exact + _fraction(_hash(key, _places(exact.shape))))
+    return jnp.floor(exact + _fraction(_hash(key, places_of(exact.shape))))
 
 
 def settle(
@@ -136,11 +136,11 @@ def _draw(
     reach = far - near
     on_grid = reach == 0
     share = jnp.where(on_grid, 0.0, (target - near) / jnp.where(on_grid, 1.0, reach))
-    takes_far = _fraction(_hash(key, _places(target.shape))) < share
+    takes_far = _fraction(_hash(key, places_of(target.shape))) < share
     return jnp.where(takes_far, choices[1], choices[0])
 
 
-def _places(shape: tuple[int, ...]) -> Array:
+def places_of(shape: tuple[int, ...]) -> Array:
     """The place of every number of an array, in order."""
     count = jnp.zeros(shape, jnp.uint32)
     for axis, size in enumerate(shape):

@@ -42,7 +42,9 @@ class Rule:
 
     Args:
       path: Regular expression; it must match the whole canonical path.
-      mode: ``"lowrank"``, ``"dense"`` (trained in full) or ``"frozen"``.
+      mode: ``"lowrank"``; ``"full"`` for a matrix whose rows all move in every step, by
+        the rule for factors and of rank ``dim``; ``"dense"`` for a leaf trained in full
+        as biases are; or ``"frozen"``.
       rank: Rank of the sketch.
       alpha: Numerator of the scaling ``alpha / rank``, or ``"dim"``.
       side: ``"left"`` sketches the rows, ``"right"`` the columns, ``"auto"`` the
@@ -94,9 +96,19 @@ class Rule:
                 )
         if self.sketch is not None:
             _check_choice(where, "sketch", self.sketch, SKETCHES)
+        if self.mode == "full":
+            self._check_full(where)
         if self.rows is not None:
             object.__setattr__(self, "rows", _axes_tuple(where, "rows", self.rows))
         object.__setattr__(self, "batch", _axes_tuple(where, "batch", self.batch))
+
+    def _check_full(self, where: str) -> None:
+        for name in ("rank", "alpha", "sketch"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{where}: {name}={getattr(self, name)!r} is about a sketch, and "
+                    "mode='full' moves all rows at once; leave out one of the two"
+                )
 
     @property
     def has_view(self) -> bool:

@@ -30,7 +30,7 @@ Drawn: TypeAlias = Any
 FactorValue: TypeAlias = Any
 
 Alpha: TypeAlias = float | Literal["dim"] | None
-Mode = Literal["lowrank", "dense", "frozen"]
+Mode = Literal["lowrank", "full", "dense", "frozen"]
 Side = Literal["left", "right", "auto"]
 # A side, or the probability with which a link takes the left one.
 SideOrChance: TypeAlias = Side | float

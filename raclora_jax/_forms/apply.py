@@ -51,6 +51,19 @@ def apply_updates(params: PyTree, updates: PyTree, *gone: Any) -> PyTree:
         )
     leaves, treedef = paths.flatten(params)
     steps, _ = paths.flatten(updates, is_leaf=is_factor)
+    return paths.unflatten(treedef, applied(leaves, steps))
+
+
+def applied(leaves: Leaves, steps: Leaves) -> Leaves:
+    """``apply_updates`` of leaves by path; those without an update stay.
+
+    Args:
+      leaves: ``{path: weight}``.
+      steps: ``{path: update}`` of some of them.
+
+    Returns:
+      ``{path: new weight}``.
+    """
     plans = _plans_of_updates(steps, leaves)
 
     def one(path: str, weight: Leaf) -> Leaf:
@@ -67,7 +80,7 @@ def apply_updates(params: PyTree, updates: PyTree, *gone: Any) -> PyTree:
             weight, step.value, read.sketch, step.decay, plan, plan.rounding, read.key
         )
 
-    return paths.unflatten(treedef, {p: one(p, w) for p, w in leaves.items()})
+    return {p: one(p, w) for p, w in leaves.items()}
 
 
 def _plans_of_updates(steps: Leaves, leaves: Leaves) -> dict[str, LeafPlan]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,12 @@ from jax import Array
 
 from raclora_jax._autodiff.attach import varying_as
 from raclora_jax._autodiff.interpret import arrays, constants, evaluate, read_inputs
-from raclora_jax._autodiff.stage import stage
+from raclora_jax._autodiff.stage import Staged, stage
 from raclora_jax._autodiff.uses import Uses
 from raclora_jax._autodiff.weight import leaf_weight
 from raclora_jax._chain.around import check_neighbours, check_takes_factors
 from raclora_jax._chain.state import (
+    RacLoraState,
     check_leaves,
     check_values,
     find_state,
@@ -27,7 +28,7 @@ from raclora_jax._core.factor import Factor
 from raclora_jax._core.plan import LeafPlan, plan_tree
 from raclora_jax._core.sides import in_link, switched, zero_trained
 from raclora_jax._core.spec import Spec, as_spec
-from raclora_jax._core.types import FactorValue, Leaf, PyTree
+from raclora_jax._core.types import FactorValue, Leaf, Leaves, PyTree, TreeDef
 
 
 def value_and_grad(
@@ -91,26 +92,13 @@ def reporting(
     spec = as_spec(spec)
 
     def compute(params: PyTree, opt_state: PyTree, *args: Any, **kwargs: Any) -> PyTree:
-        plans = plan_tree(spec, params)
-        leaves, treedef = paths.flatten(params)
-        state = find_state(opt_state)
-        check_leaves(state, plans, spec)
-        check_values(state)
+        model = traced(loss_fn, spec, has_aux, params, opt_state, args, kwargs)
+        plans, leaves, staged = model.plans, model.leaves, model.staged
         check_takes_factors(opt_state, plans)
         check_neighbours(opt_state)
-        staged = stage(lambda p: loss_fn(p, *args, **kwargs), params)
-        loss_shape = _loss_shape(staged.out_shape, has_aux)
-        _check_loss(loss_shape)
-        _check_used(staged.jaxpr, plans)
-        sketches = sketches_now(state, plans.values(), spec).sketches
+        sketches = sketches_now(model.state, plans.values(), spec).sketches
         uses = Uses()
-        trained = {
-            path: leaves[path]
-            if plan.mode == "dense"
-            else _zero_factor(plan, leaves[path])
-            for path, plan in plans.items()
-            if plan.mode != "frozen"
-        }
+        trained = zero_trained_leaves(plans, leaves)
 
         def backward(plans: dict[str, LeafPlan], sketches: dict[str, Array]) -> PyTree:
             def value(trained: dict[str, FactorValue]) -> tuple[Array, list[Array]]:
@@ -139,7 +127,7 @@ def reporting(
                 return found[path]
             return Factor.gradient(found[path], plan)
 
-        grads = paths.unflatten(treedef, {path: gradient(path) for path in leaves})
+        grads = paths.unflatten(model.treedef, {path: gradient(path) for path in leaves})
         return out, grads
 
     return compute
@@ -176,6 +164,58 @@ def grad(
         return (grads, value[1]) if has_aux else grads
 
     return compute
+
+
+class Traced(NamedTuple):
+    """A loss as a program, with what is to be trained in it.
+
+    Attributes:
+      staged: The program; its inputs are the leaves.
+      plans: ``{path: plan}`` in their order.
+      leaves: ``{path: leaf}`` likewise.
+      treedef: How they are a tree again.
+      state: The state of the run.
+    """
+
+    staged: Staged
+    plans: dict[str, LeafPlan]
+    leaves: Leaves
+    treedef: TreeDef
+    state: RacLoraState
+
+
+def traced(
+    loss_fn: Callable[..., Any],
+    spec: Spec,
+    has_aux: bool,
+    params: PyTree,
+    opt_state: PyTree,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Traced:
+    """Stages a loss and checks that params, state and spec fit it.
+
+    Raises:
+      ValueError: If they do not, or the loss is no real number.
+    """
+    plans = plan_tree(spec, params)
+    leaves, treedef = paths.flatten(params)
+    state = find_state(opt_state)
+    check_leaves(state, plans, spec)
+    check_values(state)
+    staged = stage(lambda p: loss_fn(p, *args, **kwargs), params)
+    _check_loss(_loss_shape(staged.out_shape, has_aux))
+    _check_used(staged.jaxpr, plans)
+    return Traced(staged, plans, leaves, treedef, state)
+
+
+def zero_trained_leaves(plans: dict[str, LeafPlan], leaves: Leaves) -> Leaves:
+    """What is differentiated: factors at zero, and the leaves trained in full."""
+    return {
+        path: leaves[path] if plan.mode == "dense" else _zero_factor(plan, leaves[path])
+        for path, plan in plans.items()
+        if plan.mode != "frozen"
+    }
 
 
 def _zero_factor(plan: LeafPlan, leaf: Leaf) -> FactorValue:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from raclora_jax._core.types import (
     FactorValue,
     KeyLike,
     Leaf,
+    Leaves,
     Moments,
     PyTree,
     Scalar,
@@ -94,7 +96,7 @@ def scale_by_raclora(
                 return _like(grad, value, np.zeros(()), plan, origin)
             return step.lifted(path, step.directions[path]).astype(grad.dtype)
 
-        return step.answer(one), step.state
+        return step.answer({p: one(p, g) for p, g in step.trained.items()}), step.state
 
     return optax.GradientTransformationExtraArgs(
         partial(run.init, data), keeping_boxes(update)
@@ -162,22 +164,81 @@ def raclora(
     _check_rate(learning_rate)
     _check_decay(weight_decay)
     _check_clip(clip_norm)
-    decays = not (isinstance(weight_decay, (int, float)) and weight_decay == 0)
+    descent = Descent(run, data, learning_rate, weight_decay, mask, clip_norm)
+    return RacLora.of(descent)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Descent:
+    """What ``raclora`` was given, checked, and what it does with it.
+
+    Args:
+      run: What is static.
+      data: Key data.
+      learning_rate: As in ``raclora``, like the rest.
+      weight_decay: A number or a traced one.
+      mask: Which leaves decay.
+      clip_norm: The largest norm of a gradient, or ``None``.
+    """
+
+    run: Run
+    data: Array
+    learning_rate: optax.ScalarOrSchedule
+    weight_decay: Any
+    mask: PyTree
+    clip_norm: Scalar | None
+
+    @property
+    def decays(self) -> bool:
+        """Whether anything may decay; a traced number may."""
+        decay = self.weight_decay
+        return not (isinstance(decay, (int, float)) and decay == 0)
+
+    def decaying(self, params: PyTree) -> dict[str, bool]:
+        """Which leaves decay."""
+        return _decaying(self.mask, params) if self.decays else {}
+
+    def rate(self, count: Array) -> Array:
+        """The learning rate of an update, at least float32."""
+        rate = self.learning_rate
+        return _wide_scalar(rate(count) if callable(rate) else rate)
 
     def update(
-        updates: PyTree, state: RacLoraState, params: PyTree = None, **extra: Any
+        self, updates: PyTree, state: RacLoraState, params: PyTree = None, **extra: Any
     ) -> tuple[Any, RacLoraState]:
-        weights = _weights(updates, params, decays)
-        decaying = _decaying(mask, params) if decays else {}
-        step = run.step(updates, state, params, extra, clip_norm)
-        rate = _wide_scalar(
-            learning_rate(state.count) if callable(learning_rate) else learning_rate
-        )
-        shrink = jnp.where(step.emitted, rate * weight_decay, 0.0) if decays else 0.0
-        master, descent = dict(state.master), -rate
+        """The ``update`` of an optax transformation."""
+        weights = _weights(updates, params, self.decays)
+        decaying = self.decaying(params)
+        step = self.run.step(updates, state, params, extra, self.clip_norm)
+        answer, new = self.updates(step, state, weights, decaying)
+        return step.answer(answer), new
+
+    def updates(
+        self,
+        step: Step,
+        before: RacLoraState,
+        weights: Leaves,
+        decaying: Mapping[str, bool | Array],
+    ) -> tuple[Leaves, RacLoraState]:
+        """The updates that the directions of a step come to, and the state after it.
+
+        Args:
+          step: The step.
+          before: The state before it.
+          weights: ``{path: weight}``, where the step needs them.
+          decaying: ``{path: whether it decays}``, flags that may be traced.
+
+        Returns:
+          ``{path: update}`` of the leaves that are trained, and the state.
+        """
+        rate = self.rate(before.count)
+        shrink: Any = 0.0
+        if self.decays:
+            shrink = jnp.where(step.emitted, rate * self.weight_decay, 0.0)
+        master, descent = dict(step.state.master), -rate
         dense = [step.plans[p] for p, g in step.grads.items() if not is_factor(g)]
-        rounds = _rounding_keys(step, state.count)
-        lands = _low_keys(state.key_data, "landing", dense, state.count)
+        rounds = _rounding_keys(step, before.count)
+        lands = _low_keys(before.key_data, "landing", dense, before.count)
 
         def one(path: str, grad: Leaf) -> Leaf:
             plan = step.plans[path]
@@ -187,12 +248,14 @@ def raclora(
             )
             # No JAX array: that nothing decays is to be known while tracing.
             decay: Array | np.ndarray = np.zeros((), plan.wide_dtype)
-            if decaying.get(path):
+            decays = decaying.get(path, False)
+            if decays is not False:
                 decay = jnp.asarray(shrink, plan.wide_dtype)
+                decay = decay if decays is True else jnp.where(decays, decay, 0)
             weight: Leaf = weights.get(path)
             if path in master or not is_factor(grad):
                 delta = step.lifted(path, value)
-                if decaying.get(path):
+                if decays is not False:
                     delta = delta - decay * jnp.asarray(weight, plan.wide_dtype)
             if path in master:
                 master[path] = master[path] + delta
@@ -208,15 +271,26 @@ def raclora(
                 exact = add_lifted(weight, value, step.sketches[path], decay, plan)
             else:
                 exact = weight.astype(plan.wide_dtype) + delta
-            target = rounding.settle(exact, weight.dtype, run.spec.rounding, rounds[path])
+            rule = self.run.spec.rounding
+            target = rounding.settle(exact, weight.dtype, rule, rounds[path])
             return rounding.landing_update(weight, target, grad.dtype, lands[path])
 
-        answer = step.answer(one)
+        answer = {p: one(p, g) for p, g in step.trained.items()}
         return answer, step.state._replace(master=master)
 
-    return optax.GradientTransformationExtraArgs(
-        partial(run.init, data), keeping_boxes(update)
-    )
+
+class RacLora(optax.GradientTransformationExtraArgs):  # type: ignore[misc]  # untyped
+    """The transformation that ``raclora`` returns; it knows what it was given."""
+
+    descent: Descent
+
+    @classmethod
+    def of(cls, descent: Descent) -> RacLora:
+        """The transformation of a descent."""
+        start = partial(descent.run.init, descent.data)
+        tx = cls(start, keeping_boxes(descent.update))
+        tx.descent = descent
+        return tx
 
 
 def _check_rate(rate: object) -> None:

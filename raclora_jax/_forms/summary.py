@@ -175,7 +175,7 @@ def summary(
     return Summary(rows, total, _full(plans), _lora(plans), warnings, peak)
 
 
-_COUNTERS = ("count", "link", "step_in_link", "law", "key_data")
+_COUNTERS = ("count", "link", "step_in_link", "law", "key_data", "skipped")
 
 
 def _compiled(

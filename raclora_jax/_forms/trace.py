@@ -25,6 +25,9 @@ from raclora_jax._core.plan import (
 from raclora_jax._core.spec import Rule, Spec, check_rules_win, winner
 from raclora_jax._core.types import Leaf, PyTree, is_number
 
+# The modes of leaves that are read as matrices.
+_VIEWED = ("lowrank", "full")
+
 
 def trace_spec(
     fn: Callable[..., Any], params: PyTree, *args: Any, rank: int, **spec: Any
@@ -79,7 +82,7 @@ def trace_spec(
     unread = {
         path: (operation, leaves[path].ndim)
         for path, operation in uses.lost.items()
-        if rules[path].mode != "lowrank" and _needs_view(path, wanted)
+        if rules[path].mode not in _VIEWED and _needs_view(path, wanted)
     }
     _tell_unread(unread, wanted.rest)
     if all(plan.mode != "lowrank" for plan in plans.values()):
@@ -159,7 +162,7 @@ def _unplanned(path: str, array: Any) -> LeafPlan:
 
 def _needs_view(path: str, spec: Spec) -> bool:
     rule = winner(spec, path)
-    return rule is None or (rule.mode == "lowrank" and not rule.has_view)
+    return rule is None or (rule.mode in _VIEWED and not rule.has_view)
 
 
 def _rule(path: str, ndim: int, views: list[Use], said: Rule | None, spec: Spec) -> Rule:

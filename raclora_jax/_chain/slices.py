@@ -1,0 +1,190 @@
+"""The step of one slice of a stacked leaf, by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from raclora_jax._chain.inner import as_rule, knowing
+from raclora_jax._chain.separable import is_common, parts_of
+from raclora_jax._chain.step import Run
+from raclora_jax._core import paths
+from raclora_jax._core.lowrank import lift_leaf
+from raclora_jax._core.merge import merge_leaf
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.types import OptState
+
+
+class Held(NamedTuple):
+    """What moves of a stacked leaf, slice by slice.
+
+    Attributes:
+      weight: The leaf.
+      master: Its float32 copy, or ``None``.
+      inner: What the inner rule holds for it, each array stacked as the leaf is.
+      skipped: float32, 1 for every slice that was left as it was.
+    """
+
+    weight: Array
+    master: Array | None
+    inner: list[Array]
+    skipped: Array
+
+
+class Known(NamedTuple):
+    """What the steps of all the slices have in common.
+
+    Attributes:
+      rate: The learning rate.
+      decay: What a weight shrinks by; no JAX array where nothing does.
+      key: Key data for rounding, or ``None``.
+      common: What the inner rule holds for all leaves at once, before the step.
+    """
+
+    rate: Array
+    decay: Array | None
+    key: Array | None
+    common: list[Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Takes the step of one slice: rule, decay, rounding; as ``raclora`` does.
+
+    Args:
+      run: The run.
+      plan: The plan of one slice.
+    """
+
+    run: Run
+    plan: LeafPlan
+
+    @classmethod
+    def of(cls, run: Run, plan: LeafPlan) -> Slice:
+        """The step of the slices of a stacked leaf, checked.
+
+        Args:
+          run: The run.
+          plan: The plan of the leaf; its first axis stacks matrices.
+
+        Raises:
+          ValueError: If the inner rule holds something of a leaf that is no stack.
+        """
+        one = cls(run, plan.of_slice)
+        stacked = _shapes(run, plan)
+        for keypath, leaf in jax.tree_util.tree_leaves_with_path(one.template):
+            if is_common(keypath, plan.path):
+                continue
+            if stacked[keypath] != (plan.shape[0], *leaf.shape):
+                raise ValueError(
+                    f"leaf {paths.show(plan.path)}: inner keeps an array of shape "
+                    f"{stacked[keypath]} of it, and of one of its {plan.shape[0]} "
+                    f"matrices one of shape {leaf.shape}, so it does not act on each "
+                    "matrix by itself; use rl.value_and_grad, tx.update and "
+                    "rl.apply_updates in place of a fused step"
+                )
+        return one
+
+    @property
+    def template(self) -> OptState:
+        """The state of the inner rule for one slice, as shapes."""
+        return jax.eval_shape(lambda: self.run.inner_init((self.plan,), "lowrank"))
+
+    def parts(self, inner: OptState) -> tuple[list[Array], list[Array]]:
+        """Of the state of the inner rule what it holds of the leaf, and of all leaves."""
+        own: list[Array] = []
+        common: list[Array] = []
+        found = parts_of(inner, self.template)
+        for keypath, leaf in jax.tree_util.tree_leaves_with_path(found):
+            (common if is_common(keypath, self.plan.path) else own).append(leaf)
+        return own, common
+
+    def whole(self, own: list[Array], common: list[Array]) -> OptState:
+        """The inverse of ``parts``, for a slice or for the leaf."""
+        these, those, path = iter(own), iter(common), self.plan.path
+        return jax.tree_util.tree_map_with_path(
+            lambda keypath, _: next(those if is_common(keypath, path) else these),
+            self.template,
+        )
+
+    def __call__(
+        self,
+        held: Held,
+        sketch: Array,
+        known: Known,
+        gradient: Array,
+        index: Array,
+        allowed: Array,
+    ) -> Held:
+        """The slice after its step; as it was, where its gradient is not finite."""
+        plan = self.plan
+        goes = allowed & jnp.all(jnp.isfinite(gradient))
+        gradient = jnp.where(goes, gradient, 0).astype(plan.wide_dtype)
+        direction, after = self._ruled(gradient, self.whole(held.inner, known.common))
+        inner, _ = self.parts(after)
+        inner = [
+            jnp.where(goes, new, old).astype(old.dtype)
+            for new, old in zip(inner, held.inner, strict=True)
+        ]
+        descent = -jnp.where(goes, known.rate, 0)
+        value = (descent * direction).astype(plan.wide_dtype)
+        # No JAX array: that nothing decays is to be known while tracing.
+        decay: Array | np.ndarray = np.zeros((), plan.wide_dtype)
+        if known.decay is not None:
+            decay = jnp.where(goes, known.decay, 0).astype(plan.wide_dtype)
+        weight, master = self._moved(held, value, sketch, decay, known.key, index)
+        return Held(weight, master, inner, held.skipped + ~goes)
+
+    def common_after(self, inner: OptState) -> list[Array]:
+        """What the inner rule holds for all leaves at once, after a step."""
+        _, common = self.parts(inner)
+        # Which gradient and which moments is no matter: it depends on none.
+        zeros = jax.tree.map(
+            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.template
+        )
+        own, _ = self.parts(zeros)
+        gradient = jnp.zeros(self.plan.factor_shape, self.plan.wide_dtype)
+        _, after = self._ruled(gradient, self.whole(own, common))
+        return self.parts(after)[1]
+
+    def _ruled(self, gradient: Array, before: OptState) -> tuple[Array, OptState]:
+        own = {self.plan.path: self.plan}
+        rule = as_rule(self.run.inner).update
+        with knowing(own):
+            moved, after = rule({self.plan.path: gradient}, before, None, plans=own)
+        return moved[self.plan.path], after
+
+    def _moved(
+        self,
+        held: Held,
+        value: Array,
+        sketch: Array,
+        decay: Array | np.ndarray,
+        key: Array | None,
+        index: Array,
+    ) -> tuple[Array, Array | None]:
+        plan, weight = self.plan, held.weight
+        if held.master is not None:
+            delta = lift_leaf(value, sketch, plan)
+            if isinstance(decay, Array):
+                delta = delta - decay * weight.astype(plan.wide_dtype)
+            master = held.master + delta
+            return master.astype(weight.dtype), master
+        start = None
+        if key is not None:
+            key = jax.random.wrap_key_data(key, impl="threefry2x32")
+            # Each number of the stack draws as it does when the stack moves at once.
+            start = index.astype(jnp.uint32) * jnp.uint32(weight.size)
+        weight = merge_leaf(weight, value, sketch, decay, plan, plan.rounding, key, start)
+        return weight, None
+
+
+def _shapes(run: Run, plan: LeafPlan) -> dict[Any, tuple[int, ...]]:
+    state = jax.eval_shape(lambda: run.inner_init((plan,), "lowrank"))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {keypath: leaf.shape for keypath, leaf in leaves}

@@ -1,0 +1,420 @@
+"""The update inside the backward pass takes the steps of the factor form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from agreement import KEY, assert_same
+from cases import ADAPTED, CASES
+from jax import lax
+
+import raclora_jax as rl
+from raclora_jax._autodiff.interpret import scanned_once
+from raclora_jax._autodiff.stage import stage
+
+LAYERS, DIM, HIDDEN, OUT = 3, 10, 14, 6
+RULES = {
+    "identity": optax.identity(),
+    "adam": optax.scale_by_adam(eps=0.1),
+    "trace": optax.trace(0.9),
+    "orthogonal": rl.orthogonal(),
+    "orthogonal with momentum": rl.orthogonal(momentum=0.9, second_moment=True),
+}
+
+
+def weights(dtype=jnp.float32, seed=0):
+    shapes = {
+        "embedding": (7, DIM),
+        "head": (DIM, OUT),
+        "up": (LAYERS, DIM, HIDDEN),
+        "down": (LAYERS, DIM, HIDDEN),  # stored turned
+        "scale": (LAYERS, DIM),
+        "bias": (OUT,),
+    }
+    keys = jax.random.split(jax.random.key(seed), len(shapes))
+    return {
+        name: (jax.random.normal(key, shape) / 3).astype(dtype)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
+def loss_of(model):
+    """Two matrices a layer, one of them used twice, under a scan or layer after layer."""
+
+    def layer(x, own):
+        hidden = jnp.tanh((x * (1 + own["scale"])) @ own["up"])
+        x = x + hidden @ own["down"].T
+        return x + jnp.sin(x) @ own["up"] @ own["down"].T / 10, jnp.mean(hidden)
+
+    def loss(params, tokens, targets):
+        x = params["embedding"][tokens]
+        stack = {name: params[name] for name in ("up", "down", "scale")}
+        if model == "unrolled":
+            means = []
+            for index in range(LAYERS):
+                x, mean = layer(x, jax.tree.map(lambda a: a[index], stack))  # noqa: B023
+                means.append(mean)
+            means = jnp.stack(means)
+        else:
+            one = jax.checkpoint(layer) if model == "remat" else layer
+            x, means = lax.scan(one, x, stack)
+        y = x @ params["head"] + params["bias"]
+        return jnp.mean((y - targets) ** 2) + jnp.sum(means**2) / 10
+
+    return loss
+
+
+def batch(seed=5):
+    first, second = jax.random.split(jax.random.key(seed))
+    return jax.random.randint(first, (8,), 0, 7), jax.random.normal(second, (8, OUT))
+
+
+def forms(loss, tx, spec, has_aux=False):
+    """The step of the fused form and of the factor form, compiled."""
+    grad_fn = rl.value_and_grad(loss, spec, has_aux=has_aux)
+
+    def by_parts(params, state, *args):
+        value, grads = grad_fn(params, state, *args)
+        updates, state = tx.update(grads, state, params)
+        return rl.apply_updates(params, updates), state, value
+
+    return jax.jit(rl.fused_step(loss, tx, has_aux=has_aux)), jax.jit(by_parts)
+
+
+def run(step, params, state, steps, *args):
+    for _ in range(steps):
+        params, state, value = step(params, state, *args)
+    return params, state, value
+
+
+def both(model, tx, spec, steps, dtype=jnp.float32):
+    params, args = weights(dtype), batch()
+    state = tx.init(params)
+    return [
+        run(step, params, state, steps, *args) for step in forms(loss_of(model), tx, spec)
+    ]
+
+
+def moved_in_scans(loss, params, *args):
+    """The leaves that a scan updates."""
+    leaves = sorted(params)  # as trees are flattened
+    found = scanned_once(stage(lambda p: loss(p, *args), params).jaxpr)
+    return {leaves[place] for place in found}
+
+
+CELLS = [
+    ("block", "left", "orthogonal", "scan"),
+    ("block", "auto", "identity", "remat"),
+    ("coordinate", "right", "adam", "scan"),
+    ("orthonormal", "left", "orthogonal with momentum", "remat"),
+    ("orthonormal", "auto", "trace", "unrolled"),
+    ("block", "right", "orthogonal with momentum", "unrolled"),
+]
+LAWS = ("block", "coordinate", "orthonormal")
+PRODUCT = [
+    pytest.param(law, side, rule, model, marks=pytest.mark.slow)
+    for law in LAWS
+    for side in ("left", "right", "auto")
+    for rule in RULES
+    for model in ("unrolled", "scan", "remat")
+    if (law, side, rule, model) not in CELLS
+]
+
+
+@pytest.mark.parametrize(("law", "side", "rule", "model"), [*CELLS, *PRODUCT])
+def test_fifty_steps_over_links(law, side, rule, model):
+    params, args = weights(), batch()
+    spec = rl.trace_spec(
+        loss_of(model), params, *args, rank=3, side=side, sketch=law, resample_every=20
+    )
+    tx = rl.raclora(
+        optax.linear_schedule(2e-2, 1e-3, 50),
+        spec,
+        inner=RULES[rule],
+        weight_decay=0.1,
+        mask={"head": False, **dict.fromkeys(params.keys() - {"head"}, True)},
+        key=KEY,
+    )
+    fused, parts = both(model, tx, spec, 50)
+    assert_same(fused, parts, 1e-6)
+    assert int(fused[1].link) == 2
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest", "master"])
+@pytest.mark.parametrize("rule", ["identity", "adam"])
+def test_sixteen_bits_are_the_same_bits(rounding, rule):
+    params, args = weights(jnp.bfloat16), batch()
+    spec = rl.trace_spec(
+        loss_of("remat"), params, *args, rank=3, rounding=rounding, resample_every=7,
+        sketch="block",
+    )  # fmt: skip
+    tx = rl.raclora(1e-2, spec, inner=RULES[rule], weight_decay=0.1, key=KEY)
+    fused, parts = both("remat", tx, spec, 20, jnp.bfloat16)
+    for name in ("up", "down"):
+        np.testing.assert_array_equal(fused[0][name], parts[0][name])
+
+
+def test_a_run_changes_form_in_the_middle_of_a_link():
+    params, args = weights(), batch()
+    spec = rl.trace_spec(loss_of("scan"), params, *args, rank=3, resample_every=6)
+    tx = rl.raclora(1e-2, spec, inner=RULES["orthogonal with momentum"], key=KEY)
+    fused, parts = forms(loss_of("scan"), tx, spec)
+    start = params, tx.init(params)
+    mixed = run(
+        parts, *run(fused, *run(parts, *start, 4, *args)[:2], 4, *args)[:2], 4, *args
+    )
+    assert_same(mixed, run(parts, *start, 12, *args), 1e-6)
+
+
+def test_only_what_one_scan_reads_moves_in_it():
+    params, args = weights(), batch()
+    for model in ("scan", "remat"):
+        moved = moved_in_scans(loss_of(model), params, *args)
+        assert moved == {"up", "down", "scale"}
+    assert not moved_in_scans(loss_of("unrolled"), params, *args)
+
+    def twice(params, *args):
+        return loss_of("scan")(params, *args) + jnp.sum(params["up"] ** 2)
+
+    assert moved_in_scans(twice, params, *args) == {"down", "scale"}
+
+
+SCANNED = [
+    name
+    for name, case in CASES.items()
+    if any(word in name for word in ("scan", "layers")) and not case.has_aux
+]
+
+
+@pytest.mark.filterwarnings("ignore:these uses of adapted leaves")
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in SCANNED else pytest.param(name, marks=pytest.mark.slow)
+        for name in CASES
+    ],
+)
+def test_cases(name):
+    """One step of every way to use a weight, in float64."""
+    with jax.enable_x64(True):
+        case = CASES[name]
+        params, args = case.inputs()
+        spec = case.spec(2, ("left", "right")[len(name) % 2], "block")
+        tx = rl.raclora(0.1, spec, inner=RULES["trace"], key=KEY)
+        fused, parts = forms(case.loss, tx, spec, case.has_aux)
+        state = tx.init(params)
+        got, want = fused(params, state, *args), parts(params, state, *args)
+        assert_same(got, want, max(1e-13, case.tolerance))
+        assert any(
+            np.any(want[0][path] != params[path]) for path in ADAPTED if path in params
+        )
+
+
+def test_no_gradient_of_a_layer_outlives_it():
+    """No array in the program has the shape of all the factors of a stacked leaf."""
+    params, args = weights(), batch()
+    spec = rl.trace_spec(
+        loss_of("scan"), params, *args, rank=3, side="left", sketch="block"
+    )
+    tx = rl.raclora(1e-2, spec, inner=rl.orthogonal(), key=KEY)
+    fused, parts = forms(loss_of("scan"), tx, spec)
+    state = tx.init(params)
+    stacked = f"f32[{LAYERS},3,{HIDDEN}]"
+    texts = [
+        step.lower(params, state, *args).compile().as_text() for step in (fused, parts)
+    ]
+    assert stacked not in texts[0]
+    assert stacked in texts[1]
+
+
+@pytest.mark.parametrize("rule", [*RULES])
+def test_whole_matrices(rule):
+    """All rows at once: the plain step of the rule on the whole gradient."""
+    params, args = weights(), batch()
+    loss = loss_of("remat")
+    spec = rl.trace_spec(loss, params, *args, rank=2, rules=[rl.Rule(".*", mode="full")])
+    tx = rl.raclora(1e-2, spec, inner=RULES[rule], key=KEY)
+    fused, parts = both("remat", tx, spec, 12)
+    assert_same(fused, parts, 1e-6)
+    if rule == "identity":
+        dense = params
+        for _ in range(12):
+            grads = jax.grad(loss)(dense, *args)
+            dense = jax.tree.map(lambda w, g: w - 1e-2 * g, dense, grads)
+        assert_same(fused[0], dense, 1e-6)
+
+
+# What is not finite --------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_finite_changes_nothing():
+    params, args = weights(jnp.bfloat16), batch()
+    spec = rl.trace_spec(loss_of("scan"), params, *args, rank=3)
+
+    def loss(params, tokens, targets, size):
+        return loss_of("scan")(params, tokens, targets) * size
+
+    tx = rl.raclora(1e-2, spec, weight_decay=0.1, key=KEY)
+    step = jax.jit(rl.fused_step(loss, tx))
+    params, state, _ = step(params, tx.init(params), *args, 1.0)
+    for size in (jnp.nan, jnp.inf):
+        new, after, value = step(params, state, *args, size)
+        assert not np.isfinite(value)
+        assert_same(new, params, 0)
+        # Two leaves of three matrices each, embedding, head, scale and bias.
+        assert int(after.skipped) == int(state.skipped) + 2 * LAYERS + 4
+        assert_same(after._replace(skipped=state.skipped), state, 0)
+
+
+@pytest.mark.parametrize("bad", range(LAYERS))
+def test_a_gradient_that_is_not_finite_leaves_its_matrix(bad):
+    """The cotangent of one layer is NaN: it and those below stay, those above move."""
+    params, args = weights(), batch()
+
+    @jax.custom_vjp
+    def spoiled(x, bad):
+        return x
+
+    spoiled.defvjp(
+        lambda x, bad: (x, bad), lambda bad, ct: (jnp.where(bad, jnp.nan, ct), None)
+    )
+
+    def loss(params, tokens, targets):
+        def layer(x, own):
+            index, up, down = own
+            x = x + jnp.tanh(x @ up) @ down.T
+            return spoiled(x, index == bad), None
+
+        stack = jnp.arange(LAYERS), params["up"], params["down"]
+        x, _ = lax.scan(layer, params["embedding"][tokens], stack)
+        return jnp.mean((x @ params["head"] + params["bias"] - targets) ** 2)
+
+    del params["scale"]
+    spec = rl.trace_spec(loss, params, *args, rank=3)
+    tx = rl.raclora(1e-2, spec, weight_decay=0.1, key=KEY)
+    new, state, _ = jax.jit(rl.fused_step(loss, tx))(params, tx.init(params), *args)
+    for name in ("up", "down"):
+        same = [
+            np.array_equal(a, b) for a, b in zip(new[name], params[name], strict=True)
+        ]
+        assert same == [layer <= bad for layer in range(LAYERS)]
+        moments = np.asarray(state.inner_state.lowrank.mu[name])
+        assert [not m.any() for m in moments] == same
+    assert np.array_equal(new["embedding"], params["embedding"])
+    assert not np.array_equal(new["head"], params["head"])
+    assert int(state.skipped) == 2 * (bad + 1) + 1
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((new, state)))
+
+
+# What is refused -----------------------------------------------------------------------
+
+
+def unit(axes):
+    """A rule that normalises matrices, or all that it is given."""
+
+    def update(updates, state, params=None):
+        def one(factor):
+            size = jnp.linalg.norm(factor, axis=axes, keepdims=axes is not None)
+            return factor / jnp.maximum(size, 1e-6)
+
+        return jax.tree.map(one, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def test_a_rule_that_says_it_acts_on_each_matrix():
+    params, args = weights(), batch()
+    del params["bias"], params["scale"]
+    full = weights()
+
+    def loss(params, *args):
+        return loss_of("scan")(full | params, *args)
+
+    spec = rl.trace_spec(loss, params, *args, rank=3)
+    rule = rl.per_matrix(unit((-2, -1)))
+    tx = rl.raclora(1e-2, spec, inner=rule, key=KEY)
+    state = tx.init(params)
+    fused, parts = (run(step, params, state, 5, *args) for step in forms(loss, tx, spec))
+    assert_same(fused, parts, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("inner", "said"),
+    [
+        (unit((-2, -1)), "per_matrix"),
+        (optax.clip_by_global_norm(1.0), "per_matrix"),
+        (optax.clip_by_block_rms(1.0), "per_matrix"),
+        (optax.add_noise(0.1, 0.5, 0), "per_matrix"),
+        (optax.chain(optax.scale_by_adam(), optax.centralize()), "per_matrix"),
+        (
+            optax.MultiSteps(optax.scale_by_adam(), 2).gradient_transformation(),
+            "MultiSteps",
+        ),
+    ],
+)
+def test_rules_that_are_not_known_to_act_on_each_matrix(inner, said):
+    tx = rl.raclora(1e-2, 3, inner=inner, key=KEY)
+    with pytest.raises(ValueError, match=said):
+        rl.fused_step(loss_of("scan"), tx)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        None,
+        optax.scale_by_lion(),
+        optax.scale_by_rms(),
+        optax.scale_by_sign(),
+        optax.chain(
+            optax.clip(1.0), optax.scale_by_adam(), optax.trace(0.5, nesterov=True)
+        ),
+        optax.inject_hyperparams(optax.scale_by_adam)(b1=0.8),
+    ],
+)
+def test_rules_that_work_number_by_number(inner):
+    rl.fused_step(loss_of("scan"), rl.raclora(1e-2, 3, inner=inner, key=KEY))
+
+
+def test_what_stands_around_raclora():
+    tx = rl.raclora(1e-2, 3, key=KEY)
+    for around in (
+        optax.chain(optax.clip_by_global_norm(1.0), tx),
+        optax.apply_if_finite(tx, 3),
+        optax.MultiSteps(tx, 2),
+        rl.scale_by_raclora(3, key=KEY),
+    ):
+        with pytest.raises(TypeError, match=r"what raclora.* returned"):
+            rl.fused_step(loss_of("scan"), around)
+    with pytest.raises(ValueError, match="clip_norm"):
+        rl.fused_step(loss_of("scan"), rl.raclora(1e-2, 3, clip_norm=1.0, key=KEY))
+
+
+def test_states_of_other_transformations():
+    params, args = weights(), batch()
+    tx = rl.raclora(1e-2, rl.trace_spec(loss_of("scan"), params, *args, rank=3), key=KEY)
+    step = rl.fused_step(loss_of("scan"), tx)
+    alone = optax.chain(tx).init(params)
+    assert isinstance(jax.eval_shape(step, params, alone, *args)[1], tuple)
+    beside = optax.chain(tx, optax.ema(0.9)).init(params)
+    with pytest.raises(ValueError, match="beside the state of raclora"):
+        jax.eval_shape(step, params, beside, *args)
+
+
+def test_a_per_matrix_rule_that_keeps_something_of_all_at_once():
+    def init(params):
+        return jax.tree.map(lambda leaf: jnp.zeros(2), params)
+
+    rule = rl.per_matrix(optax.GradientTransformation(init, lambda g, s, p=None: (g, s)))
+    params, args = weights(), batch()
+    spec = rl.trace_spec(loss_of("scan"), params, *args, rank=3)
+    tx = rl.raclora(1e-2, spec, inner=rule, key=KEY)
+    with pytest.raises(ValueError, match=r"'down'.*does not act on each"):
+        jax.eval_shape(rl.fused_step(loss_of("scan"), tx), params, tx.init(params), *args)
+
+
+@pytest.mark.parametrize("word", ["rank", "alpha", "sketch"])
+def test_whole_matrices_have_no_sketch(word):
+    value = {"rank": 3, "alpha": 2.0, "sketch": "block"}[word]
+    with pytest.raises(ValueError, match=f"{word}=.*moves all rows"):
+        rl.Rule("up", mode="full", **{word: value})
