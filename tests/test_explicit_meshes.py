@@ -110,7 +110,11 @@ def loss_fn(params, x):
 
 
 def step_of(tx, spec, form):
+    fused = rl.fused_step(loss_fn, tx) if form == "fused" else None
+
     def step(params, state, x):
+        if fused is not None:
+            return fused(params, state, x)[:2]
         if form == "factor":
             _, grads = rl.value_and_grad(loss_fn, spec)(params, state, x)
             updates, state = tx.update(grads, state, params)
@@ -191,6 +195,8 @@ QUICK = [
     (EXPLICIT, (8,), "fsdp", "factor", "right"),
     (EXPLICIT, (8,), "data", "factor", "left"),
     (AUTO, (4, 2), "both", "factor", "left"),
+    (EXPLICIT, (4, 2), "both", "fused", "left"),
+    (AUTO, (4, 2), "both", "fused", "right"),
 ]
 PLACES = [
     *((shape, layout) for shape in ((4, 2), (2, 2, 2)) for layout in LAYOUTS),
@@ -200,7 +206,7 @@ PLACES = [
 ALL = [
     (kind, *place, form, side)
     for kind, place, form, side in itertools.product(
-        (EXPLICIT, AUTO), PLACES, ("dense", "factor"), ("left", "right")
+        (EXPLICIT, AUTO), PLACES, ("dense", "factor", "fused"), ("left", "right")
     )
 ]
 
@@ -245,7 +251,7 @@ OTHERS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["dense", "factor"])
+@pytest.mark.parametrize("form", ["dense", "factor", "fused"])
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_rules_and_laws(name, form):
     settings = dict(OTHERS[name])
@@ -255,7 +261,7 @@ def test_other_rules_and_laws(name, form):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["dense", "factor"])
+@pytest.mark.parametrize("form", ["dense", "factor", "fused"])
 @pytest.mark.parametrize("rounding", ["stochastic", "master"])
 def test_low_precision(form, rounding):
     """Rounding draws by place: a weight may land one step of the grid away."""

@@ -308,8 +308,7 @@ def _behind(index: Array, length: int, done: Arrays) -> Array:
         # Its compiler drops barriers, and does not know that the index is below the
         # length.
         for array in done:
-            first = jnp.real(array[(0,) * array.ndim])
-            index = jnp.minimum(index, length + (first == 0))
+            index = jnp.minimum(index, length + jnp.all(array == 0))
         return index
 
     def elsewhere(index: Array, done: Arrays) -> Array:
