@@ -54,6 +54,7 @@ SLICES = {
 }
 
 
+# One chip is a slice once the bounds of a host say so.
 ALONE_ON_HOST = ("v5e-1", "v6e-1")
 
 
@@ -126,7 +127,7 @@ ONE_CHIP = tuple(
 QUICK = (Point("tiny", "v5e-16", 1, 512), Point("tiny", "v5e-16", 4, 512))
 # From where the search for the smallest slice starts: below, the weights are too much.
 FITS_FROM = {"7B": 0, "13B": 0, "70B": 2, "tiny": 0}
-FITS_ON = [name for name in SLICES if name.startswith("v5e")]
+FITS_ON = [n for n in SLICES if n.startswith("v5e") and n not in ALONE_ON_HOST]
 
 
 def compiled(job: Job) -> dict[str, Any]:

@@ -61,16 +61,30 @@ def check(case, settings, tolerance):
 
 @pytest.mark.parametrize("name", CASES)
 def test_case(name):
-    """Both sides; of ranks 1 and 3 each has one, in turn, since compiling takes long.
+    """A law of real numbers and one that picks rows, each on a side, since it takes long.
 
-    And one law that picks rows: blocks that are slices, that wrap around, or rows
-    gathered one by one, in turn.
+    Of ranks 1 and 3 each has one, in turn, and so have blocks that are slices, that wrap
+    around, and rows gathered one by one.
     """
+    whole, _, picked = settings_of(name)
+    with jax.enable_x64(True):
+        check(CASES[name], [whole, picked], 1e-13)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_case_on_both_sides(name):
+    with jax.enable_x64(True):
+        check(CASES[name], settings_of(name), 1e-13)
+
+
+def settings_of(name):
+    """Side, rank and law of three runs; the last picks rows on the first one's other side."""
     index = list(CASES).index(name)
     laws = (2, "block"), (3, "block"), (3, "coordinate")
-    picked = (SIDES[(index + 1) % 2], *laws[index // 2 % 3])
-    with jax.enable_x64(True):
-        check(CASES[name], [*TURNS[index % 2], picked], 1e-13)
+    first, second = TURNS[index % 2][:: 1 if index % 4 < 2 else -1]
+    other = SIDES[1 - SIDES.index(first[0])]
+    return first, second, (other, *laws[index // 2 % 3])
 
 
 NEW = [

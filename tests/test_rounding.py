@@ -252,12 +252,12 @@ def test_the_numbers_behind_the_rounding():
     keys = [jax.random.fold_in(jax.random.key(1), i) for i in range(2)]
     flat, other = (
         np.asarray(
-            rounding._fraction(rounding._hash(k, rounding._places((count,)))), float
+            rounding._fraction(rounding._hash(k, rounding.places_of((count,)))), float
         )
         for k in keys
     )
     square = np.asarray(
-        rounding._fraction(rounding._hash(keys[0], rounding._places((256, 256)))), float
+        rounding._fraction(rounding._hash(keys[0], rounding.places_of((256, 256)))), float
     )
     np.testing.assert_array_equal(square.ravel(), flat)
     assert flat.min() >= 0
