@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from benchmarks import pod
+import jax
+
+from benchmarks import pod, pod_steps
 from benchmarks.rows import RESULTS
 
 
@@ -62,6 +64,36 @@ def slices() -> str:
             cells = (least["slice"], f"{least['peak_mib']:,.0f}", ", ".join(refused))
             lines.append("| " + " | ".join([model, method, *cells]) + " |")
     return "\n".join(lines)
+
+
+def one_chip() -> str:
+    """What each method asks of one chip, and of how many MiB more than the weights."""
+    asked = {point.study for point in pod.ONE_CHIP}
+    rows = [row for row in _rows() if row["study"].partition(", effort")[0] in asked]
+    lines = [
+        "| program | method | peak, MiB | above the weights, MiB | compile CPU, s |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["study"], row.get("peak_mib", 1e9))):
+        cells = ["refused", "", ""]
+        if row["fits"]:
+            weights = _weights_mib(row["model"])
+            above = f"{row['peak_mib'] - weights:,.0f}"
+            cells = [
+                f"{row['peak_mib']:,.0f}",
+                above,
+                f"{row['compile_cpu_seconds']:.0f}",
+            ]
+        lines.append("| " + " | ".join([row["study"], row["method"], *cells]) + " |")
+    return "\n".join(lines)
+
+
+def _weights_mib(name: str) -> float:
+    """What the weights of a model take in bfloat16."""
+    sizes = pod_steps.LLAMA[name]
+    model = pod_steps.llama(sizes, 1, 512, None)
+    leaves = jax.tree.leaves(model.shapes()[0])
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) / 2**20
 
 
 def _rows() -> list[dict[str, Any]]:

@@ -192,6 +192,7 @@ TABLES = {
     "gpu": gpu_table,
     "pod": pod_tables.programs,
     "pod_slices": pod_tables.slices,
+    "one_chip": pod_tables.one_chip,
     "rates": theory_tables.rates,
     "estimators": theory_tables.estimators,
     "certificates": theory_tables.certificates,

@@ -3,6 +3,7 @@
 from importlib import import_module as _import_module
 from types import ModuleType as _ModuleType
 
+from raclora_jax._chain.clip import clip_by_matrix_norm
 from raclora_jax._chain.orthogonal import orthogonal
 from raclora_jax._chain.separable import per_matrix
 from raclora_jax._chain.state import RacLoraState
@@ -35,6 +36,7 @@ __all__ = [
     "Spec",
     "adapted",
     "apply_updates",
+    "clip_by_matrix_norm",
     "effective_params",
     "factor_labels",
     "fused_step",

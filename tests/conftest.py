@@ -13,6 +13,8 @@ FLAGS = [
     os.environ.get("XLA_FLAGS", ""),
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
+    # Compiled in parallel, a program has not the same bits each time.
+    "--xla_cpu_parallel_codegen_split_count=1",
 ]
 if jax.__version_info__ < (0, 11):  # later compilers end on a flag that they lack
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")

@@ -245,6 +245,44 @@ def test_whole_matrices(rule):
         assert_same(fused[0], dense, 1e-6)
 
 
+def test_outside_of_jit_it_says_what_two_copies_take():
+    params, args = weights(), batch()
+    spec = rl.trace_spec(loss_of("scan"), params, *args, rank=3)
+    tx = rl.raclora(1e-2, spec, key=KEY)
+    step, state = rl.fused_step(loss_of("scan"), tx), tx.init(params)
+    with pytest.warns(UserWarning, match=r"0\.0 MiB more.*donate_argnums"):
+        eager = step(params, state, *args)
+    assert_same(eager, jax.jit(step)(params, state, *args), 1e-6)
+
+
+def test_a_clip_of_each_matrix():
+    params, args = weights(), batch()
+    spec = rl.trace_spec(loss_of("scan"), params, *args, rank=3)
+    largest = 0.02
+    tx = rl.raclora(1.0, spec, inner=rl.clip_by_matrix_norm(largest), key=KEY)
+    fused, parts = (
+        run(step, params, tx.init(params), 1, *args)
+        for step in forms(loss_of("scan"), tx, spec)
+    )
+    assert_same(fused, parts, 1e-6)
+    grads = rl.value_and_grad(loss_of("scan"), spec)(params, tx.init(params), *args)[1]
+    for name in ("up", "down", "head"):
+        factor = np.asarray(grads[name].value, np.float64)
+        before = np.linalg.norm(factor, axis=(-2, -1))
+        moved = np.asarray(params[name] - fused[0][name], np.float64)
+        after = np.linalg.norm(moved, axis=(-2, -1))
+        # Rows of a sketch are orthonormal: a factor is as long as its lift.
+        np.testing.assert_allclose(after, np.minimum(before, largest), rtol=1e-4)
+    assert np.any(before > largest)
+
+
+@pytest.mark.parametrize("norm", [0.0, -1.0, float("nan"), True, "1"])
+def test_clips_that_are_none(norm):
+    error = TypeError if isinstance(norm, bool | str) else ValueError
+    with pytest.raises(error, match="max_norm must be"):
+        rl.clip_by_matrix_norm(norm)
+
+
 # What is not finite --------------------------------------------------------------------
 
 

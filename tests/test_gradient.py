@@ -79,7 +79,7 @@ def test_case_on_both_sides(name):
 
 
 def settings_of(name):
-    """Side, rank and law of three runs; the last picks rows on the first one's other side."""
+    """Side, rank and law of three runs; the last picks rows on the first's other side."""
     index = list(CASES).index(name)
     laws = (2, "block"), (3, "block"), (3, "coordinate")
     first, second = TURNS[index % 2][:: 1 if index % 4 < 2 else -1]

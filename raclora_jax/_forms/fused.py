@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from jax import Array
 
 from raclora_jax._autodiff.interpret import arrays, constants, evaluate, scanned_once
 from raclora_jax._autodiff.updating import Moving, moving_weight
-from raclora_jax._autodiff.uses import Uses
+from raclora_jax._autodiff.uses import Uses, user_level
 from raclora_jax._autodiff.weight import leaf_weight
 from raclora_jax._chain.boxes import boxed_as
 from raclora_jax._chain.separable import (
@@ -94,6 +95,7 @@ def fused_step(
         spec = descent.run.spec
         model = traced(loss_fn, spec, has_aux, params, opt_state, args, kwargs)
         _check_alone(opt_state)
+        _tell_of_two_copies(model.leaves)
         out, leaves, state = _Fused.of(descent, model, params).stepped()
 
         def put(node: Any) -> Any:
@@ -294,21 +296,33 @@ def _descent_of(tx: Any) -> Descent:
         raise TypeError(
             f"a fused step takes what raclora(...) returned, got {type(tx).__name__}; "
             "nothing may stand around it, in a chain or as a wrapper, since no gradient "
-            "is there for it: clip each matrix inside, as in inner=optax.chain("
-            "rl.clip_by_matrix_norm(1.0), rule), and leave out a step whose gradient is "
-            "not finite, which a fused step does by itself; for all else use "
-            "rl.value_and_grad, tx.update and rl.apply_updates"
+            "is there for it: clip each matrix inside, as in inner=rl.per_matrix("
+            "optax.chain(rl.clip_by_matrix_norm(1.0), rule)); what is not finite a fused "
+            "step leaves out by itself; for all else use rl.value_and_grad, tx.update "
+            "and rl.apply_updates"
         )
     descent = tx.descent
     check_separable(descent.run.inner)
     if descent.clip_norm is not None:
         raise ValueError(
             "clip_norm needs the gradients of all leaves at once, which a fused step "
-            "never has; clip each matrix, as in inner=optax.chain("
-            "rl.clip_by_matrix_norm(1.0), rule), or use rl.value_and_grad, tx.update and "
-            "rl.apply_updates"
+            "never has; clip each matrix, as in inner=rl.per_matrix(optax.chain("
+            "rl.clip_by_matrix_norm(1.0), rule)), or use rl.value_and_grad, tx.update "
+            "and rl.apply_updates"
         )
     return descent
+
+
+def _tell_of_two_copies(leaves: Leaves) -> None:
+    """Warns where nothing can be donated; inside ``jit`` that cannot be seen."""
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values()):
+        return
+    size = sum(leaf.nbytes for leaf in leaves.values()) / 2**20
+    warnings.warn(
+        "a fused step outside of jit holds the old weights beside the new ones, "
+        f"{size:.1f} MiB more: call jax.jit(step, donate_argnums=(0, 1))",
+        stacklevel=user_level(),
+    )
 
 
 def _check_alone(opt_state: PyTree) -> None:
