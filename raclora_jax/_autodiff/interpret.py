@@ -55,6 +55,29 @@ def scanned_once(program: Program) -> set[int]:
     return {p for p, r in reads.items() if r == (1, 0) and p not in handed_out}
 
 
+def preceding(program: Program) -> dict[int, int]:
+    """For each input another one that the program needs before it.
+
+    It is the last one read on the way to what meets the input where that is first read.
+    So on the way back, when its gradient is there, nothing reads the input any more.
+    """
+    jaxpr = body_of(program)
+    place_of = {var: place for place, var in enumerate(jaxpr.invars)}
+    first_read: dict[int, int] = {}
+    needs: dict[jex.Var, set[int]] = {}
+    found: dict[int, int] = {}
+    for index, eqn in enumerate(jaxpr.eqns):
+        read = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
+        own = {place_of[v] for v in read if v in place_of}
+        before = set().union(*(needs.get(v, set()) for v in read)) - own
+        for place in own - {*first_read}:
+            if before:
+                found[place] = max(before, key=first_read.__getitem__)
+        first_read = dict.fromkeys(own, index) | first_read
+        needs |= dict.fromkeys(eqn.outvars, before | own)
+    return found
+
+
 def _reads(jaxpr: jex.Jaxpr) -> tuple[dict[int, Reads], dict[jex.Var, int]]:
     """How each input of a program is read, and which variables are inputs handed on."""
     standing = {var: place for place, var in enumerate(jaxpr.invars)}

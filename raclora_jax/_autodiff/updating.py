@@ -34,16 +34,17 @@ class Mover(Protocol):
     def plan(self) -> LeafPlan:
         """The plan of a slice."""
 
-    def __call__(
+    def together(
         self,
-        held: PyTree,
-        sketch: Array,
-        known: PyTree,
-        gradient: Array,
+        movers: list[Any],
+        held: list[PyTree],
+        sketches: Arrays,
+        known: list[PyTree],
+        gradients: Arrays,
         index: Array,
         allowed: Array,
-    ) -> PyTree:
-        """What is held of a slice after its step, if it is allowed to take one."""
+    ) -> list[PyTree]:
+        """What is held of the slices of several leaves after their steps, if allowed."""
 
 
 @jax.tree_util.register_dataclass
@@ -219,7 +220,7 @@ class _Scan:
         # The outputs that nothing reads have no array to be run over.
         given = {i: ys[i] for i in body.outputs if not isinstance(ys[i], SymbolicZero)}
         blank = {i: ys[i] for i in body.outputs if i not in given}
-        allowed = _array(allowed) > 0
+        allowed, common = _array(allowed) > 0, [m.known for m in fixed]
 
         def one(carry: PyTree, at: PyTree) -> tuple[PyTree, Arrays]:
             above, sums, held = carry
@@ -230,11 +231,9 @@ class _Scan:
             back = body.back.unflatten(residuals_of(body, inputs, kept))
             beside = [ys[i] if i in ys else _blank(blank[i]) for i in body.outputs]
             below, to_consts, to_slices, gradients = back((above, beside))
-            moving = zip(fixed, now, sketches, gradients, strict=True)
-            moved = [
-                m.mover(n, sketch, m.known, gradient, index, allowed)
-                for m, n, sketch, gradient in moving
-            ]
+            moved = self.movers[0].together(
+                self.movers, now, sketches, common, gradients, index, allowed
+            )
             place = _behind(index, self.params["length"], below)
             held = [_put(old, new, place) for old, new in zip(held, moved, strict=True)]
             sums = jax.tree.map(jnp.add, sums, to_consts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -112,20 +113,57 @@ class Slice:
             self.template,
         )
 
-    def __call__(
+    @staticmethod
+    def together(
+        slices: Sequence[Slice],
+        held: Sequence[Held],
+        sketches: Sequence[Array],
+        known: Sequence[Known],
+        gradients: Sequence[Array],
+        index: Array,
+        allowed: Array,
+    ) -> list[Held]:
+        """What is held of the slices of several leaves after their steps.
+
+        One whose gradient is not finite stays as it was. The inner rule is called once
+        for all of them, since what it does to matrices of one shape is one operation.
+
+        Args:
+          slices: The steps.
+          held: What is held of each leaf's slice.
+          sketches: The sketches of these.
+          known: What the steps have in common.
+          gradients: The gradients of the factors.
+          index: int32 scalar, which slice of the stacks it is.
+          allowed: Whether anything is to move.
+        """
+        goes = [allowed & jnp.all(jnp.isfinite(gradient)) for gradient in gradients]
+        pairs = zip(slices, gradients, goes, strict=True)
+        finite = {s.plan.path: jnp.where(go, gradient, 0) for s, gradient, go in pairs}
+        before = [
+            s.whole(h.inner, k.common)
+            for s, h, k in zip(slices, held, known, strict=True)
+        ]
+        directions, after = _ruled(
+            slices[0].run, [s.plan for s in slices], finite, before
+        )
+        each = zip(slices, held, sketches, known, goes, strict=True)
+        return [
+            s._stepped(h, sketch, k, directions[s.plan.path], after, index, go)
+            for s, h, sketch, k, go in each
+        ]
+
+    def _stepped(
         self,
         held: Held,
         sketch: Array,
         known: Known,
-        gradient: Array,
+        direction: Array,
+        after: OptState,
         index: Array,
-        allowed: Array,
+        goes: Array,
     ) -> Held:
-        """The slice after its step; as it was, where its gradient is not finite."""
         plan = self.plan
-        goes = allowed & jnp.all(jnp.isfinite(gradient))
-        gradient = jnp.where(goes, gradient, 0).astype(plan.wide_dtype)
-        direction, after = self._ruled(gradient, self.whole(held.inner, known.common))
         inner, _ = self.parts(after)
         inner = [
             jnp.where(goes, new, old).astype(old.dtype)
@@ -149,15 +187,9 @@ class Slice:
         )
         own, _ = self.parts(zeros)
         gradient = jnp.zeros(self.plan.factor_shape, self.plan.wide_dtype)
-        _, after = self._ruled(gradient, self.whole(own, common))
+        before = [self.whole(own, common)]
+        _, after = _ruled(self.run, [self.plan], {self.plan.path: gradient}, before)
         return self.parts(after)[1]
-
-    def _ruled(self, gradient: Array, before: OptState) -> tuple[Array, OptState]:
-        own = {self.plan.path: self.plan}
-        rule = as_rule(self.run.inner).update
-        with knowing(own):
-            moved, after = rule({self.plan.path: gradient}, before, None, plans=own)
-        return moved[self.plan.path], after
 
     def _moved(
         self,
@@ -182,6 +214,25 @@ class Slice:
             start = index.astype(jnp.uint32) * jnp.uint32(weight.size)
         weight = merge_leaf(weight, value, sketch, decay, plan, plan.rounding, key, start)
         return weight, None
+
+
+def _ruled(
+    run: Run,
+    plans: Sequence[LeafPlan],
+    gradients: dict[str, Array],
+    states: Sequence[OptState],
+) -> tuple[dict[str, Array], OptState]:
+    """One call of the inner rule for several leaves, each with a state of its own."""
+    own = {plan.path: plan for plan in plans}
+    held: dict[Any, Array] = {}
+    for state in states:
+        held |= dict(jax.tree_util.tree_leaves_with_path(state))
+    template = jax.eval_shape(lambda: run.inner_init(tuple(plans), "lowrank"))
+    before = jax.tree_util.tree_map_with_path(lambda at, _: held[at], template)
+    wide = {path: one.astype(own[path].wide_dtype) for path, one in gradients.items()}
+    with knowing(own):
+        moved, after = as_rule(run.inner).update(wide, before, None, plans=own)
+    return moved, after
 
 
 def _shapes(run: Run, plan: LeafPlan) -> dict[Any, tuple[int, ...]]:

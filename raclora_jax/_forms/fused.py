@@ -11,7 +11,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from raclora_jax._autodiff.interpret import arrays, constants, evaluate, scanned_once
+from raclora_jax._autodiff.interpret import (
+    arrays,
+    constants,
+    evaluate,
+    preceding,
+    scanned_once,
+)
 from raclora_jax._autodiff.updating import Moving, moving_weight
 from raclora_jax._autodiff.uses import Uses, user_level
 from raclora_jax._autodiff.weight import leaf_weight
@@ -233,7 +239,9 @@ class _Fused(NamedTuple):
         run, before = self.descent.run, self.before
         directions: dict[str, FactorValue] = {}
         decaying: dict[str, bool | Array] = {}
-        skipped = before.skipped
+        skipped, names = before.skipped, [*self.plans]
+        needs = preceding(self.model.staged.jaxpr)
+        earlier = {names[place]: names[other] for place, other in needs.items()}
         parts: dict[str, list[OptState]] = {"lowrank": [], "dense": []}
         for path, grad in grads.items():
             plan = self.plans[path]
@@ -243,7 +251,8 @@ class _Fused(NamedTuple):
                 for name, one in apart(plan, grad).items()
             }
             finite = [jnp.all(jnp.isfinite(one)) for one in group.values()]
-            goes = jnp.all(jnp.stack([allowed, *finite]))
+            done = _done(grads[earlier[path]] if earlier.get(path) in grads else None)
+            goes = jnp.all(jnp.stack([allowed, *finite, *done]))
             skipped = skipped + ~goes
             group = jax.tree.map(lambda one: jnp.where(goes, one, 0), group)  # noqa: B023
             template = jax.eval_shape(lambda: run.inner_init((plan,), mode))  # noqa: B023
@@ -276,6 +285,15 @@ class _Fused(NamedTuple):
         inner_state = state.inner_state._replace(dense=dense)
         state = state._replace(inner_state=inner_state, skipped=skipped)
         return applied(leaves, updates), state, parts["lowrank"]
+
+
+def _done(gradient: FactorValue | None) -> list[Array]:
+    """What is true once a gradient is there.
+
+    It is that of a leaf before another one: what reads the other is then behind, and the
+    compiler has no reason to copy it when it moves.
+    """
+    return [jnp.count_nonzero(one) >= 0 for one in jax.tree.leaves(gradient)]
 
 
 def _where_it_goes(
