@@ -69,7 +69,7 @@ def main() -> None:
     options = timing.arguments(__doc__)
     width = models.TINY["width"] if options.quick else 512
     sizes = models.TINY if options.quick else {}
-    times = {"rounds": 2, "runs": 1} if options.quick else {"rounds": 3, "runs": 4}
+    times = {"rounds": 2, "runs": 1} if options.quick else {"rounds": 2, "runs": 3}
     results = []
     for scan, remat in ((False, False), (True, False), (True, True)):
         model = models.decoder(**sizes, scan=scan, remat=remat)
