@@ -451,6 +451,21 @@ def test_a_per_matrix_rule_that_keeps_something_of_all_at_once():
         jax.eval_shape(rl.fused_step(loss_of("scan"), tx), params, tx.init(params), *args)
 
 
+def test_a_rule_that_counts_for_each_matrix():
+    def init(params):
+        return jax.tree.map(lambda p: jnp.zeros(p.shape[:-2], jnp.int32), params)
+
+    def update(grads, state, params=None):
+        return grads, jax.tree.map(lambda count: count + 1, state)
+
+    rule = rl.per_matrix(optax.GradientTransformation(init, update))
+    params, args = weights(), batch()
+    spec = rl.trace_spec(loss_of("scan"), params, *args, rank=3)
+    tx = rl.raclora(1e-2, spec, inner=rule, key=KEY)
+    with pytest.raises(ValueError, match="'down': inner keeps an array of int32"):
+        jax.eval_shape(rl.fused_step(loss_of("scan"), tx), params, tx.init(params), *args)
+
+
 @pytest.mark.parametrize("word", ["rank", "alpha", "sketch"])
 def test_whole_matrices_have_no_sketch(word):
     value = {"rank": 3, "alpha": 2.0, "sketch": "block"}[word]

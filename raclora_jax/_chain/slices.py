@@ -74,13 +74,21 @@ class Slice:
           plan: The plan of the leaf; its first axis stacks matrices.
 
         Raises:
-          ValueError: If the inner rule holds something of a leaf that is no stack.
+          ValueError: If the inner rule holds something of a leaf that is no stack, or no
+            real numbers.
         """
         one = cls(run, plan.of_slice)
         stacked = _shapes(run, plan)
         for keypath, leaf in jax.tree_util.tree_leaves_with_path(one.template):
             if is_common(keypath, plan.path):
                 continue
+            if not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise ValueError(
+                    f"leaf {paths.show(plan.path)}: inner keeps an array of {leaf.dtype} "
+                    "of it, and a fused step carries real numbers only; keep what all "
+                    "leaves have in common once, or use rl.value_and_grad, tx.update and "
+                    "rl.apply_updates in place of a fused step"
+                )
             if stacked[keypath] != (plan.shape[0], *leaf.shape):
                 raise ValueError(
                     f"leaf {paths.show(plan.path)}: inner keeps an array of shape "
