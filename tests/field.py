@@ -22,6 +22,8 @@ ONES = rl.Spec(1, resample_every=4, rules=RULES)
 STEPS = 24
 # The checks compile a program a method and run it for a blink.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 11):  # two programs with equal sums have equal bits by it
+    QUICK["xla_cpu_use_fusion_emitters"] = True
 
 
 class Row(NamedTuple):
