@@ -21,8 +21,8 @@ PACKAGE = pathlib.Path(rl.__file__).parent
 ROOMS = {
     "_core": "types parts paths stamp layout select spec plan placement sides keys "
     "cholesky sketch lowrank rounding factor merge",
-    "_autodiff": "stage uses contraction axes attach picks weight rearrange arithmetic "
-    "output picked consume join rounds updating interpret watch",
+    "_autodiff": "stage reads elementwise uses contraction axes attach picks weight "
+    "rearrange arithmetic output picked consume join rounds updating interpret watch",
     "_chain": "boxes inner separable orthogonal state around clip step slices",
     "_forms": "pure apply optimizer gradient fused adapter factor_rules unmerged trace "
     "summary",

@@ -10,7 +10,7 @@ from cases import ADAPTED, CASES
 from jax import lax
 
 import raclora_jax as rl
-from raclora_jax._autodiff.interpret import scanned_once
+from raclora_jax._autodiff.reads import scanned_once
 from raclora_jax._autodiff.stage import stage
 
 LAYERS, DIM, HIDDEN, OUT = 3, 10, 14, 6

@@ -8,7 +8,6 @@ none, the leaf is formed and the operation runs as it stands: same numbers, said
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.extend.core as jex
@@ -16,100 +15,25 @@ from jax import Array, lax
 
 from raclora_jax._autodiff import arithmetic, consume, join, rearrange, updating
 from raclora_jax._autodiff.join import Standing, Value
-from raclora_jax._autodiff.stage import Eqn, Program, body_of, called
+from raclora_jax._autodiff.reads import (
+    asks_sharding,
+    handed_on_by,
+    scan_operands,
+    while_operands,
+)
+from raclora_jax._autodiff.stage import (
+    CALLS,
+    REMATS,
+    Eqn,
+    Program,
+    body_of,
+    called,
+    part_of,
+)
 from raclora_jax._autodiff.weight import Operand, Weight
 from raclora_jax._core.types import PyTree
 
-T = TypeVar("T")
-
 RULES = {**arithmetic.RULES, **rearrange.RULES, **consume.RULES}
-
-
-def read_inputs(program: Program) -> set[int]:
-    """The places of the inputs that a program does anything with."""
-    jaxpr = body_of(program)
-    read = {var for var in jaxpr.outvars if not isinstance(var, jex.Literal)}
-    for eqn in jaxpr.eqns:
-        operands = [*eqn.invars]
-        if _CALLS.get(eqn.primitive.name) is _call:
-            places = read_inputs(called(eqn))
-            operands = [var for i, var in enumerate(operands) if i in places]
-        read |= {var for var in operands if not isinstance(var, jex.Literal)}
-    return {place for place, var in enumerate(jaxpr.invars) if var in read}
-
-
-class Reads(NamedTuple):
-    """How often something reads an input: one slice at a time in a scan, or otherwise."""
-
-    in_scans: int
-    elsewhere: int
-
-
-def scanned_once(program: Program) -> set[int]:
-    """The places of the inputs that one scan reads slice by slice, and nothing else."""
-    jaxpr = body_of(program)
-    reads, standing = _reads(jaxpr)
-    handed_out = {
-        standing.get(v) for v in jaxpr.outvars if not isinstance(v, jex.Literal)
-    }
-    return {p for p, r in reads.items() if r == (1, 0) and p not in handed_out}
-
-
-def preceding(program: Program) -> dict[int, int]:
-    """For each input another one that the program needs before it.
-
-    It is the last one read on the way to what meets the input where that is first read.
-    So on the way back, when its gradient is there, nothing reads the input any more.
-    """
-    jaxpr = body_of(program)
-    place_of = {var: place for place, var in enumerate(jaxpr.invars)}
-    first_read: dict[int, int] = {}
-    needs: dict[jex.Var, set[int]] = {}
-    found: dict[int, int] = {}
-    for index, eqn in enumerate(jaxpr.eqns):
-        read = [v for v in eqn.invars if not isinstance(v, jex.Literal)]
-        own = {place_of[v] for v in read if v in place_of}
-        before = set().union(*(needs.get(v, set()) for v in read)) - own
-        for place in own - {*first_read}:
-            if before:
-                found[place] = max(before, key=first_read.__getitem__)
-        first_read = dict.fromkeys(own, index) | first_read
-        needs |= dict.fromkeys(eqn.outvars, before | own)
-    return found
-
-
-def _reads(jaxpr: jex.Jaxpr) -> tuple[dict[int, Reads], dict[jex.Var, int]]:
-    """How each input of a program is read, and which variables are inputs handed on."""
-    standing = {var: place for place, var in enumerate(jaxpr.invars)}
-    reads = {place: Reads(0, 0) for place in standing.values()}
-    for eqn in jaxpr.eqns:
-        inside = _reads_by(eqn)
-        for own, var in enumerate(eqn.invars):
-            if isinstance(var, jex.Literal) or var not in standing:
-                continue
-            more, place = inside(own), standing[var]
-            before = reads[place]
-            reads[place] = Reads(
-                before.in_scans + more.in_scans, before.elsewhere + more.elsewhere
-            )
-        for out, own in handed_on_by(eqn).items():
-            var = eqn.invars[own]
-            if not isinstance(var, jex.Literal) and var in standing:
-                standing[eqn.outvars[out]] = standing[var]
-    return reads, standing
-
-
-def _reads_by(eqn: Eqn) -> Callable[[int], Reads]:
-    """How an equation reads each of its operands."""
-    rule = _CALLS.get(eqn.primitive.name)
-    if rule is _call and not _asks_sharding(eqn):
-        inside, _ = _reads(body_of(called(eqn)))
-        return inside.__getitem__
-    if rule is _scan and eqn.params["length"] > 0:
-        closed_over, carry, _ = scan_operands(eqn.params, [*range(len(eqn.invars))])
-        first = len(closed_over) + len(carry)
-        return lambda own: Reads(1, 0) if own >= first else Reads(0, 1)
-    return lambda own: Reads(0, 1)
 
 
 def evaluate(program: Program, arguments: Sequence[Value]) -> list[Value]:
@@ -136,7 +60,7 @@ def evaluate(program: Program, arguments: Sequence[Value]) -> list[Value]:
         if waiting:
             made = [var for eqn in waiting for var in eqn.outvars]
             made = [var for var in made if last_read.get(var, -1) >= now]
-            needed, stretch = _program(jaxpr, waiting, made)
+            needed, stretch = part_of(jaxpr, waiting, made)
             out = stretch(*(env[var] for var in needed))
             env.update(zip(made, out, strict=True))
             waiting.clear()
@@ -175,19 +99,6 @@ def _last_reads(jaxpr: jex.Jaxpr) -> dict[jex.Var, int]:
     return reads | {v: end for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
 
 
-def _program(
-    jaxpr: jex.Jaxpr, eqns: Sequence[Eqn], outputs: Sequence[jex.Var]
-) -> tuple[list[jex.Var], Callable[..., list[Array]]]:
-    """Some equations of a jaxpr as a function, and the variables it takes."""
-    made = {var for eqn in eqns for var in eqn.outvars}
-    read = dict.fromkeys(
-        var for eqn in eqns for var in eqn.invars if not isinstance(var, jex.Literal)
-    )
-    needed = [var for var in read if var not in made]
-    part = jaxpr.replace(constvars=[], invars=needed, eqns=[*eqns], outvars=[*outputs])
-    return needed, jex.jaxpr_as_fun(jex.ClosedJaxpr(part, ()))
-
-
 def _apply(jaxpr: jex.Jaxpr, eqn: Eqn, operands: list[Value]) -> list[Value]:
     """One equation that a leaf reaches."""
     out = _by_rule(eqn, operands)
@@ -196,7 +107,7 @@ def _apply(jaxpr: jex.Jaxpr, eqn: Eqn, operands: list[Value]) -> list[Value]:
     # A literal is part of the equation: it is no input of its program, nor hashable.
     pairs = zip(eqn.invars, arrays(operands, eqn.primitive.name), strict=True)
     formed = {var: value for var, value in pairs if not isinstance(var, jex.Literal)}
-    needed, program = _program(jaxpr, [eqn], eqn.outvars)
+    needed, program = part_of(jaxpr, [eqn], eqn.outvars)
     return [*program(*(formed[var] for var in needed))]
 
 
@@ -216,13 +127,7 @@ def _by_rule(eqn: Eqn, operands: list[Value]) -> list[Value] | None:
 
 def _call(eqn: Eqn, operands: list[Value]) -> list[Value] | None:
     """A jitted function: its program is run in place, where no sharding is asked for."""
-    return None if _asks_sharding(eqn) else evaluate(called(eqn), operands)
-
-
-def _asks_sharding(eqn: Eqn) -> bool:
-    asked = (*eqn.params.get("in_shardings", ()), *eqn.params.get("out_shardings", ()))
-    # By name, since JAX does not hand the class out.
-    return any(type(sharding).__name__ != "UnspecifiedValue" for sharding in asked)
+    return None if asks_sharding(eqn) else evaluate(called(eqn), operands)
 
 
 def _remat(eqn: Eqn, operands: list[Value]) -> list[Value]:
@@ -272,27 +177,6 @@ def _scan(eqn: Eqn, operands: list[Value]) -> list[Value]:
     return _filled([*end, *ys], kept)
 
 
-def scan_operands(
-    params: dict[str, Any], operands: list[T]
-) -> tuple[list[T], list[T], list[T]]:
-    """What a scan closes over, its carry, and what it runs over."""
-    if "num_consts" in params:  # JAX 0.10
-        first, second = params["num_consts"], params["num_carry"]
-    else:  # from JAX 0.11 on
-        first, second, _ = (len(group) for group in params["ft_in"].unpack())
-    end = first + second
-    return operands[:first], operands[first:end], operands[end:]
-
-
-def while_operands(
-    params: dict[str, Any], operands: list[T]
-) -> tuple[list[T], list[T], list[T]]:
-    """What the test of a loop closes over, what its body does, and its carry."""
-    first = params["cond_nconsts"]
-    end = first + params["body_nconsts"]
-    return operands[:first], operands[first:end], operands[end:]
-
-
 def _while(eqn: Eqn, operands: list[Value]) -> list[Value]:
     params = eqn.params
     of_test, of_body, carry = while_operands(params, operands)
@@ -314,57 +198,6 @@ def _kept(eqn: Eqn, operands: list[Value]) -> dict[int, Value]:
     """The weights among the outputs that are handed on, by the output's place."""
     found = {place: operands[own] for place, own in handed_on_by(eqn).items()}
     return {place: value for place, value in found.items() if isinstance(value, Standing)}
-
-
-def handed_on_by(eqn: Eqn) -> dict[int, int]:
-    """The outputs of a call that are operands of it, unchanged, by place.
-
-    A module of nnx comes out of a transformed function with all its leaves.
-    """
-    rule, params, places = (
-        _CALLS.get(eqn.primitive.name),
-        eqn.params,
-        range(len(eqn.invars)),
-    )
-    if rule is _remat or (rule is _call and not _asks_sharding(eqn)):
-        return _handed_on(called(eqn))
-    if rule is _cond:
-        first, *others = map(_handed_on, params["branches"])
-        return {
-            place: 1 + source
-            for place, source in first.items()
-            if all(other.get(place) == source for other in others)
-        }
-    if rule is _scan:
-        # A carry that stays, and slices that are put together again.
-        closed_over, carry, _ = map(len, scan_operands(params, [*places]))
-        return {
-            place: source
-            for place, source in _handed_on(params["jaxpr"]).items()
-            if source == closed_over + place or min(place, source - closed_over) >= carry
-        }
-    if rule is _while:
-        of_test, of_body, _ = map(len, while_operands(params, [*places]))
-        return {
-            place: of_test + source
-            for place, source in _handed_on(params["body_jaxpr"]).items()
-            if source == of_body + place
-        }
-    return {}
-
-
-def _handed_on(program: Program) -> dict[int, int]:
-    """The outputs of a program that are inputs of it, unchanged, by place."""
-    jaxpr = body_of(program)
-    source = {var: place for place, var in enumerate(jaxpr.invars)}
-    for eqn in jaxpr.eqns:
-        for place, own in handed_on_by(eqn).items():
-            var = eqn.invars[own]
-            if not isinstance(var, jex.Literal) and var in source:
-                source[eqn.outvars[place]] = source[var]
-    outputs = enumerate(jaxpr.outvars)
-    found = ((i, var) for i, var in outputs if not isinstance(var, jex.Literal))
-    return {place: source[var] for place, var in found if var in source}
 
 
 def _changing(values: Sequence[Value], kept: dict[int, Value]) -> list[Value]:
@@ -424,14 +257,9 @@ def _shard_map(eqn: Eqn, operands: list[Value]) -> list[Value]:
 
 
 _CALLS: dict[str, Callable[[Eqn, list[Value]], list[Value] | None]] = {
-    "checkpoint": _remat,
-    "closed_call": _call,
+    **dict.fromkeys(CALLS, _call),
+    **dict.fromkeys(REMATS, _remat),
     "cond": _cond,
-    "core_call": _call,
-    "eval_jaxpr": _call,
-    "jit": _call,
-    "pjit": _call,
-    "remat2": _remat,
     "scan": _scan,
     "shard_map": _shard_map,
     "while": _while,

@@ -17,7 +17,7 @@ import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import Array
 
-from raclora_jax._autodiff.stage import Eqn
+from raclora_jax._autodiff.stage import Eqn, part_of
 from raclora_jax._core.types import PyTree
 
 Arrays = list[Array]
@@ -200,20 +200,18 @@ def _part(
             needed |= {v for v in eqn.invars if not isinstance(v, jex.Literal)}
     variables = [v for v in outputs if not isinstance(v, jex.Literal)]
     constants = dict(zip(jaxpr.constvars, closed.consts, strict=True))
-    own = {v: at for v, at in zip(jaxpr.invars, kinds, strict=True) if v in needed}
-    read = [v for v in constants if v in needed]
-    program = jex.jaxpr_as_fun(
-        jex.ClosedJaxpr(
-            jaxpr.replace(
-                constvars=[], invars=[*read, *own], eqns=eqns, outvars=variables
-            ),
-            (),
-        )
-    )
+    own = dict(zip(jaxpr.invars, kinds, strict=True))
+    read, program = part_of(jaxpr, eqns, variables)
 
     def function(inputs: Inputs) -> Arrays:
-        arguments = [getattr(inputs, kind)[place] for kind, place in own.values()]
-        made = iter(program(*(constants[v] for v in read), *arguments))
+        def given(var: jex.Var) -> Array:
+            if var in constants:
+                return constants[var]
+            kind, place = own[var]
+            found: Array = getattr(inputs, kind)[place]
+            return found
+
+        made = iter(program(*map(given, read)))
         return [v.val if isinstance(v, jex.Literal) else next(made) for v in outputs]
 
     return function

@@ -14,6 +14,10 @@ from raclora_jax._core.types import Leaf, PyTree, TreeDef
 Eqn: TypeAlias = jex.JaxprEqn
 Program: TypeAlias = jex.Jaxpr | jex.ClosedJaxpr
 
+# What JAX calls equations that run a program as it is, and those that run it again.
+CALLS = frozenset(["closed_call", "core_call", "eval_jaxpr", "jit", "pjit"])
+REMATS = frozenset(["checkpoint", "remat2"])
+
 
 class Staged(NamedTuple):
     """A function's program, and how its outputs are put together.
@@ -92,3 +96,23 @@ def abstracted(
         return treedef.unflatten([given.get(i, v) for i, v in enumerate(leaves)])
 
     return shapes, filled
+
+
+def part_of(
+    jaxpr: jex.Jaxpr, eqns: Sequence[Eqn], outputs: Sequence[jex.Var]
+) -> tuple[list[jex.Var], Callable[..., list[Array]]]:
+    """Some equations of a jaxpr as a function, and the variables it takes.
+
+    Args:
+      jaxpr: The program.
+      eqns: The equations, in order.
+      outputs: Variables that they make, or that it takes.
+    """
+    made = {var for eqn in eqns for var in eqn.outvars}
+    read = dict.fromkeys(
+        var for eqn in eqns for var in eqn.invars if not isinstance(var, jex.Literal)
+    )
+    read |= dict.fromkeys(outputs)
+    needed = [var for var in read if var not in made]
+    part = jaxpr.replace(constvars=[], invars=needed, eqns=[*eqns], outvars=[*outputs])
+    return needed, jex.jaxpr_as_fun(jex.ClosedJaxpr(part, ()))

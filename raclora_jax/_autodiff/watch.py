@@ -19,12 +19,8 @@ from jax import Array
 
 from raclora_jax._autodiff import consume
 from raclora_jax._autodiff.axes import Axis, Part
-from raclora_jax._autodiff.interpret import (
-    RULES,
-    handed_on_by,
-    scan_operands,
-    while_operands,
-)
+from raclora_jax._autodiff.interpret import RULES
+from raclora_jax._autodiff.reads import handed_on_by, scan_operands, while_operands
 from raclora_jax._autodiff.stage import Eqn, Program, aval, body_of, called
 from raclora_jax._autodiff.weight import Leaf, Operand, Weight
 

@@ -6,12 +6,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
-import jax.extend.core as jex
-import jax.numpy as jnp
 import optax
 from jax.tree_util import DictKey
 
-from raclora_jax._chain.inner import PROBE, as_rule, knowing, same_type
+from raclora_jax._chain.inner import as_rule, same_type
 from raclora_jax._core.types import Leaf, OptState
 
 
@@ -55,111 +53,9 @@ def per_matrix(rule: optax.GradientTransformation) -> PerMatrix:
     return PerMatrix(rule.init, as_rule(rule).update)
 
 
-def check_separable(inner: optax.GradientTransformation) -> None:
-    """Refuses a rule that is not known to act on each matrix by itself.
-
-    Raises:
-      ValueError: With the way out.
-    """
-    if isinstance(inner, PerMatrix):
-        return
-    found = _what_mixes(inner)
-    if found is not None:
-        raise ValueError(
-            "a fused step updates one matrix at a time, and inner does more than work "
-            f"number by number ({found}); if it acts on each matrix by itself say so, "
-            "with inner=rl.per_matrix(rule). What needs the gradients of all leaves at "
-            "once (a clip by the global norm, MultiSteps, apply_if_finite) needs "
-            "rl.value_and_grad, tx.update and rl.apply_updates in place of a fused step"
-        )
-
-
-def _what_mixes(inner: optax.GradientTransformation) -> str | None:
-    """The operation by which a rule joins numbers of a leaf, if there is one."""
-    rule, plans = as_rule(inner), {PROBE.path: PROBE}
-    gradient = {PROBE.path: jax.ShapeDtypeStruct(PROBE.factor_shape, jnp.float32)}
-
-    def update(gradient: Any, state: OptState) -> Any:
-        with knowing(plans):
-            return rule.update(gradient, state, None, plans=plans)
-
-    with knowing(plans):
-        state = jax.eval_shape(inner.init, gradient)
-    closed = jax.make_jaxpr(update)(gradient, state)
-    numbers = [_shape(v) == PROBE.factor_shape for v in closed.jaxpr.invars]
-    return _mixed(closed.jaxpr, numbers)[0]
-
-
-# What JAX calls operations that work number by number.
-# fmt: off
-_ELEMENTWISE = frozenset([
-    "abs", "acos", "acosh", "add", "add_any", "and", "asin", "asinh", "atan", "atan2",
-    "atanh", "cbrt", "ceil", "clamp", "convert_element_type", "copy", "cos", "cosh",
-    "div", "eq", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "ge", "gt",
-    "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min",
-    "mul", "ne", "neg", "nextafter", "not", "or", "pow", "reduce_precision", "rem",
-    "round", "rsqrt", "select_n", "sign", "sin", "sinh", "sqrt", "square", "sub", "tan",
-    "tanh", "xor",
-])
-# fmt: on
-_CALLS = frozenset(
-    ["jit", "pjit", "closed_call", "core_call", "eval_jaxpr", "custom_jvp_call"]
-)
-
-
-def _mixed(jaxpr: jex.Jaxpr, numbers: list[bool]) -> tuple[str | None, list[bool]]:
-    """What joins numbers, and which outputs have one for each of the gradient's.
-
-    Args:
-      jaxpr: The program of a rule.
-      numbers: Which inputs are arrays of the gradient's shape.
-    """
-    each = dict(zip(jaxpr.invars, numbers, strict=True))
-    # Numbers common to all, and arrays made of one of them, are no matter.
-    common = {v for v in jaxpr.invars if not each[v]}
-
-    def is_each(var: Any) -> bool:
-        return not isinstance(var, jex.Literal) and each.get(var, False)
-
-    def is_common(var: Any) -> bool:
-        return isinstance(var, jex.Literal) or var in common
-
-    for eqn in jaxpr.eqns:
-        name = eqn.primitive.name
-        if not any(map(is_each, eqn.invars)):
-            one = name in _ELEMENTWISE or name == "broadcast_in_dim"
-            scalars = all(is_common(v) for v in eqn.invars)
-            small = all(_shape(v) == () for v in eqn.outvars)
-            if scalars and (one or small):
-                common |= {*eqn.outvars}
-            continue
-        if name in _CALLS:
-            inner = next(
-                eqn.params[n]
-                for n in ("jaxpr", "call_jaxpr", "fun_jaxpr")
-                if n in eqn.params
-            )
-            body = getattr(inner, "jaxpr", inner)
-            found, outs = _mixed(body, [is_each(v) for v in eqn.invars])
-            if found is not None:
-                return found, []
-            each |= dict(zip(eqn.outvars, outs, strict=True))
-            continue
-        beside = all(is_each(v) or is_common(v) for v in eqn.invars)
-        if name not in _ELEMENTWISE or not beside:
-            return name, []
-        each |= dict.fromkeys(eqn.outvars, True)
-    return None, [is_each(v) for v in jaxpr.outvars]
-
-
 def is_common(keypath: tuple[Any, ...], name: str) -> bool:
     """Whether a place in the state of one leaf holds what all leaves have in common."""
     return DictKey(name) not in keypath
-
-
-def _shape(var: Any) -> tuple[int, ...]:
-    shape: tuple[int, ...] = var.aval.shape
-    return shape
 
 
 def parts_of(whole: OptState, template: OptState) -> OptState:

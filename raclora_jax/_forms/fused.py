@@ -11,19 +11,16 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from raclora_jax._autodiff.interpret import (
-    arrays,
-    constants,
-    evaluate,
-    preceding,
-    scanned_once,
-)
+from raclora_jax._autodiff.elementwise import joining
+from raclora_jax._autodiff.interpret import arrays, constants, evaluate
+from raclora_jax._autodiff.reads import preceding, scanned_once
 from raclora_jax._autodiff.updating import Moving, moving_weight
 from raclora_jax._autodiff.uses import Uses, user_level
 from raclora_jax._autodiff.weight import leaf_weight
 from raclora_jax._chain.boxes import boxed_as
+from raclora_jax._chain.inner import PROBE, as_rule, knowing
 from raclora_jax._chain.separable import (
-    check_separable,
+    PerMatrix,
     is_common,
     joined_parts,
     parts_of,
@@ -320,7 +317,7 @@ def _descent_of(tx: Any) -> Descent:
             "and rl.apply_updates"
         )
     descent = tx.descent
-    check_separable(descent.run.inner)
+    _check_separable(descent.run.inner)
     if descent.clip_norm is not None:
         raise ValueError(
             "clip_norm needs the gradients of all leaves at once, which a fused step "
@@ -329,6 +326,39 @@ def _descent_of(tx: Any) -> Descent:
             "and rl.apply_updates"
         )
     return descent
+
+
+def _check_separable(inner: optax.GradientTransformation) -> None:
+    """Refuses a rule that is not known to act on each matrix by itself.
+
+    Raises:
+      ValueError: With the way out.
+    """
+    if isinstance(inner, PerMatrix):
+        return
+    found = _what_joins(inner)
+    if found is not None:
+        raise ValueError(
+            "a fused step updates one matrix at a time, and inner does more than work "
+            f"number by number ({found}); if it acts on each matrix by itself say so, "
+            "with inner=rl.per_matrix(rule). What needs the gradients of all leaves at "
+            "once (a clip by the global norm, MultiSteps, apply_if_finite) needs "
+            "rl.value_and_grad, tx.update and rl.apply_updates in place of a fused step"
+        )
+
+
+def _what_joins(inner: optax.GradientTransformation) -> str | None:
+    """The operation by which a rule joins numbers of a leaf, if there is one."""
+    rule, plans = as_rule(inner), {PROBE.path: PROBE}
+    gradient = {PROBE.path: jax.ShapeDtypeStruct(PROBE.factor_shape, jnp.float32)}
+
+    def update(gradient: Any, state: OptState) -> Any:
+        with knowing(plans):
+            return rule.update(gradient, state, None, plans=plans)
+
+    with knowing(plans):
+        state = jax.eval_shape(inner.init, gradient)
+    return joining(jax.make_jaxpr(update)(gradient, state), PROBE.factor_shape)
 
 
 def _tell_of_two_copies(leaves: Leaves) -> None:

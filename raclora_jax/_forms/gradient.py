@@ -11,7 +11,8 @@ import optax
 from jax import Array
 
 from raclora_jax._autodiff.attach import varying_as
-from raclora_jax._autodiff.interpret import arrays, constants, evaluate, read_inputs
+from raclora_jax._autodiff.interpret import arrays, constants, evaluate
+from raclora_jax._autodiff.reads import read_inputs
 from raclora_jax._autodiff.stage import Staged, stage
 from raclora_jax._autodiff.uses import Uses
 from raclora_jax._autodiff.weight import leaf_weight

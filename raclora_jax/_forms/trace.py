@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from raclora_jax._autodiff.interpret import read_inputs
+from raclora_jax._autodiff.reads import read_inputs
 from raclora_jax._autodiff.stage import abstracted, stage
 from raclora_jax._autodiff.uses import Use, Uses, user_level
 from raclora_jax._autodiff.watch import Seen, watch
