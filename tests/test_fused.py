@@ -228,6 +228,40 @@ def test_no_gradient_of_a_layer_outlives_it():
     assert stacked in texts[1]
 
 
+@pytest.mark.parametrize("model", ["scan", "remat", "unrolled"])
+def test_no_weight_stands_twice(model):
+    """What a step holds beside the weights, all rows moving, is less than the weights."""
+    layers, width = 8, 64
+    shapes = dict.fromkeys(("up", "down"), (layers, width, width))
+    if model == "unrolled":
+        shapes = {f"{n}{i}": (width, width) for n in shapes for i in range(layers)}
+    params = {n: jax.ShapeDtypeStruct(shape, "float32") for n, shape in shapes.items()}
+
+    def layer(x, own):
+        up, down = own
+        return x + jnp.tanh(x @ up) @ down, None
+
+    def loss(params, x):
+        one = jax.checkpoint(layer) if model == "remat" else layer
+        if model == "unrolled":
+            for index in range(layers):
+                x, _ = one(x, (params[f"up{index}"], params[f"down{index}"]))
+        else:
+            x, _ = lax.scan(one, x, (params["up"], params["down"]))
+        return jnp.mean(x**2)
+
+    x = jax.ShapeDtypeStruct((4, width), "float32")
+    rules = [rl.Rule(".*", mode="full")]
+    spec = rl.trace_spec(loss, params, x, rank=2, rules=rules, side="left")
+    tx = rl.raclora(1e-2, spec, inner=optax.identity(), key=KEY)
+    state = jax.eval_shape(tx.init, params)
+    step = jax.jit(rl.fused_step(loss, tx), donate_argnums=(0, 1))
+    memory = step.lower(params, state, x).compile().memory_analysis()
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(params))
+    assert memory.alias_size_in_bytes >= size
+    assert memory.temp_size_in_bytes < size / 2
+
+
 @pytest.mark.parametrize("rule", [*RULES])
 def test_whole_matrices(rule):
     """All rows at once: the plain step of the rule on the whole gradient."""

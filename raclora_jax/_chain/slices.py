@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -99,7 +100,7 @@ class Slice:
                 )
         return one
 
-    @property
+    @functools.cached_property
     def template(self) -> OptState:
         """The state of the inner rule for one slice, as shapes."""
         return jax.eval_shape(lambda: self.run.inner_init((self.plan,), "lowrank"))

@@ -233,55 +233,64 @@ class _Fused(NamedTuple):
           Weights, the state with masters and moments of dense leaves, and the parts of
           the state of the inner rule for factors.
         """
-        run, before = self.descent.run, self.before
-        directions: dict[str, FactorValue] = {}
-        decaying: dict[str, bool | Array] = {}
-        skipped, names = before.skipped, [*self.plans]
-        needs = preceding(self.model.staged.jaxpr)
-        earlier = {names[place]: names[other] for place, other in needs.items()}
-        parts: dict[str, list[OptState]] = {"lowrank": [], "dense": []}
-        for path, grad in grads.items():
-            plan = self.plans[path]
-            mode = "lowrank" if plan.adapted else "dense"
-            group = {
-                name: one.astype(plan.wide_dtype)
-                for name, one in apart(plan, grad).items()
-            }
-            finite = [jnp.all(jnp.isfinite(one)) for one in group.values()]
-            done = _done(grads[earlier[path]] if earlier.get(path) in grads else None)
-            goes = jnp.all(jnp.stack([allowed, *finite, *done]))
-            skipped = skipped + ~goes
-            group = jax.tree.map(lambda one: jnp.where(goes, one, 0), group)  # noqa: B023
-            template = jax.eval_shape(lambda: run.inner_init((plan,), mode))  # noqa: B023
-            own = parts_of(getattr(before.inner_state, mode), template)
-            moved, inner, _ = run.directions(
-                {mode: group},
-                before.inner_state._replace(**{mode: own}),
-                {path: plan},
-                {},
-            )
-            directions[path] = jax.tree.map(
-                lambda one: jnp.where(goes, one, 0),  # noqa: B023
-                moved[path],
-            )
-            decaying[path] = goes if self.decaying.get(path) else False
-            parts[mode].append(
-                _where_it_goes(getattr(inner, mode), own, group, goes, allowed)
-            )
-        plans = {path: self.plans[path] for path in grads}
+        before, plans = self.before, {path: self.plans[path] for path in grads}
+        goes = self._going(grads, allowed)
+        alone = {p: self._alone(p, g, goes[p], allowed) for p, g in grads.items()}
         gradients = {
             path: Factor.gradient(grad, plans[path]) if plans[path].adapted else grad
             for path, grad in grads.items()
         }
+        directions = {path: direction for path, (direction, _) in alone.items()}
         step = Step(
             before, plans, gradients, None, self.sketches, directions, jnp.asarray(True)
         )
         leaves = {path: self.model.leaves[path] for path in grads}
+        decaying = {p: g if self.decaying.get(p) else False for p, g in goes.items()}
         updates, state = self.descent.updates(step, before, leaves, decaying)
-        dense = joined_parts(state.inner_state.dense, parts["dense"])
-        inner_state = state.inner_state._replace(dense=dense)
-        state = state._replace(inner_state=inner_state, skipped=skipped)
-        return applied(leaves, updates), state, parts["lowrank"]
+        parts = {
+            adapted: [
+                part for p, (_, part) in alone.items() if plans[p].adapted == adapted
+            ]
+            for adapted in (True, False)
+        }
+        dense = joined_parts(state.inner_state.dense, parts[False])
+        state = state._replace(
+            inner_state=state.inner_state._replace(dense=dense),
+            skipped=before.skipped + sum(~one for one in goes.values()),
+        )
+        return applied(leaves, updates), state, parts[True]
+
+    def _going(self, grads: Leaves, allowed: Array) -> dict[str, Array]:
+        """Which leaves move; known of each when nothing reads it any more."""
+        names = [*self.plans]
+        needs = preceding(self.model.staged.jaxpr)
+        earlier = {names[place]: names[other] for place, other in needs.items()}
+
+        def one(path: str, grad: FactorValue) -> Array:
+            finite = [jnp.all(jnp.isfinite(part)) for part in jax.tree.leaves(grad)]
+            done = _done(grads[earlier[path]] if earlier.get(path) in grads else None)
+            return jnp.all(jnp.stack([allowed, *finite, *done]))
+
+        return {path: one(path, grad) for path, grad in grads.items()}
+
+    def _alone(
+        self, path: str, grad: FactorValue, goes: Array, allowed: Array
+    ) -> tuple[FactorValue, OptState]:
+        """Direction of one leaf, and its part of the state of the inner rule after it."""
+        run, plan, inner = self.descent.run, self.plans[path], self.before.inner_state
+        mode = "lowrank" if plan.adapted else "dense"
+        group = {
+            name: jnp.where(goes, one, 0).astype(plan.wide_dtype)
+            for name, one in apart(plan, grad).items()
+        }
+        template = jax.eval_shape(lambda: run.inner_init((plan,), mode))
+        own = parts_of(getattr(inner, mode), template)
+        moved, after, _ = run.directions(
+            {mode: group}, inner._replace(**{mode: own}), {path: plan}, {}
+        )
+        direction = jax.tree.map(lambda one: jnp.where(goes, one, 0), moved[path])
+        part = _where_it_goes(getattr(after, mode), own, group, goes, allowed)
+        return direction, part
 
 
 def _done(gradient: FactorValue | None) -> list[Array]:
