@@ -262,6 +262,28 @@ def test_no_weight_stands_twice(model):
     assert memory.temp_size_in_bytes < size / 2
 
 
+def test_what_is_made_of_a_weight_is_made_again():
+    """A scan would keep what each layer casts, for all layers: the weights once more."""
+    params = {"up": jnp.ones((LAYERS, DIM, DIM), jnp.bfloat16)}
+
+    def loss(params, x):
+        def layer(x, up):
+            return jnp.tanh(x @ up.astype(jnp.float32)), None
+
+        return jnp.mean(lax.scan(layer, x, params["up"])[0] ** 2)
+
+    x = jnp.ones((4, DIM))
+    spec = rl.trace_spec(loss, params, x, rank=3, sketch="block")
+    tx = rl.raclora(1e-2, spec, key=KEY)
+    fused, parts = forms(loss, tx, spec)
+    state = tx.init(params)
+    texts = [str(jax.make_jaxpr(step)(params, state, x)) for step in (fused, parts)]
+    wide = f"f32[{LAYERS},{DIM},{DIM}]"
+    assert wide not in texts[0]
+    assert wide in texts[1]
+    assert_same(fused(params, state, x), parts(params, state, x), 1e-6)
+
+
 @pytest.mark.parametrize("rule", [*RULES])
 def test_whole_matrices(rule):
     """All rows at once: the plain step of the rule on the whole gradient."""
@@ -324,14 +346,15 @@ def test_a_loss_that_is_not_finite_changes_nothing():
     params, args = weights(jnp.bfloat16), batch()
     spec = rl.trace_spec(loss_of("scan"), params, *args, rank=3)
 
-    def loss(params, tokens, targets, size):
-        return loss_of("scan")(params, tokens, targets) * size
+    def loss(params, tokens, targets, size, beside):
+        return loss_of("scan")(params, tokens, targets) * size + beside
 
     tx = rl.raclora(1e-2, spec, weight_decay=0.1, key=KEY)
     step = jax.jit(rl.fused_step(loss, tx))
-    params, state, _ = step(params, tx.init(params), *args, 1.0)
-    for size in (jnp.nan, jnp.inf):
-        new, after, value = step(params, state, *args, size)
+    params, state, _ = step(params, tx.init(params), *args, 1.0, 0.0)
+    # In the last two the gradients are finite.
+    for bad in ((jnp.nan, 0.0), (jnp.inf, 0.0), (1.0, jnp.nan), (1.0, -jnp.inf)):
+        new, after, value = step(params, state, *args, *bad)
         assert not np.isfinite(value)
         assert_same(new, params, 0)
         # Two leaves of three matrices each, embedding, head, scale and bias.
