@@ -24,8 +24,8 @@ ROOMS = {
     "_autodiff": "stage reads elementwise uses contraction axes attach picks weight "
     "rearrange arithmetic output picked consume join rounds updating interpret watch",
     "_chain": "boxes inner separable orthogonal state around clip step slices",
-    "_forms": "pure apply optimizer gradient fused adapter factor_rules unmerged trace "
-    "summary",
+    "_forms": "pure apply optimizer gradient fusable fused adapter factor_rules unmerged "
+    "trace summary",
     "peft": "_folder _files _targets _families _pairs _best _format _patterns _config "
     "_ties _read _write _models",
     "quantized": "_codes _merge",

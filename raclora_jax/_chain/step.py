@@ -352,14 +352,14 @@ class Run:
                 plan.shape, plan.wide_dtype, sharding=plan.sharding
             )
             for plan in plans
-            if self.has_master(plan)
+            if self._has_master(plan)
         }
         shapes: RacLoraState = jax.eval_shape(
             lambda *args: self._init(args[0], plans, args[1]), data, master
         )
         return shapes
 
-    def has_master(self, plan: LeafPlan) -> bool:
+    def _has_master(self, plan: LeafPlan) -> bool:
         """Whether the state holds a float32 copy of this leaf."""
         return self.masters and plan.mode != "frozen" and rounding.is_low(plan.dtype)
 
@@ -369,7 +369,7 @@ class Run:
         """The float32 copies a run starts with."""
         copies = {}
         for path, plan in plans.items():
-            if not self.has_master(plan):
+            if not self._has_master(plan):
                 continue
             if isinstance(leaves[path], jax.ShapeDtypeStruct):
                 raise TypeError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -11,16 +10,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from raclora_jax._autodiff.elementwise import joining
 from raclora_jax._autodiff.interpret import arrays, constants, evaluate
 from raclora_jax._autodiff.reads import preceding, scanned_once
 from raclora_jax._autodiff.updating import Moving, moving_weight
-from raclora_jax._autodiff.uses import Uses, user_level
+from raclora_jax._autodiff.uses import Uses
 from raclora_jax._autodiff.weight import leaf_weight
 from raclora_jax._chain.boxes import boxed_as
-from raclora_jax._chain.inner import PROBE, as_rule, knowing
 from raclora_jax._chain.separable import (
-    PerMatrix,
     is_common,
     joined_parts,
     parts_of,
@@ -35,8 +31,9 @@ from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.sides import apart, in_link, switched
 from raclora_jax._core.types import Drawn, FactorValue, Leaf, Leaves, OptState, PyTree
 from raclora_jax._forms.apply import applied
+from raclora_jax._forms.fusable import check_alone, descent_of, tell_of_two_copies
 from raclora_jax._forms.gradient import Traced, traced, zero_trained_leaves
-from raclora_jax._forms.optimizer import Descent, RacLora
+from raclora_jax._forms.optimizer import Descent
 
 
 def fused_step(
@@ -92,13 +89,13 @@ def fused_step(
       Lv et al., `Full Parameter Fine-tuning for Large Language Models with Limited
       Resources <https://arxiv.org/abs/2306.09782>`_, 2023.
     """
-    descent = _descent_of(tx)
+    descent = descent_of(tx)
 
     def step(params: PyTree, opt_state: PyTree, *args: Any, **kwargs: Any) -> PyTree:
         spec = descent.run.spec
         model = traced(loss_fn, spec, has_aux, params, opt_state, args, kwargs)
-        _check_alone(opt_state)
-        _tell_of_two_copies(model.leaves)
+        check_alone(opt_state)
+        tell_of_two_copies(model.leaves)
         out, leaves, state = _Fused.of(descent, model, params).stepped()
 
         def put(node: Any) -> Any:
@@ -312,87 +309,3 @@ def _where_it_goes(
         return jnp.where(allowed if common else goes, new, old)
 
     return jax.tree_util.tree_map_with_path(one, new, old)
-
-
-def _descent_of(tx: Any) -> Descent:
-    """What a transformation was made of, if a fused step can take it."""
-    if not isinstance(tx, RacLora):
-        raise TypeError(
-            f"a fused step takes what raclora(...) returned, got {type(tx).__name__}; "
-            "nothing may stand around it, in a chain or as a wrapper, since no gradient "
-            "is there for it: clip each matrix inside, as in inner=rl.per_matrix("
-            "optax.chain(rl.clip_by_matrix_norm(1.0), rule)); what is not finite a fused "
-            "step leaves out by itself; for all else use rl.value_and_grad, tx.update "
-            "and rl.apply_updates"
-        )
-    descent = tx.descent
-    _check_separable(descent.run.inner)
-    if descent.clip_norm is not None:
-        raise ValueError(
-            "clip_norm needs the gradients of all leaves at once, which a fused step "
-            "never has; clip each matrix, as in inner=rl.per_matrix(optax.chain("
-            "rl.clip_by_matrix_norm(1.0), rule)), or use rl.value_and_grad, tx.update "
-            "and rl.apply_updates"
-        )
-    return descent
-
-
-def _check_separable(inner: optax.GradientTransformation) -> None:
-    """Refuses a rule that is not known to act on each matrix by itself.
-
-    Raises:
-      ValueError: With the way out.
-    """
-    if isinstance(inner, PerMatrix):
-        return
-    found = _what_joins(inner)
-    if found is not None:
-        raise ValueError(
-            "a fused step updates one matrix at a time, and inner does more than work "
-            f"number by number ({found}); if it acts on each matrix by itself say so, "
-            "with inner=rl.per_matrix(rule). What needs the gradients of all leaves at "
-            "once (a clip by the global norm, MultiSteps, apply_if_finite) needs "
-            "rl.value_and_grad, tx.update and rl.apply_updates in place of a fused step"
-        )
-
-
-def _what_joins(inner: optax.GradientTransformation) -> str | None:
-    """The operation by which a rule joins numbers of a leaf, if there is one."""
-    rule, plans = as_rule(inner), {PROBE.path: PROBE}
-    gradient = {PROBE.path: jax.ShapeDtypeStruct(PROBE.factor_shape, jnp.float32)}
-
-    def update(gradient: Any, state: OptState) -> Any:
-        with knowing(plans):
-            return rule.update(gradient, state, None, plans=plans)
-
-    with knowing(plans):
-        state = jax.eval_shape(inner.init, gradient)
-    return joining(jax.make_jaxpr(update)(gradient, state), PROBE.factor_shape)
-
-
-def _tell_of_two_copies(leaves: Leaves) -> None:
-    """Warns where nothing can be donated; inside ``jit`` that cannot be seen."""
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves.values()):
-        return
-    size = sum(leaf.nbytes for leaf in leaves.values()) / 2**20
-    warnings.warn(
-        "a fused step outside of jit holds the old weights beside the new ones, "
-        f"{size:.1f} MiB more: call jax.jit(step, donate_argnums=(0, 1))",
-        stacklevel=user_level(),
-    )
-
-
-def _check_alone(opt_state: PyTree) -> None:
-    """Refuses a state that other transformations have a part in."""
-    others = [
-        jax.tree_util.keystr(keypath)
-        for keypath, node in jax.tree_util.tree_leaves_with_path(
-            opt_state, is_leaf=is_state
-        )
-        if not is_state(node)
-    ]
-    if others:
-        raise ValueError(
-            f"opt_state holds {others[0]} beside the state of raclora, and a fused step "
-            "would leave it as it is; pass the state of the raclora(...) it was made with"
-        )
