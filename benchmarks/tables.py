@@ -66,6 +66,32 @@ def step_time_table() -> str:
     return _over_floor(header, rows, shown, lambda over: [over[0] / r for r in over[1:]])
 
 
+def fused_table() -> str:
+    """A step in both forms, model by model, and what the compiler plans for it."""
+    rows = json.loads((RESULTS / "fused.json").read_text())["rows"]
+    lines = [
+        "| model | setting | over the floor | fused over parts | peak MiB: floor, parts, "
+        "fused | compile s: floor, parts, fused |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = {row["method"]: row for row in rows if row["model"] == model}
+        for method, row in own.items():
+            form, _, setting = method.partition(", ")
+            if form != "fused":
+                continue
+            beside = [own["floor"], own[f"parts, {setting}"], row]
+            peaks = ", ".join(f"{one['peak_mib']:.0f}" for one in beside)
+            times = ", ".join(f"{one['compile_seconds']:.1f}" for one in beside)
+            over = [f"{row[name]:.2f}" if name in row else "" for name in _OF_A_STEP]
+            cells = (model, setting, *over, peaks, times)
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+_OF_A_STEP = ("over_floor", "over_parts")
+
+
 def sides_table() -> str:
     """Steps by the side that is sketched, beside LoRA."""
     rows = json.loads((RESULTS / "sides.json").read_text())["rows"]
@@ -170,6 +196,7 @@ TABLES = {
     "settings": lambda: accuracy_tables.finetune("mnist_settings"),
     "counterexample": counterexample_table,
     "step_time": step_time_table,
+    "fused": fused_table,
     "sides": sides_table,
     "language_steps": lambda: contest_tables.losses("language", "equal steps"),
     "language_long": lambda: contest_tables.losses("language", "long"),

@@ -37,24 +37,16 @@ def loss_fn(params, x, y):
 
 
 params = model.init(jax.random.key(0), images[:1])["params"]  # or your own weights
-spec = rl.trace_spec(loss_fn, params, images[:64], labels[:64], rank=4)
-print(rl.summary(params, spec))
-
-tx = rl.raclora(1e-2, spec, key=1)
-state = TrainState.create(apply_fn=model.apply, params=params, tx=tx, spec=spec)
-grad_fn = rl.value_and_grad(loss_fn, spec)
-
-
-@jax.jit
-def step(state, x, y):
-    loss, grads = grad_fn(state.params, state.opt_state, x, y)
-    return state.apply_gradients(grads=grads), loss
-
+trainer = rl.Trainer(
+    loss_fn, params, images[:64], labels[:64], rank=4, learning_rate=1e-2, key=1
+)
+print(trainer.summary())
+state = TrainState.create(apply_fn=model.apply, params=params, tx=trainer.tx)
 
 rng = np.random.default_rng(0)
 for i in range(400):
     batch = rng.choice(train, 64)
-    state, loss = step(state, images[batch], labels[batch])
+    state, loss = state.train_step(trainer, images[batch], labels[batch])
     if i % 100 == 99:
         print(f"step {i + 1}: loss {loss:.3f}")
 

@@ -12,7 +12,6 @@ with extra("examples", __name__):
     from flax import nnx
     from sklearn.datasets import load_digits
 
-    import raclora_jax as rl
     from raclora_jax import flax as rl_flax
 
 
@@ -36,25 +35,16 @@ def loss_fn(model, x, y):
 
 
 model = Net(nnx.Rngs(0))  # or a module with your own weights
-params, restore = rl_flax.to_tree(model)
-spec = rl.trace_spec(lambda p, x: restore(p)(x), params, images[:64], rank=4)
-print(rl.summary(params, spec))
-
-optimizer = rl_flax.Optimizer(model, rl.raclora(1e-2, spec, key=1), spec)
-grad_fn = rl_flax.value_and_grad(loss_fn, spec)
-
-
-@nnx.jit
-def step(model, optimizer, x, y):
-    loss, grads = grad_fn(model, optimizer, x, y)
-    optimizer.update(model, grads)
-    return loss
-
+trainer = rl_flax.Trainer(
+    loss_fn, model, images[:64], labels[:64], rank=4, learning_rate=1e-2, key=1
+)
+print(trainer.summary())
+optimizer = trainer.init(model)
 
 rng = np.random.default_rng(0)
 for _ in range(400):
     batch = rng.choice(train, 64)
-    loss = step(model, optimizer, images[batch], labels[batch])
+    loss = trainer.step(model, optimizer, images[batch], labels[batch])
 
 model.eval()
 hits = jax.jit(model.__call__)(images[test]).argmax(-1) == labels[test]

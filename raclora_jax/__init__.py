@@ -24,6 +24,7 @@ from raclora_jax._forms.optimizer import raclora, scale_by_raclora
 from raclora_jax._forms.pure import lift, project, sample_sketch
 from raclora_jax._forms.summary import summary
 from raclora_jax._forms.trace import trace_spec
+from raclora_jax._forms.trainer import Trainer
 from raclora_jax._forms.unmerged import adapted
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __all__ = [
     "RacLoraState",
     "Rule",
     "Spec",
+    "Trainer",
     "adapted",
     "apply_updates",
     "clip_by_matrix_norm",

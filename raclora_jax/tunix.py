@@ -58,7 +58,7 @@ class _FactorForm:
         restored = self.optimizer
         _check_accumulation(restored, each)
         self._iter_steps = self._train_steps * (each or 1)
-        self.optimizer = rl_flax.Optimizer(model, restored.tx, self._spec)
+        self.optimizer = rl_flax.Optimizer(model, restored.tx)
         nnx.update(self.optimizer, nnx.state(restored))
 
     def create_train_step_fn(self) -> Callable[..., Any]:

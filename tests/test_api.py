@@ -25,7 +25,8 @@ ROOMS = {
     "rearrange arithmetic output picked consume join rounds updating interpret watch",
     "_chain": "boxes inner separable orthogonal state around clip step slices",
     "_forms": "pure apply optimizer gradient fusable fused adapter factor_rules unmerged "
-    "trace summary",
+    "trace costs summary shardings trainer",
+    "flax": "_tree _optimizer _module _train_state _trainer",
     "peft": "_folder _files _targets _families _pairs _best _format _patterns _config "
     "_ties _read _write _models",
     "quantized": "_codes _merge",
@@ -38,13 +39,18 @@ BELOW = {
     "_autodiff": {"_core"},
     "_chain": {"_core"},
     "_forms": {"_core", "_autodiff", "_chain"},
+    "flax": {"_core", "_forms"},
     "peft": {"_core", "_forms"},
     "quantized": {"_core", "_forms"},
     "theory": {"_core", "_forms"},
 }
 # What a room imports that not everyone has installed.
 OPTIONAL = {
-    "flax.py": {"flax"},
+    "_module.py": {"flax"},
+    "_optimizer.py": {"flax"},
+    "_train_state.py": {"flax"},
+    "_trainer.py": {"flax"},
+    "_tree.py": {"flax"},
     "_privacy.py": {"dp_accounting"},
     "_report.py": {"matplotlib"},
     "_checkpointer.py": {"orbax", "etils"},
@@ -180,7 +186,7 @@ def test_names_are_functions_and_rooms_are_private():
 
 def test_only_flax_room_imports_flax():
     for path in PACKAGE.rglob("*.py"):
-        if path.name not in ("flax.py", "tunix.py"):
+        if path.name != "tunix.py" and path.parent.name != "flax":
             assert "flax" not in imported_packages(path), path.name
 
 
@@ -218,6 +224,7 @@ def public_functions():
         "checkpoint",
         "estimators",
         "federated",
+        "flax",
         "methods",
         "peft",
         "quantized",
@@ -229,8 +236,6 @@ def public_functions():
         namespace = importlib.import_module(f"raclora_jax.{folder}")
         for name in namespace.__all__:
             yield f"{folder}.{name}", getattr(namespace, name)
-    for name in ("to_tree", "value_and_grad", "apply_updates", "Optimizer", "TrainState"):
-        yield f"flax.{name}", getattr(rl.flax, name)
 
 
 for namespace in set(NAMESPACES) - ABSENT:

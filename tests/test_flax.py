@@ -249,7 +249,7 @@ def test_linen_train_state_steps_in_factor_form():
 
     tx = rl.raclora(0.05, SPEC, weight_decay=0.1, key=0)
     apply_fn = LinenNet().apply
-    ours = rl.flax.TrainState.create(apply_fn=apply_fn, params=params, tx=tx, spec=SPEC)
+    ours = rl.flax.TrainState.create(apply_fn=apply_fn, params=params, tx=tx)
     plain = TrainState.create(apply_fn=apply_fn, params=params, tx=tx)
     grad_fn = jax.jit(rl.value_and_grad(loss, SPEC))
     for _ in range(5):
@@ -271,8 +271,7 @@ def test_a_train_state_hands_8_bit_scales_past_the_optimizer(kind, box):
     scales = {"kernel_scale": jnp.full(1, 2.0)}
     whole = box({"params": params, "_overwrite_with_gradient": scales})
     tx = rl.raclora(0.05, SPEC, key=0)
-    more = {"spec": SPEC} if kind is rl.flax.TrainState else {}
-    state = kind.create(apply_fn=None, params=whole, tx=tx, **more)
+    state = kind.create(apply_fn=None, params=whole, tx=tx)
     grads = jax.tree.map(jnp.ones_like, params)
     updates, _ = tx.update(grads, tx.init(params), params)
     want = optax.apply_updates(params, updates)
@@ -309,7 +308,7 @@ def test_the_optimizer_of_a_part(wrt):
     x = jnp.sin(jnp.arange(24.0)).reshape(4, 6)
     models = [Headed(nnx.Rngs(0)) for _ in range(2)]
     optimizers = [
-        rl.flax.Optimizer(m, rl.raclora(0.3, 2, key=3), 2, wrt=wrt) for m in models
+        rl.flax.Optimizer(m, rl.raclora(0.3, 2, key=3), wrt=wrt) for m in models
     ]
     body = jnp.array(models[0].body.kernel[...])
     grad_fn = rl.flax.value_and_grad(noisy_loss, 2)
@@ -332,7 +331,7 @@ def steps_in_place(how):
     model = Noisy(nnx.Rngs(0))
     # Not Adam: the bias before a norm has a gradient of rounding errors only.
     rule = rl.raclora(0.5, SPEC, inner=optax.identity(), weight_decay=0.1, key=3)
-    optimizer = rl.flax.Optimizer(model, optax.chain(rule), SPEC)
+    optimizer = rl.flax.Optimizer(model, optax.chain(rule))
     grad_fn = {
         "factor": rl.flax.value_and_grad(noisy_loss, SPEC),
         "dense": lambda model, _, x: nnx.value_and_grad(noisy_loss)(model, x),
@@ -383,11 +382,11 @@ def test_the_optimizer_takes_the_same_steps(how):
 
 def test_the_optimizer_refuses():
     model = nnx_net()
-    optimizer = rl.flax.Optimizer(model, rl.raclora(0.1, SPEC, key=0), SPEC)
+    optimizer = rl.flax.Optimizer(model, rl.raclora(0.1, SPEC, key=0))
     with pytest.raises(ValueError, match="'first/bias' has no gradient"):
         optimizer.update(model, {"first": {"kernel": jnp.ones((6, 7))}})
     with pytest.raises(TypeError, match=r"flax\.Optimizer takes an nnx\.Module"):
-        rl.flax.Optimizer(linen_variables(), rl.raclora(0.1, SPEC, key=0), SPEC)
+        rl.flax.Optimizer(linen_variables(), rl.raclora(0.1, SPEC, key=0))
 
 
 class Block(nnx.Module):

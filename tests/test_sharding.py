@@ -212,7 +212,7 @@ def test_linen_boxes_carry_through(form):
         params = net.init(key, X)["params"]
         fields = {"apply_fn": net.apply, "params": params, "tx": tx}
         if form == "factor":
-            return rl.flax.TrainState.create(**fields, spec=spec)
+            return rl.flax.TrainState.create(**fields)
         return TrainState.create(**fields)
 
     def loss(params, x):

@@ -77,6 +77,8 @@ def spec():
 
 
 def rule(spec, inner=None):
+    # A large epsilon: Adam's quotient of two small numbers would blow rounding up.
+    inner = inner or optax.scale_by_adam(eps=1e-4)
     return rl.raclora(3e-3, spec, inner=inner, weight_decay=0.01, key=7)
 
 

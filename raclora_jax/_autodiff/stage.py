@@ -81,7 +81,7 @@ def stage(function: Callable[..., PyTree], *arguments: PyTree) -> Staged:
 
 def abstracted(
     arguments: PyTree,
-) -> tuple[list[jax.ShapeDtypeStruct], Callable[[Sequence[Array]], PyTree]]:
+) -> tuple[list[jax.ShapeDtypeStruct], Callable[[Sequence[Leaf]], PyTree]]:
     """The arrays of a tree as shapes, and how to put arrays in their places.
 
     What is no array (flags, sizes, functions) stays as it is.
@@ -91,7 +91,7 @@ def abstracted(
     places = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
     shapes = [jax.ShapeDtypeStruct(leaves[i].shape, leaves[i].dtype) for i in places]
 
-    def filled(arrays: Sequence[Array]) -> PyTree:
+    def filled(arrays: Sequence[Leaf]) -> PyTree:
         given = dict(zip(places, arrays, strict=True))
         return treedef.unflatten([given.get(i, v) for i, v in enumerate(leaves)])
 

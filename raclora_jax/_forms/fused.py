@@ -89,6 +89,27 @@ def fused_step(
       Lv et al., `Full Parameter Fine-tuning for Large Language Models with Limited
       Resources <https://arxiv.org/abs/2306.09782>`_, 2023.
     """
+    return reporting_step(loss_fn, tx, has_aux, lambda uses, _: uses.warn())
+
+
+def reporting_step(
+    loss_fn: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    has_aux: bool,
+    report: Callable[[Uses, frozenset[str]], None],
+) -> Callable[..., tuple[Any, Any, Any]]:
+    """``fused_step`` that hands what it saw of the model to ``report``.
+
+    Args:
+      loss_fn: As in ``fused_step``.
+      tx: As in ``fused_step``.
+      has_aux: As in ``fused_step``.
+      report: Called with the uses, and the paths of the leaves that move inside a scan,
+        whenever the step is traced.
+
+    Returns:
+      As ``fused_step``.
+    """
     descent = descent_of(tx)
 
     def step(params: PyTree, opt_state: PyTree, *args: Any, **kwargs: Any) -> PyTree:
@@ -96,7 +117,9 @@ def fused_step(
         model = traced(loss_fn, spec, has_aux, params, opt_state, args, kwargs)
         check_alone(opt_state)
         tell_of_two_copies(model.leaves)
-        out, leaves, state = _Fused.of(descent, model, params).stepped()
+        fused = _Fused.of(descent, model, params)
+        out, leaves, state = fused.stepped()
+        report(fused.uses, frozenset(fused.slices))
 
         def put(node: Any) -> Any:
             return boxed_as(state, node) if is_state(node) else node
@@ -117,6 +140,7 @@ class _Fused(NamedTuple):
       sketches: ``{path: sketch}``.
       slices: ``{path: step of a slice}`` of the leaves that a scan updates.
       decaying: ``{path: whether it decays}``.
+      uses: What the model is seen to do with its leaves.
     """
 
     descent: Descent
@@ -125,6 +149,7 @@ class _Fused(NamedTuple):
     sketches: dict[str, Drawn]
     slices: dict[str, Slice]
     decaying: dict[str, bool]
+    uses: Uses
 
     @classmethod
     def of(cls, descent: Descent, model: Traced, params: PyTree) -> _Fused:
@@ -137,7 +162,8 @@ class _Fused(NamedTuple):
             for place, (path, plan) in enumerate(plans.items())
             if plan.adapted and plan.batch[:1] == (0,) and place in once and not drawn
         }
-        return cls(descent, model, before, sketches, slices, descent.decaying(params))
+        decaying = descent.decaying(params)
+        return cls(descent, model, before, sketches, slices, decaying, Uses())
 
     @property
     def plans(self) -> dict[str, LeafPlan]:
@@ -170,7 +196,7 @@ class _Fused(NamedTuple):
 
     def _backward(self) -> tuple[list[Array], Leaves, dict[str, Held]]:
         """Loss and aux, gradients of what is not updated on the way, and what is."""
-        model, uses = self.model, Uses()
+        model, uses = self.model, self.uses
         held = {path: self._held(path) for path in self.slices}
         others = {p: plan for p, plan in self.plans.items() if p not in held}
         trained = zero_trained_leaves(others, model.leaves)
@@ -200,7 +226,6 @@ class _Fused(NamedTuple):
 
         found: tuple[list[Array], Leaves, dict[str, Held]]
         found = switched(self.plans, self.sketches, backward)
-        uses.warn()
         return found
 
     def _held(self, path: str) -> Held:

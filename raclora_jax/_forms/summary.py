@@ -19,94 +19,10 @@ from raclora_jax._core.sides import named
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaf, PyTree, is_number
 from raclora_jax._forms.apply import apply_updates
+from raclora_jax._forms.costs import Cost, Row, Summary
+from raclora_jax._forms.fused import reporting_step
 from raclora_jax._forms.gradient import reporting
 from raclora_jax._forms.optimizer import raclora
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cost:
-    """What something costs: a leaf, or a whole tree under one method.
-
-    Args:
-      trained: Numbers trained.
-      weight_bytes: Bytes of the weights.
-      gradient_bytes: Bytes of the gradient, in factor coordinates where adapted.
-      state_bytes: Bytes of the inner rule's state, of a master copy, and of what a
-        transformation in front keeps.
-      sketch_bytes: Bytes of the cached sketches.
-      traffic_bytes: Bytes a data-parallel all-reduce carries per step.
-    """
-
-    trained: int
-    weight_bytes: int
-    gradient_bytes: int
-    state_bytes: int
-    sketch_bytes: int
-    traffic_bytes: int
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Row(Cost):
-    """The cost of one leaf, and why.
-
-    Args:
-      path: Canonical path.
-      view: How the leaf is read, ``[batch] x rows x cols``.
-      mode: ``"lowrank"``, ``"dense"`` or ``"frozen"``.
-      why: What decided the mode.
-      rank: Rank of the sketch, 0 if not adapted.
-      side: Sketched side, or the probability of the left one where it is drawn; empty
-        if not adapted.
-      lam: Smallest eigenvalue of the mean projector, ``rank / dim``; 1 for dense.
-    """
-
-    path: str
-    view: str
-    mode: str
-    why: str
-    rank: int
-    side: str
-    lam: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """What ``summary`` returns: print it, or read its fields.
-
-    Args:
-      rows: One ``Row`` per leaf, in tree order.
-      total: The run itself; counters included.
-      full: Full fine-tuning with Adam, float32 moments.
-      lora: LoRA of the same ranks, both factors trained, Adam.
-      warnings: What to look at again.
-      peak_bytes: What a whole compiled step holds at once, with donated params and
-        state; ``None`` without a loss.
-    """
-
-    rows: tuple[Row, ...]
-    total: Cost
-    full: Cost
-    lora: Cost
-    warnings: tuple[str, ...]
-    peak_bytes: int | None = None
-
-    def __str__(self) -> str:
-        head = "path view mode rank side lambda trained weights gradient state sketch"
-        lines: list[tuple[str, ...]] = [(*head.split(), "traffic")]
-        lines += [
-            (row.path or "(leaf)", row.view, row.mode, *_adapted_cells(row), *_costs(row))
-            for row in self.rows
-        ]
-        for name, cost in (
-            ("total", self.total),
-            ("full fine-tuning, Adam", self.full),
-            ("LoRA, Adam", self.lora),
-        ):
-            lines.append((name, "", "", "", "", "", *_costs(cost)))
-        notes = [f"warning: {text}" for text in self.warnings]
-        if self.peak_bytes is not None:
-            notes.insert(0, f"peak of a compiled step: {_human(self.peak_bytes)}")
-        return "\n".join([*_aligned(lines), *notes])
 
 
 def summary(
@@ -117,6 +33,7 @@ def summary(
     inner: optax.GradientTransformation | None = None,
     before: optax.GradientTransformation | None = None,
     has_aux: bool = False,
+    fused: bool = False,
 ) -> Summary:
     """Prices every leaf of a spec: view, rank, lambda, trained numbers and bytes.
 
@@ -133,6 +50,7 @@ def summary(
         leaf it belongs to, such as ``estimators.page``, which keeps leaves at full size.
         The compiled step is without it.
       has_aux: Whether ``loss_fn`` returns ``(loss, aux)``.
+      fused: Whether the compiled step is that of ``fused_step``.
 
     Returns:
       A ``Summary``; ``print`` shows the table, ``.rows`` are for programs.
@@ -165,44 +83,59 @@ def summary(
     counters = held.get(None, 0) + sketches.get(None, 0)
     counters += sum(_nbytes(getattr(state, name)) for name in _COUNTERS)
     total = dataclasses.replace(total, state_bytes=total.state_bytes + counters)
-    warnings, peak = _warnings(plans), None
+    warnings, peak, moving = _warnings(plans), None, None
     if loss_fn is not None:
-        peak, uses = _compiled(loss_fn, spec, has_aux, tx, shaped, state, args)
+        seen: list[tuple[Uses, frozenset[str]]] = []
+        step = _step(loss_fn, spec, tx, has_aux, fused, lambda *found: seen.append(found))
+        peak = _peak(step, shaped, state, args)
+        uses, moved = seen[0]
+        moving = tuple(path for path in plans if path in moved) if fused else None
         warnings += tuple(
             f"leaf {paths.show(path)}: its gradient is formed in full by {operation}"
             for path, operation in uses.fallbacks
         )
-    return Summary(rows, total, _full(plans), _lora(plans), warnings, peak)
+    return Summary(rows, total, _full(plans), _lora(plans), warnings, peak, moving)
 
 
 _COUNTERS = ("count", "link", "step_in_link", "law", "key_data", "skipped")
 
 
-def _compiled(
+def _step(
     loss_fn: Callable[..., Any],
     spec: Spec,
-    has_aux: bool,
     tx: optax.GradientTransformation,
-    params: PyTree,
-    state: PyTree,
-    args: tuple[Any, ...],
-) -> tuple[int | None, Uses]:
-    """Peak bytes of a step, as the compiler plans it, and what it saw of the model."""
-    seen: list[Uses] = []
-    grad_fn = reporting(loss_fn, spec, has_aux, seen.append)
-    inputs, filled = abstracted(args)
+    has_aux: bool,
+    fused: bool,
+    report: Callable[[Uses, frozenset[str]], None],
+) -> Callable[..., PyTree]:
+    """A whole step that reports what it saw of the model."""
+    if fused:
+        return reporting_step(loss_fn, tx, has_aux, report)
+    grad_fn = reporting(loss_fn, spec, has_aux, lambda uses: report(uses, frozenset()))
 
-    def step(params: PyTree, state: PyTree, inputs: PyTree) -> PyTree:
-        value, grads = grad_fn(params, state, *filled(inputs))
+    def step(params: PyTree, state: PyTree, *args: Any) -> PyTree:
+        value, grads = grad_fn(params, state, *args)
         updates, state = tx.update(grads, state, params)
         return apply_updates(params, updates), state, value
 
-    lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, inputs)
+    return step
+
+
+def _peak(
+    step: Callable[..., PyTree], params: PyTree, state: PyTree, args: tuple[Any, ...]
+) -> int | None:
+    """Peak bytes of a step, as the compiler plans it, if the backend says."""
+    inputs, filled = abstracted(args)
+
+    def whole(params: PyTree, state: PyTree, inputs: PyTree) -> PyTree:
+        return step(params, state, *filled(inputs))
+
+    lowered = jax.jit(whole, donate_argnums=(0, 1)).lower(params, state, inputs)
     memory = lowered.compile().memory_analysis()
-    if memory is None:  # a backend that does not say
-        return None, seen[0]
+    if memory is None:
+        return None
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return held - memory.alias_size_in_bytes + memory.temp_size_in_bytes, seen[0]
+    return int(held - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
 
 
 def _abstract(leaf: Leaf) -> jax.ShapeDtypeStruct:
@@ -337,35 +270,3 @@ def _warnings(plans: dict[str, LeafPlan]) -> tuple[str, ...]:
             "params tree flattened to a vector has none"
         )
     return tuple(said)
-
-
-def _adapted_cells(row: Row) -> tuple[str, str, str]:
-    if row.mode != "lowrank":
-        return "", "", ""
-    return str(row.rank), row.side, f"{row.lam:.3g}"
-
-
-def _costs(cost: Cost) -> tuple[str, ...]:
-    held = (cost.weight_bytes, cost.gradient_bytes, cost.state_bytes, cost.sketch_bytes)
-    return f"{cost.trained:,}", *map(_human, (*held, cost.traffic_bytes))
-
-
-def _human(size: int) -> str:
-    value, unit = float(size), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-
-
-def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    words = 3  # path, view and mode are words; what follows is numbers
-
-    def pad(index: int, cell: str) -> str:
-        width = widths[index]
-        return cell.ljust(width) if index < words else cell.rjust(width)
-
-    text = ["  ".join(pad(i, c) for i, c in enumerate(line)).rstrip() for line in lines]
-    return [text[0], "-" * len(text[0]), *text[1:-3], "-" * len(text[0]), *text[-3:]]
