@@ -166,10 +166,10 @@ class Problem:
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(found, wanted))
 
     def trainer(
-        self, method: str, rate: optax.Schedule, spec: rl.Spec, seed: int
+        self, method: str, rate: optax.Schedule, spec: rl.Spec, seed: int, fused: bool
     ) -> training.Trainer:
         """A method on this model."""
-        return training.trainer(method, rate, spec, self.loss, seed)
+        return training.trainer(method, rate, spec, self.loss, seed, fused)
 
     def batch(self, step: int, size: int, seed: int) -> tuple[np.ndarray, ...]:
         """The rows of a step."""

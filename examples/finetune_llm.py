@@ -133,11 +133,11 @@ class Problem:
         return mean_loss(self.decoder, params, *batch)
 
     def trainer(
-        self, method: str, rate: optax.Schedule, spec: rl.Spec, seed: int
+        self, method: str, rate: optax.Schedule, spec: rl.Spec, seed: int, fused: bool
     ) -> training.Trainer:
         """A method on this model; LoRA is qwix's."""
         if method != "lora":
-            return training.trainer(method, rate, spec, self.loss, seed)
+            return training.trainer(method, rate, spec, self.loss, seed, fused)
         return beside.trainer(
             self.decoder,
             spec,

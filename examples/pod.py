@@ -49,7 +49,7 @@ def arguments():
     add = functools.partial(parser.add_argument, help=" ")
     add("--directory", required=True, help="checkpoints; all processes must see it")
     add("--data-dir", help="folder of *.txt and *.py; default: Python's own library")
-    add("--form", choices=("factor", "dense"), default="factor")
+    add("--form", choices=("fused", "factor", "dense"), default="fused")
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     for name, value in (("steps", 100), ("save-every", 20), ("log-every", 10)):
         add(f"--{name}", type=int, default=value)
@@ -158,22 +158,23 @@ def mesh_of(options):
 
 
 def compiled_step(tx, spec, form, shardings):
-    grad_fn = jax.value_and_grad(loss_fn)
-    if form == "factor":
-        grad_fn = rl.value_and_grad(loss_fn, spec)
+    factor_grad, dense_grad = (
+        rl.value_and_grad(loss_fn, spec),
+        jax.value_and_grad(loss_fn),
+    )
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*shardings, None))
-    def step(params, opt_state, tokens):
-        state = (opt_state,) if form == "factor" else ()
-        loss, grads = grad_fn(params, *state, tokens)
+    def factor(params, opt_state, tokens):
+        loss, grads = factor_grad(params, opt_state, tokens)
         updates, opt_state = tx.update(grads, opt_state, params)
-        if form == "factor":
-            params = rl.apply_updates(params, updates)
-        else:
-            params = optax.apply_updates(params, updates)
-        return params, opt_state, loss
+        return rl.apply_updates(params, updates), opt_state, loss
 
-    return step
+    def dense(params, opt_state, tokens):
+        loss, grads = dense_grad(params, tokens)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    forms = {"fused": rl.fused_step(loss_fn, tx), "factor": factor, "dense": dense}
+    return jax.jit(forms[form], donate_argnums=(0, 1), out_shardings=(*shardings, None))
 
 
 def stop_asked():

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from raclora_jax import flax as rl_flax
@@ -42,6 +43,7 @@ class _FactorForm:
         *args: Any,
         spec: Spec | int,
         training_config: TrainingConfig,
+        fused: bool = False,
         **kwargs: Any,
     ) -> None:
         if utils.is_lora_enabled(model):
@@ -60,10 +62,27 @@ class _FactorForm:
         self._iter_steps = self._train_steps * (each or 1)
         self.optimizer = rl_flax.Optimizer(model, restored.tx)
         nnx.update(self.optimizer, nnx.state(restored))
+        self._fused = fused
+        if fused:
+            self.create_train_step_fn()  # refuses what a fused step cannot take
 
     def create_train_step_fn(self) -> Callable[..., Any]:
         """The step: a gradient in factor coordinates, and the update of the model."""
+        return self._fused_step() if self._fused else self._step_in_parts()
 
+    def _fused_step(self) -> Callable[..., Any]:
+        take = rl_flax.fused_step(self.loss_fn, self.optimizer.tx, has_aux=self._has_aux)
+
+        def step(
+            model: nnx.Module, optimizer: rl_flax.Optimizer, inputs: Any
+        ) -> tuple[Any, Any, Any]:
+            out = take(model, optimizer, **self.gen_model_input_fn(inputs))
+            loss, aux = out if self._has_aux else (out, None)
+            return loss, aux, jnp.nan  # no gradient stands to be measured
+
+        return step
+
+    def _step_in_parts(self) -> Callable[..., Any]:
         def step(
             model: nnx.Module, optimizer: rl_flax.Optimizer, inputs: Any
         ) -> tuple[Any, Any, Any]:
@@ -102,6 +121,9 @@ class RacLoraTrainer(_FactorForm, PeftTrainer):  # type: ignore[misc]
         ``gradient_accumulation_steps`` of the config.
       training_config: As Tunix has it.
       spec: The spec that ``raclora`` was given, keyword only.
+      fused: Whether a step updates inside the backward pass; Tunix's metric of the norm
+        of the gradient is then not a number. The optimizer is then ``raclora(...)``
+        itself, with nothing around it.
       **kwargs: The other arguments of ``PeftTrainer``.
 
     Raises:
@@ -122,10 +144,16 @@ class RacLoraTrainer(_FactorForm, PeftTrainer):  # type: ignore[misc]
         training_config: TrainingConfig,
         *,
         spec: Spec | int,
+        fused: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
-            model, optimizer, spec=spec, training_config=training_config, **kwargs
+            model,
+            optimizer,
+            spec=spec,
+            training_config=training_config,
+            fused=fused,
+            **kwargs,
         )
 
 
@@ -138,6 +166,9 @@ class RacLoraDPOTrainer(_FactorForm, DPOTrainer):  # type: ignore[misc]
       optimizer: As in ``RacLoraTrainer``.
       training_config: A ``DPOTrainingConfig``.
       spec: The spec that ``raclora`` was given, keyword only.
+      fused: Whether a step updates inside the backward pass; Tunix's metric of the norm
+        of the gradient is then not a number. The optimizer is then ``raclora(...)``
+        itself, with nothing around it.
       **kwargs: The other arguments of ``DPOTrainer``.
 
     Raises:
@@ -157,6 +188,7 @@ class RacLoraDPOTrainer(_FactorForm, DPOTrainer):  # type: ignore[misc]
         training_config: TrainingConfig,
         *,
         spec: Spec | int,
+        fused: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(
@@ -165,5 +197,6 @@ class RacLoraDPOTrainer(_FactorForm, DPOTrainer):  # type: ignore[misc]
             optimizer,
             spec=spec,
             training_config=training_config,
+            fused=fused,
             **kwargs,
         )

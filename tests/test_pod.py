@@ -75,7 +75,7 @@ def moved(folder, first, last):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("form", ["factor", "dense"])
+@pytest.mark.parametrize("form", ["fused", "factor", "dense"])
 def test_two_processes_are_one(form, dtype, tmp_path):
     """100 steps. Sums over processes have another order, and no more.
 

@@ -117,6 +117,29 @@ def test_factor_form_is_the_drop_in_form(spec):
     assert min(jax.tree.leaves(moved)) > 4e-5  # well above what the forms differ by
 
 
+def test_a_fused_step_is_the_factor_form(spec):
+    factor, _ = both(spec)
+    ours, theirs = model(), model()
+    train(factor, theirs, 15)
+    trainer = train(
+        lambda net, config: RacLoraTrainer(
+            net, rule(spec), config, spec=spec, fused=True
+        ),
+        ours,
+        15,
+    )
+    assert int(trainer.optimizer.step[...]) == 15
+    assert_close(weights(ours), weights(theirs))
+    with pytest.raises(TypeError, match="nothing may stand around it"):
+        RacLoraTrainer(
+            model(),
+            optax.chain(rule(spec)),
+            TrainingConfig(eval_every_n_steps=1000, max_steps=1),
+            spec=spec,
+            fused=True,
+        )
+
+
 def test_on_a_mesh(spec):
     """Eight devices, weights sharded as Tunix has them: their axes are to divide."""
     even = dataclasses.replace(CONFIG, vocab_size=68)

@@ -90,6 +90,13 @@ class RunParser(Parser):
             f"of 2 apart, each for a tenth of the steps (default: {rates}; measured on "
             f"{defaults.measured})",
         )
+        add(
+            "--fused",
+            action=argparse.BooleanOptionalAction,
+            default=True,
+            help="update inside the backward pass; a run may change it when it goes on "
+            "(default: %(default)s)",
+        )
         add("--seed", type=seed, default=0, help="(default: %(default)s)")
         add("--out", type=pathlib.Path, help="the run's folder; only --dry-run has none")
         add(

@@ -39,7 +39,7 @@ class Job(NamedTuple):
         """How it trains."""
         options = self.options
         return self.problem.trainer(
-            options.method, self.schedule, self.spec, options.seed
+            options.method, self.schedule, self.spec, options.seed, options.fused
         )
 
 
@@ -103,7 +103,7 @@ def _config(
     options: argparse.Namespace, problem: Problem, spec: rl.Spec, steps: int
 ) -> dict[str, Any]:
     """What was asked for, and what it came to; the rate is known later."""
-    passing = ("out", "resume", "dry_run", "learning_rate", "rank")
+    passing = ("out", "resume", "dry_run", "learning_rate", "rank", "fused")
     given = {k: v for k, v in vars(options).items() if k not in passing}
     whole = given | {
         "steps": steps,

@@ -38,7 +38,7 @@ class Problem(Protocol):
         """Of a batch."""
 
     def trainer(
-        self, method: str, rate: optax.Schedule, spec: rl.Spec, seed: int
+        self, method: str, rate: optax.Schedule, spec: rl.Spec, seed: int, fused: bool
     ) -> training.Trainer:
         """A method on this model."""
 
@@ -124,7 +124,7 @@ def _short_run(
 ) -> float:
     """The loss on held-out data at its end."""
     rate = training.schedule(peak, steps)
-    method = problem.trainer(options.method, rate, spec, options.seed)
+    method = problem.trainer(options.method, rate, spec, options.seed, options.fused)
     step_fn = jax.jit(method.step, donate_argnums=0)
     state = jax.jit(method.init)(problem.params)
     for step in range(steps):

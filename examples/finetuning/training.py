@@ -98,12 +98,17 @@ def spec_of(file: pathlib.Path) -> rl.Spec:
 
 
 def trainer(
-    method: str, rate: optax.Schedule, spec: rl.Spec, loss_fn: Any, seed: int
+    method: str,
+    rate: optax.Schedule,
+    spec: rl.Spec,
+    loss_fn: Any,
+    seed: int,
+    fused: bool,
 ) -> Trainer:
-    """``raclora`` in factor form, ``lora`` beside the weights, or ``full``."""
+    """``raclora``, fused or in factor form, ``lora`` beside the weights, or ``full``."""
     if method.startswith("raclora"):
         inner = rl.orthogonal() if method == "raclora-orthogonal" else None
-        return _raclora(rate, spec, loss_fn, inner, seed)
+        return _raclora(rate, spec, loss_fn, inner, seed, fused)
     made = methods.full(rate)
     if method == "lora":
         made = methods.lora(rate, spec, key=seed)
@@ -121,15 +126,20 @@ def _raclora(
     loss_fn: Any,
     inner: optax.GradientTransformation | None,
     seed: int,
+    fused: bool,
 ) -> Trainer:
     tx = rl.raclora(rate, spec, inner=inner, key=seed)
-    grad_fn = rl.value_and_grad(loss_fn, spec)
+    grad_fn, fused_step = rl.value_and_grad(loss_fn, spec), rl.fused_step(loss_fn, tx)
 
-    def step(state: Any, *batch: Array) -> tuple[Any, Array]:
-        params, opt_state = state
+    def in_parts(params: Any, opt_state: Any, *batch: Array) -> tuple[Any, Any, Array]:
         loss, grads = grad_fn(params, opt_state, *batch)
         updates, opt_state = tx.update(grads, opt_state, params)
-        return (rl.apply_updates(params, updates), opt_state), loss
+        return rl.apply_updates(params, updates), opt_state, loss
+
+    def step(state: Any, *batch: Array) -> tuple[Any, Array]:
+        take = fused_step if fused else in_parts
+        params, opt_state, loss = take(*state, *batch)
+        return (params, opt_state), loss
 
     def size(params: Any) -> int:
         kept = jax.eval_shape(tx.init, params).inner_state
