@@ -46,6 +46,7 @@ def factor_form(
     inner: optax.GradientTransformation | None,
     moments: str,
     key: Array,
+    fused: bool = False,
 ) -> Method:
     """RAC-LoRA by the public functions, its gradients never at full size."""
     tx = rl.raclora(schedule, spec, inner=inner, moments=moments, key=key)
@@ -55,6 +56,9 @@ def factor_form(
         return DenseState(params, tx.init(params))
 
     def step(state: DenseState, loss_fn: Any, *args: Any) -> tuple[DenseState, Array]:
+        if fused:
+            params, opt_state, loss = rl.fused_step(loss_fn, tx)(*state, *args)
+            return DenseState(params, opt_state), loss
         grad_fn = rl.value_and_grad(loss_fn, spec)
         loss, grads = grad_fn(state.params, state.opt_state, *args)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
@@ -80,6 +84,7 @@ def ours(
     rewarm: int = 0,
     moments: str = "reset",
     inner: Callable[[], optax.GradientTransformation] | None = rl.orthogonal,
+    fused: bool = False,
     **spec: Any,
 ) -> Entry:
     """RAC-LoRA with ``alpha="dim"``; the side whose dim is above the rank, so that no
@@ -91,7 +96,9 @@ def ours(
 
     def make(schedule: optax.Schedule, key: Array) -> Method:
         rule = None if inner is None else inner()
-        return factor_form(schedule, made, inner=rule, moments=moments, key=key)
+        return factor_form(
+            schedule, made, inner=rule, moments=moments, key=key, fused=fused
+        )
 
     return Entry(name, make, guess, batch, rewarm, made.resample_every)
 
@@ -211,6 +218,17 @@ def raclora() -> list[Entry]:
         ]
     name = "RAC r12 orthogonal, second moment"
     return [*entries, ours(name, 12, inner=second_moment)]
+
+
+FUSED = ", fused"
+
+
+def fused() -> list[Entry]:
+    """The best rules without state, by the update inside the backward pass."""
+    return [
+        ours(f"RAC r{rank} block orthogonal{FUSED}", rank, sketch="block", fused=True)
+        for rank in (16, 32)
+    ]
 
 
 # Those that run to 1000 steps and to the time of 1000 steps of full Adam.

@@ -6,8 +6,9 @@ learning rate of every method is searched on one grid of powers of two, on seed 
 the best has a worse neighbour on both sides. A seed decides data order and sketches.
 
 Studies: 300 steps, 1000 steps, and the wall time of 1000 steps of full Adam, by steps
-that are timed in turn in this run; what the trials left open; and the rate of every rank
-and side, tuned on each seed. Rows are saved as they come and, if there are rows
+that are timed in turn in this run; what the trials left open; the rate of every rank and
+side, tuned on each seed; and the best rules without state as fused steps, at the rates
+that the other form was tuned to. Rows are saved as they come and, if there are rows
 already, the missing ones are added.
 
     python -m benchmarks.language --data-dir DIR [--quick]
@@ -54,6 +55,8 @@ def contenders_of(study: str) -> list[Entry]:
         return explored.explored()
     if study == "one rate":
         return explored.one_rate()
+    if study == "fused":
+        return contenders.fused()
     table = [*contenders.rivals(), *contenders.raclora()]
     if study == "equal steps":
         return table
@@ -64,7 +67,7 @@ def contenders_of(study: str) -> list[Entry]:
 
 def everything() -> list[Entry]:
     """All contenders; names are unique."""
-    tables = "equal steps", "explored", "one rate"
+    tables = "equal steps", "explored", "one rate", "fused"
     return [entry for table in tables for entry in contenders_of(table)]
 
 
@@ -97,6 +100,10 @@ def jobs(results: Results, study: str, options: argparse.Namespace) -> Iterator[
         if study in ("equal steps", "explored", "one rate"):
             steps = contest.CHUNK if options.quick else SHORT
             yield job | {"steps": steps, "guess": entry.guess}
+        elif study == "fused":
+            parts = results.get("equal steps", entry.name.removesuffix(contenders.FUSED))
+            if parts is not None:
+                yield job | {"steps": SHORT, "guess": parts["rate"], "tune": False}
         elif study == "long":
             short = results.get("equal steps", entry.name)
             if short is not None:
@@ -133,6 +140,7 @@ STUDIES = (
     "equal decoder time",
     "explored",
     "one rate",
+    "fused",
 )
 
 

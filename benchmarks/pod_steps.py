@@ -9,6 +9,7 @@ the norms in full, but for the floor, which freezes all of them.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from benchmarks.rivals import Method
 
 RANK = 16
 CHUNK = 512  # queries at a time: scores of a whole sequence would fill the memory
+LARGE = 100_000  # from this vocabulary on the loss too takes so many tokens at a time
 
 
 class Sizes(NamedTuple):
@@ -46,6 +48,7 @@ LLAMA = {
     "70B": Sizes(8192, 80, 64, 8, 28_672),
     "8B": Sizes(4096, 32, 32, 8, 14_336, 128_256),
     "tiny": Sizes(512, 2, 4, 4, 1024, 2048),
+    "tiny, large vocabulary": Sizes(64, 2, 4, 4, 128, LARGE),
 }
 
 # The axes of the matrices of a layer, rows first, and the mesh axes that split these.
@@ -112,22 +115,62 @@ def llama(sizes: Sizes, sequences: int, length: int, mesh: Any) -> Model:
     def embed(params: Any, tokens: Array) -> Array:
         return split(_looked_up(params["embedding"], tokens), "fsdp", None, None)
 
-    def logits(params: Any, x: Array) -> Array:
+    def through(params: Any, x: Array) -> Array:
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def layer(x: Array, own: Any) -> tuple[Array, None]:
             return split(_layer(x, own, split), "fsdp", None, None), None
 
         x, _ = lax.scan(layer, x, params["layers"])
-        return split(
-            _product(_rms(x, params["norm"]), params["head"]), "fsdp", None, "tp"
-        )
+        return _rms(x, params["norm"])
+
+    def read(params: Any, x: Array) -> Array:
+        return split(_product(x, params["head"]), "fsdp", None, "tp")
+
+    def logits(params: Any, x: Array) -> Array:
+        return read(params, through(params, x))
 
     def apply(params: Any, tokens: Array) -> Array:
         return logits(params, embed(params, tokens))
 
     name = f"llama {sizes.layers}x{sizes.width}"
     batch = models.tokens(sizes.vocab, sequences, length)
-    return Model(name, init, apply, embed, logits, batch, None)
+    if sizes.vocab < LARGE:
+        return Model(name, init, apply, embed, logits, batch, None)
+    return _InChunks(name, init, apply, embed, logits, batch, None, through, read)
+
+
+@dataclasses.dataclass(frozen=True)
+class _InChunks(Model):
+    """A model whose logits never stand for all tokens at once.
+
+    Args:
+      through: ``through(params, activations)``, up to the head.
+      read: ``read(params, activations) -> logits``, the head.
+    """
+
+    through: Callable[[Any, Array], Array]
+    read: Callable[[Any, Array], Array]
+
+    def loss(self, params: Any, batch: Batch) -> Array:
+        """Mean cross-entropy."""
+        return self.loss_of_activations(self.embed(params, batch.inputs), params, batch)
+
+    def loss_of_activations(self, activations: Array, params: Any, batch: Batch) -> Array:
+        """The same loss, from behind the embedding."""
+
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def one(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
+            x, targets = part
+            return total + models.cross_entropy(self.read(params, x), targets), None
+
+        x = self.through(params, activations)
+        chunks = x.shape[1] // min(CHUNK, x.shape[1])
+        parts = jax.tree.map(
+            lambda a: jnp.moveaxis(a.reshape(a.shape[0], chunks, -1, *a.shape[2:]), 1, 0),
+            (x, batch.targets),
+        )
+        total, _ = lax.scan(one, jnp.zeros(()), parts)
+        return total / chunks
 
 
 def _layer(x: Array, own: Any, split: Callable[..., Array]) -> Array:
@@ -369,6 +412,20 @@ def _by_parts(form: str, make: Callable[..., Method]) -> dict[str, Any]:
     return {f"{form}, {name}": method(parts) for parts, name in names.items()}
 
 
+def _beside_fsdp(model: Model, width: int) -> Method:
+    """Blocks of dim / 8 of the side that FSDP does not split, so that adding is local."""
+    sizes = jax.eval_shape(model.init, jax.random.key(0))["layers"]
+    columns = {
+        name: math.prod(sizes[name].shape[2:])
+        for name in ("query", "key", "value", "gate", "up")
+    }
+    rules = [
+        rl.Rule(f"layers/{name}", side="right", rank=count // 8)
+        for name, count in columns.items()
+    ]
+    return rivals.fused(model, rank=width // 8, rules=rules, **stateless(8))
+
+
 METHODS: dict[str, Callable[[Model, int], Method]] = {
     "floor": lambda model, width: floor(model),
     "AdamW": lambda model, width: adamw(model),
@@ -386,6 +443,8 @@ METHODS: dict[str, Callable[[Model, int], Method]] = {
         alpha="dim",
         inner=rl.orthogonal(),
     ),
+    "fused, dim / 8": _by_parts("fused", rivals.fused)["fused, dim / 8"],
+    "fused, dim / 8 beside FSDP": _beside_fsdp,
 }
 # On one chip, for which the memory is the question.
 ONE_CHIP: dict[str, Callable[[Model, int], Method]] = {
