@@ -412,7 +412,7 @@ def _by_parts(form: str, make: Callable[..., Method]) -> dict[str, Any]:
     return {f"{form}, {name}": method(parts) for parts, name in names.items()}
 
 
-def _beside_fsdp(model: Model, width: int) -> Method:
+def _beside_fsdp(model: Model, width: int, low_gradients: bool = False) -> Method:
     """Blocks of dim / 8 of the side that FSDP does not split, so that adding is local."""
     sizes = jax.eval_shape(model.init, jax.random.key(0))["layers"]
     columns = {
@@ -423,7 +423,13 @@ def _beside_fsdp(model: Model, width: int) -> Method:
         rl.Rule(f"layers/{name}", side="right", rank=count // 8)
         for name, count in columns.items()
     ]
-    return rivals.fused(model, rank=width // 8, rules=rules, **stateless(8))
+    return rivals.fused(
+        model,
+        rank=width // 8,
+        rules=rules,
+        low_gradients=low_gradients,
+        **stateless(8),
+    )
 
 
 METHODS: dict[str, Callable[[Model, int], Method]] = {
@@ -445,6 +451,9 @@ METHODS: dict[str, Callable[[Model, int], Method]] = {
     ),
     "fused, dim / 8": _by_parts("fused", rivals.fused)["fused, dim / 8"],
     "fused, dim / 8 beside FSDP": _beside_fsdp,
+    "fused, dim / 8 beside FSDP, 16-bit gradients": functools.partial(
+        _beside_fsdp, low_gradients=True
+    ),
 }
 # On one chip, for which the memory is the question.
 ONE_CHIP: dict[str, Callable[[Model, int], Method]] = {

@@ -122,10 +122,17 @@ def ours(
     return Method(name, init, step)
 
 
-def fused(model: Model, name: str = "fused", *, inner: Any, **options: Any) -> Method:
+def fused(
+    model: Model,
+    name: str = "fused",
+    *,
+    inner: Any,
+    low_gradients: bool = False,
+    **options: Any,
+) -> Method:
     """RAC-LoRA that updates the weights inside the backward pass."""
     tx = rl.raclora(RATE, spec_of(model, **options), inner=inner, key=0)
-    one = rl.fused_step(model.loss, tx)
+    one = rl.fused_step(model.loss, tx, low_gradients=low_gradients)
 
     def init(key: Any) -> tuple[Any, Any]:
         params = model.init(key)

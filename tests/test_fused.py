@@ -1,5 +1,7 @@
 """The update inside the backward pass takes the steps of the factor form."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -153,6 +155,40 @@ def test_sixteen_bits_are_the_same_bits(rounding, rule):
     fused, parts = both("remat", tx, spec, 20, jnp.bfloat16)
     for name in ("up", "down"):
         np.testing.assert_array_equal(fused[0][name], parts[0][name])
+
+
+@pytest.mark.parametrize("model", ["unrolled", "remat"])
+def test_gradients_in_the_dtype_of_their_weights(model):
+    """The program holds no gradient of a factor in float32, and its step is the same
+    to the rounding of a gradient; for float32 weights it is the same program."""
+    loss, args = loss_of(model), batch()
+    params = weights(jnp.bfloat16)
+    spec = rl.trace_spec(loss, params, *args, rank=3, side="right", rounding="nearest")
+    tx = rl.raclora(0.1, spec, inner=optax.identity(), key=KEY)
+    wide = rl.fused_step(loss, tx)
+    low = rl.fused_step(loss, tx, low_gradients=True)
+    state = tx.init(params)
+    # By a factor's own shape: no other product gives (rank, rows).
+    products = [text(one, params, state, *args).count("f32[3,7]") for one in (wide, low)]
+    assert products[0] > products[1]
+    moved = [jax.jit(one)(params, state, *args)[0] for one in (wide, low)]
+    for name, start in params.items():
+        one, other = (np.float32(new[name]) for new in moved)
+        step = np.max(np.abs(one - np.float32(start)))
+        assert step > 0
+        ulp = np.max(np.abs(np.float32(start))) * 2.0**-8
+        assert np.max(np.abs(one - other)) <= 2.0**-6 * step + ulp
+    params = weights()
+    tx = rl.raclora(0.1, dataclasses.replace(spec, rounding="auto"), key=KEY)
+    same = [
+        text(rl.fused_step(loss, tx, low_gradients=low), params, tx.init(params), *args)
+        for low in (False, True)
+    ]
+    assert same[0] == same[1]
+
+
+def text(step, *args):
+    return str(jax.make_jaxpr(step)(*args))
 
 
 def test_a_run_changes_form_in_the_middle_of_a_link():

@@ -88,7 +88,7 @@ def _product(
     """``y`` attached to the three-operand contraction of x, sketch and factor."""
     if weight.sketch is None or weight.factor is None:
         return y
-    out = Output.of(y, y_axes, precision)
+    out = Output.of(y, y_axes, precision, weight.factor)
     x, x_names = einsum_parts(x, x_axes)
     if isinstance(weight.sketch, Picks):
         needed = {*weight.side, *weight.stack}
@@ -188,7 +188,7 @@ def conv_general_dilated(eqn: Eqn, x: Operand, weight: Operand) -> Array | None:
     y_axes = [own(axis, size) for axis, size in enumerate(y.shape)]
     thin_names = [RANK if i == place else a.atom for i, (a,) in enumerate(y_axes)]
     y_axes[place] = weight.axes[features]
-    out = Output.of(y, y_axes, params["precision"])
+    out = Output.of(y, y_axes, params["precision"], weight.factor)
     if isinstance(weight.sketch, Picks) and not weight.stack:
         found = picked.convolution(eqn, x, weight, weight.sketch, y, features, place)
         if found is not None:
@@ -255,7 +255,7 @@ def gather(eqn: Eqn, weight: Operand, indices: Operand) -> Array | None:
     places = [*numbers.offset_dims]
     places += [place for place in range(y.ndim) if place not in places]
     y_axes = [a for _, a in sorted(zip(places, (*kept, *lead), strict=True))]
-    out = Output.of(y, y_axes, None)
+    out = Output.of(y, y_axes, None, weight.factor)
     column = tuple(numbers.start_index_map).index(axis)
     picks = lax.index_in_dim(indices, column, indices.ndim - 1)
 

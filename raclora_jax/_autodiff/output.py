@@ -24,7 +24,8 @@ class Output(NamedTuple):
       names: The parts that its axes merge.
       sizes: Their sizes.
       precision: That of the products that make it, or meet its cotangent.
-      wide: The dtype in which gradients are summed.
+      wide: The dtype in which gradients are summed, float32 at least where the factor
+        is not below it.
     """
 
     shape: tuple[int, ...]
@@ -34,12 +35,20 @@ class Output(NamedTuple):
     wide: jnp.dtype
 
     @classmethod
-    def of(cls, y: Array, axes: Sequence[Axis], precision: lax.PrecisionLike) -> Output:
+    def of(
+        cls,
+        y: Array,
+        axes: Sequence[Axis],
+        precision: lax.PrecisionLike,
+        factor: Array | None,
+    ) -> Output:
+        """The output ``y``, whose cotangent gives the gradient of a factor, if any."""
         parts = [part for axis in axes for part in axis]
         if precision is None and y.dtype.itemsize >= 4:
             precision = lax.Precision.HIGHEST
         names, sizes = [part.atom for part in parts], [part.size for part in parts]
-        wide = widened(y.dtype)
+        low = factor is not None and factor.dtype.itemsize < 4
+        wide = y.dtype if low else widened(y.dtype)
         return cls(y.shape, names, sizes, precision, wide)
 
     def made(

@@ -34,6 +34,10 @@ class Mover(Protocol):
     def plan(self) -> LeafPlan:
         """The plan of a slice."""
 
+    @property
+    def gradient_dtype(self) -> jnp.dtype:
+        """The dtype in which the gradient of its factor is formed."""
+
     def together(
         self,
         movers: list[Any],
@@ -177,7 +181,10 @@ class _Scan:
     def zeros(self, inputs: Inputs) -> Arrays:
         """The factors of a round, which are zero."""
         pairs = zip(self.movers, inputs.weights, strict=True)
-        return [varying_as(zero_trained(mover.plan), w) for mover, w in pairs]
+        return [
+            varying_as(zero_trained(mover.plan).astype(mover.gradient_dtype), w)
+            for mover, w in pairs
+        ]
 
     def run(
         self,

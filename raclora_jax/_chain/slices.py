@@ -61,24 +61,27 @@ class Slice:
     Args:
       run: The run.
       plan: The plan of one slice.
+      gradient_dtype: The dtype in which the gradient of its factor is formed.
     """
 
     run: Run
     plan: LeafPlan
+    gradient_dtype: jnp.dtype
 
     @classmethod
-    def of(cls, run: Run, plan: LeafPlan) -> Slice:
+    def of(cls, run: Run, plan: LeafPlan, gradient_dtype: jnp.dtype) -> Slice:
         """The step of the slices of a stacked leaf, checked.
 
         Args:
           run: The run.
           plan: The plan of the leaf; its first axis stacks matrices.
+          gradient_dtype: As of the class.
 
         Raises:
           ValueError: If the inner rule holds something of a leaf that is no stack, or no
             real numbers.
         """
-        one = cls(run, plan.of_slice)
+        one = cls(run, plan.of_slice, gradient_dtype)
         stacked = _shapes(run, plan)
         for keypath, leaf in jax.tree_util.tree_leaves_with_path(one.template):
             if is_common(keypath, plan.path):

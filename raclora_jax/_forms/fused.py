@@ -41,6 +41,7 @@ def fused_step(
     tx: optax.GradientTransformation,
     *,
     has_aux: bool = False,
+    low_gradients: bool = False,
 ) -> Callable[..., tuple[Any, Any, Any]]:
     """A training step that updates the weights inside the backward pass.
 
@@ -59,6 +60,9 @@ def fused_step(
       loss_fn: ``loss_fn(params, *args)``, a real scalar, or ``(scalar, aux)``.
       tx: What ``raclora`` returned, with nothing around it.
       has_aux: Whether ``loss_fn`` returns ``(loss, aux)``.
+      low_gradients: Whether the gradient of a factor is formed, and summed over devices,
+        in the dtype of its weight, as full fine-tuning sends it; in float32 otherwise.
+        Weights of 16 bits then send half the bytes.
 
     Returns:
       ``step(params, opt_state, *args)`` that returns ``(params, opt_state, loss)``, or
@@ -89,7 +93,9 @@ def fused_step(
       Lv et al., `Full Parameter Fine-tuning for Large Language Models with Limited
       Resources <https://arxiv.org/abs/2306.09782>`_, 2023.
     """
-    return reporting_step(loss_fn, tx, has_aux, lambda uses, _: uses.warn())
+    return reporting_step(
+        loss_fn, tx, has_aux, lambda uses, _: uses.warn(), low_gradients
+    )
 
 
 def reporting_step(
@@ -97,6 +103,7 @@ def reporting_step(
     tx: optax.GradientTransformation,
     has_aux: bool,
     report: Callable[[Uses, frozenset[str]], None],
+    low_gradients: bool = False,
 ) -> Callable[..., tuple[Any, Any, Any]]:
     """``fused_step`` that hands what it saw of the model to ``report``.
 
@@ -106,6 +113,7 @@ def reporting_step(
       has_aux: As in ``fused_step``.
       report: Called with the uses, and the paths of the leaves that move inside a scan,
         whenever the step is traced.
+      low_gradients: As in ``fused_step``.
 
     Returns:
       As ``fused_step``.
@@ -117,7 +125,7 @@ def reporting_step(
         model = traced(loss_fn, spec, has_aux, params, opt_state, args, kwargs)
         check_alone(opt_state)
         tell_of_two_copies(model.leaves)
-        fused = _Fused.of(descent, model, params)
+        fused = _Fused.of(descent, model, params, low_gradients)
         out, leaves, state = fused.stepped()
         report(fused.uses, frozenset(fused.slices))
 
@@ -141,6 +149,7 @@ class _Fused(NamedTuple):
       slices: ``{path: step of a slice}`` of the leaves that a scan updates.
       decaying: ``{path: whether it decays}``.
       uses: What the model is seen to do with its leaves.
+      low_gradients: As in ``fused_step``.
     """
 
     descent: Descent
@@ -150,20 +159,31 @@ class _Fused(NamedTuple):
     slices: dict[str, Slice]
     decaying: dict[str, bool]
     uses: Uses
+    low_gradients: bool
 
     @classmethod
-    def of(cls, descent: Descent, model: Traced, params: PyTree) -> _Fused:
+    def of(
+        cls, descent: Descent, model: Traced, params: PyTree, low_gradients: bool
+    ) -> _Fused:
         run, plans = descent.run, model.plans
         before, sketches = run.entered(model.state, plans)
         once = scanned_once(model.staged.jaxpr)
         drawn = any(plan.sides for plan in plans.values())
         slices = {
-            path: Slice.of(run, plan)
+            path: Slice.of(run, plan, _gradient_dtype(plan, low_gradients))
             for place, (path, plan) in enumerate(plans.items())
             if plan.adapted and plan.batch[:1] == (0,) and place in once and not drawn
         }
-        decaying = descent.decaying(params)
-        return cls(descent, model, before, sketches, slices, decaying, Uses())
+        return cls(
+            descent,
+            model,
+            before,
+            sketches,
+            slices,
+            descent.decaying(params),
+            Uses(),
+            low_gradients,
+        )
 
     @property
     def plans(self) -> dict[str, LeafPlan]:
@@ -199,7 +219,10 @@ class _Fused(NamedTuple):
         model, uses = self.model, self.uses
         held = {path: self._held(path) for path in self.slices}
         others = {p: plan for p, plan in self.plans.items() if p not in held}
-        trained = zero_trained_leaves(others, model.leaves)
+        trained = {
+            path: jax.tree.map(self._in_gradient_dtype(path), zero)
+            for path, zero in zero_trained_leaves(others, model.leaves).items()
+        }
 
         def backward(plans: dict[str, LeafPlan], sketches: dict[str, Array]) -> PyTree:
             def value(
@@ -227,6 +250,12 @@ class _Fused(NamedTuple):
         found: tuple[list[Array], Leaves, dict[str, Held]]
         found = switched(self.plans, self.sketches, backward)
         return found
+
+    def _in_gradient_dtype(self, path: str) -> Callable[[Array], Array]:
+        plan = self.plans[path]
+        if plan.mode != "lowrank":
+            return lambda zero: zero
+        return lambda zero: zero.astype(_gradient_dtype(plan, self.low_gradients))
 
     def _held(self, path: str) -> Held:
         own, _ = self.slices[path].parts(self.before.inner_state.lowrank)
@@ -259,7 +288,9 @@ class _Fused(NamedTuple):
         goes = self._going(grads, allowed)
         alone = {p: self._alone(p, g, goes[p], allowed) for p, g in grads.items()}
         gradients = {
-            path: Factor.gradient(grad, plans[path]) if plans[path].adapted else grad
+            path: Factor.gradient(_wide(grad, plans[path]), plans[path])
+            if plans[path].adapted
+            else grad
             for path, grad in grads.items()
         }
         directions = {path: direction for path, (direction, _) in alone.items()}
@@ -313,6 +344,14 @@ class _Fused(NamedTuple):
         direction = jax.tree.map(lambda one: jnp.where(goes, one, 0), moved[path])
         part = _where_it_goes(getattr(after, mode), own, group, goes, allowed)
         return direction, part
+
+
+def _gradient_dtype(plan: LeafPlan, low: bool) -> jnp.dtype:
+    return jnp.dtype(plan.dtype) if low else plan.wide_dtype
+
+
+def _wide(gradient: FactorValue, plan: LeafPlan) -> FactorValue:
+    return jax.tree.map(lambda one: one.astype(plan.wide_dtype), gradient)
 
 
 def _done(gradient: FactorValue | None) -> list[Array]:
