@@ -50,6 +50,9 @@ class Mover(Protocol):
     ) -> list[PyTree]:
         """What is held of the slices of several leaves after their steps, if allowed."""
 
+    def put(self, held: PyTree, moved: PyTree, index: Array) -> PyTree:
+        """What is held of the leaf, with one slice after its step."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +245,8 @@ class _Scan:
                 self.movers, now, sketches, common, gradients, index, allowed
             )
             place = _behind(index, self.params["length"], below)
-            held = [_put(old, new, place) for old, new in zip(held, moved, strict=True)]
+            steps = zip(self.movers, held, moved, strict=True)
+            held = [mover.put(old, new, place) for mover, old, new in steps]
             sums = jax.tree.map(jnp.add, sums, to_consts)
             return (below, sums, held), to_slices
 
@@ -323,10 +327,3 @@ def _behind(index: Array, length: int, done: Arrays) -> Array:
 
     done = [array for array in done if array.size]
     return lax.platform_dependent(index, done, cpu=on_cpu, default=elsewhere)
-
-
-def _put(tree: PyTree, new: PyTree, index: Array) -> PyTree:
-    """The arrays with one slice of each replaced."""
-    return jax.tree.map(
-        lambda a, n: lax.dynamic_update_index_in_dim(a, n, index, 0), tree, new
-    )

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from raclora_jax._chain.inner import as_rule, knowing
 from raclora_jax._chain.separable import is_common, parts_of
 from raclora_jax._chain.step import Run
 from raclora_jax._core import paths
 from raclora_jax._core.lowrank import lift_leaf
-from raclora_jax._core.merge import merge_leaf
+from raclora_jax._core.merge import merge_in_stack, merge_leaf, moves_slices
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.types import OptState
 
@@ -26,16 +26,32 @@ class Held(NamedTuple):
     """What moves of a stacked leaf, slice by slice.
 
     Attributes:
-      weight: The leaf.
+      weight: The leaf; of a slice after its step also what it moves by.
       master: Its float32 copy, or ``None``.
       inner: What the inner rule holds for it, each array stacked as the leaf is.
       skipped: float32, 1 for every slice that was left as it was.
     """
 
-    weight: Array
+    weight: Any
     master: Array | None
     inner: list[Array]
     skipped: Array
+
+
+class Change(NamedTuple):
+    """What a slice moves by, where it moves in place.
+
+    Attributes:
+      value: Array of ``plan.factor_shape``.
+      sketch: Which rows it is of.
+      key: Key for rounding, or ``None``.
+      start: Where the slice begins in the leaf, or ``None``.
+    """
+
+    value: Array
+    sketch: Array
+    key: Array | None
+    start: Array | None
 
 
 class Known(NamedTuple):
@@ -190,6 +206,18 @@ class Slice:
         weight, master = self._moved(held, value, sketch, decay, known.key, index)
         return Held(weight, master, inner, held.skipped + ~goes)
 
+    def put(self, held: Held, moved: Held, index: Array) -> Held:
+        """What is held of the leaf, with one slice after its step."""
+        if not isinstance(moved.weight, Change):
+            return _put(held, moved, index)
+        value, sketch, key, start = moved.weight
+        plan = self.plan
+        weight = merge_in_stack(
+            held.weight, value, sketch, plan, plan.rounding, key, start, index
+        )
+        rest = _put(held._replace(weight=None), moved._replace(weight=None), index)
+        return rest._replace(weight=weight)
+
     def common_after(self, inner: OptState) -> list[Array]:
         """What the inner rule holds for all leaves at once, after a step."""
         _, common = self.parts(inner)
@@ -211,7 +239,7 @@ class Slice:
         decay: Array | np.ndarray,
         key: Array | None,
         index: Array,
-    ) -> tuple[Array, Array | None]:
+    ) -> tuple[Array | Change, Array | None]:
         plan, weight = self.plan, held.weight
         if held.master is not None:
             delta = lift_leaf(value, sketch, plan)
@@ -224,8 +252,18 @@ class Slice:
             key = jax.random.wrap_key_data(key, impl="threefry2x32")
             # Each number of the stack draws as it does when the stack moves at once.
             start = index.astype(jnp.uint32) * jnp.uint32(weight.size)
+        if moves_slices(plan, decay):
+            return Change(value, sketch, key, start), None
         weight = merge_leaf(weight, value, sketch, decay, plan, plan.rounding, key, start)
         return weight, None
+
+
+def _put(held: Held, moved: Held, index: Array) -> Held:
+    """The arrays with one slice of each replaced."""
+    put: Held = jax.tree.map(
+        lambda a, n: lax.dynamic_update_index_in_dim(a, n, index, 0), held, moved
+    )
+    return put
 
 
 def _ruled(

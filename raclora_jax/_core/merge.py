@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import jax
-from jax import Array
+import jax.numpy as jnp
+from jax import Array, lax
 
-from raclora_jax._core.layout import automatically
+from raclora_jax._core.layout import automatically, sharding_of
 from raclora_jax._core.lowrank import Laid, add_lifted
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.rounding import places_of, settle
-from raclora_jax._core.select import place, take
+from raclora_jax._core.select import place, runs_of, take
 from raclora_jax._core.types import Drawn, FactorValue, Scalar
 
 
@@ -42,10 +43,9 @@ def merge_leaf(
       Array of ``plan.shape`` in the dtype of the weight.
     """
 
-    still = not isinstance(decay, jax.core.Tracer) and float(decay) == 0
     return automatically(
         lambda weight, factor, sketch, decay, key, start: _merge(
-            weight, factor, sketch, decay, key, start, plan, rounding, still
+            weight, factor, sketch, decay, key, start, plan, rounding, _is_zero(decay)
         ),
         plan.sharding,
         weight,
@@ -55,6 +55,72 @@ def merge_leaf(
         key,
         start,
     )
+
+
+def moves_slices(plan: LeafPlan, decay: Scalar) -> bool:
+    """Whether a step of a matrix is one of slices of it as it is stored."""
+    chosen = plan.selection
+    sliced = chosen is not None and chosen.sliced and len(plan.shape) == 2
+    return sliced and not plan.batch and _is_zero(decay)
+
+
+def merge_in_stack(
+    stack: Array,
+    factor: Array,
+    sketch: Array,
+    plan: LeafPlan,
+    rounding: str,
+    key: Array | None,
+    start: Array | None,
+    index: Array,
+) -> Array:
+    """``merge_leaf`` of one matrix of a stack in place, where a step ``moves_slices``.
+
+    Args:
+      stack: Matrices along the first axis.
+      factor: As in ``merge_leaf``, like what follows, for one matrix.
+      sketch: Array.
+      plan: Plan of one matrix.
+      rounding: As in ``Spec``.
+      key: Key for rounding.
+      start: Where the matrix begins in the stack.
+      index: Which matrix, int32.
+
+    Returns:
+      The stack.
+    """
+    chosen, (axis,) = plan.selection, plan.sketched
+    assert chosen is not None
+
+    def merged(
+        stack: Array,
+        factor: Array,
+        picks: Array,
+        key: Array | None,
+        start: Array | None,
+        index: Array,
+    ) -> Array:
+        step = _step(factor, plan)
+        places = _places(plan.shape, start)
+        # Each run is read where it is written, so that the stack changes in place.
+        for starts, sizes, own in runs_of(picks, chosen, axis, plan.shape):
+            at = [index.astype(jnp.int32), *starts]
+            rows = lax.dynamic_slice(stack, at, [1, *sizes])
+            positions = lax.dynamic_slice(places, starts, sizes)
+            change = lax.slice_in_dim(step, own.start, own.stop, axis=axis)
+            exact = rows[0].astype(plan.wide_dtype) + change
+            new = _settled(exact, stack.dtype, rounding, key, positions)
+            stack = lax.dynamic_update_slice(stack, new[None], at)
+        return stack
+
+    return automatically(
+        merged, sharding_of(stack), stack, factor, sketch, key, start, index
+    )
+
+
+def _is_zero(decay: Scalar) -> bool:
+    """Whether it is known to be zero while a program is traced."""
+    return not isinstance(decay, jax.core.Tracer) and float(decay) == 0
 
 
 def _merge(
@@ -68,20 +134,57 @@ def _merge(
     rounding: str,
     still: bool,
 ) -> Array:
-    def settled(exact: Array, positions: Array | None = None) -> Array:
-        if key is not None:
-            exact = settle(exact, weight.dtype, rounding, key, positions)
-        return exact.astype(weight.dtype)
+    if plan.selection is not None and still:
+        laid, rows = (
+            Laid.of(plan),
+            _rows(weight, factor, sketch, key, start, plan, rounding),
+        )
+        base, chosen = laid.gather(weight), plan.selection
+        return laid.scatter(place(base, rows, sketch, chosen, laid.axis, laid.batch))
+    places = None if start is None else _places(weight.shape, start)
+    exact = add_lifted(weight, factor, sketch, decay, plan)
+    return _settled(exact, weight.dtype, rounding, key, places)
 
-    places = None if start is None else start + places_of(weight.shape)
-    if plan.selection is None or not still:
-        return settled(add_lifted(weight, factor, sketch, decay, plan), places)
+
+def _rows(
+    weight: Array,
+    factor: FactorValue,
+    sketch: Drawn,
+    key: Array | None,
+    start: Array | None,
+    plan: LeafPlan,
+    rounding: str,
+) -> Array:
+    """The picked rows with the step in them."""
     laid, chosen = Laid.of(plan), plan.selection
-    base = laid.gather(weight)
-    places = laid.gather(places_of(weight.shape) if places is None else places)
+    assert chosen is not None
+    places = _places(weight.shape, start)
     rows, positions = (
-        take(array, sketch, chosen, laid.axis, laid.batch) for array in (base, places)
+        take(laid.gather(array), sketch, chosen, laid.axis, laid.batch)
+        for array in (weight, places)
     )
-    step = laid.rows((plan.scaling * factor).astype(plan.wide_dtype))
-    rows = settled(rows.astype(plan.wide_dtype) + step, positions)
-    return laid.scatter(place(base, rows, sketch, chosen, laid.axis, laid.batch))
+    exact = rows.astype(plan.wide_dtype) + _step(factor, plan)
+    return _settled(exact, weight.dtype, rounding, key, positions)
+
+
+def _settled(
+    exact: Array,
+    dtype: jnp.dtype,
+    rounding: str,
+    key: Array | None,
+    places: Array | None,
+) -> Array:
+    if key is not None:
+        exact = settle(exact, dtype, rounding, key, places)
+    return exact.astype(dtype)
+
+
+def _step(factor: Array, plan: LeafPlan) -> Array:
+    """A factor as what is added to the rows that a sketch picks."""
+    return Laid.of(plan).rows((plan.scaling * factor).astype(plan.wide_dtype))
+
+
+def _places(shape: tuple[int, ...], start: Array | None) -> Array:
+    """Where each number of a leaf stands in it, or in the stack that it is a slice of."""
+    places = places_of(shape)
+    return places if start is None else start + places

@@ -145,6 +145,29 @@ def place(
     return _stacked(one, (array, rows), picks, axis=axis, batch=batch)
 
 
+def runs_of(
+    picks: Array, chosen: Selection, axis: int, shape: Sequence[int]
+) -> list[tuple[list[Array], list[int], slice]]:
+    """Where the runs of a block are in a matrix, for blocks that are slices.
+
+    Args:
+      picks: int32 scalar.
+      chosen: What is static about it.
+      axis: The axis of the rows.
+      shape: Of the matrix.
+
+    Returns:
+      For each run where it starts, its sizes, and which of the picked rows it is.
+    """
+    part, run = chosen.dim // chosen.runs, chosen.rank // chosen.runs
+    found = []
+    for one in range(chosen.runs):
+        starts, sizes = [jnp.zeros((), jnp.int32)] * len(shape), [*shape]
+        starts[axis], sizes[axis] = one * part + picks, run
+        found.append((starts, sizes, slice(one * run, (one + 1) * run)))
+    return found
+
+
 def form(
     picks: Array, chosen: Selection, sizes: Sequence[int], dtype: DTypeLike
 ) -> Array:
