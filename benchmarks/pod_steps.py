@@ -466,4 +466,7 @@ ONE_CHIP: dict[str, Callable[[Model, int], Method]] = {
     ),
     **_by_parts("block", rivals.ours),
     **_by_parts("fused", rivals.fused),
+    "fused, dim / 4, 16-bit gradients": _by_parts(
+        "fused", functools.partial(rivals.fused, low_gradients=True)
+    )["fused, dim / 4"],
 }
