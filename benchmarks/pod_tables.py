@@ -71,21 +71,26 @@ def one_chip() -> str:
     asked = {point.study for point in pod.ONE_CHIP}
     rows = [row for row in _rows() if row["study"].partition(", effort")[0] in asked]
     lines = [
-        "| program | method | peak, MiB | above the weights, MiB | compile CPU, s |",
-        "|---|---|---:|---:|---:|",
+        "| program | method | peak, MiB | above the weights, MiB | 16 GB | 32 GB | 80 GB "
+        "| compile CPU, s |",
+        "|---|---|---:|---:|:-:|:-:|:-:|---:|",
     ]
     for row in sorted(rows, key=lambda row: (row["study"], row.get("peak_mib", 1e9))):
-        cells = ["refused", "", ""]
+        cells = ["refused", *[""] * 5]
         if row["fits"]:
-            weights = _weights_mib(row["model"])
-            above = f"{row['peak_mib'] - weights:,.0f}"
+            peak, weights = row["peak_mib"], _weights_mib(row["model"])
             cells = [
-                f"{row['peak_mib']:,.0f}",
-                above,
+                f"{peak:,.0f}",
+                f"{peak - weights:,.0f}",
+                *("yes" if peak <= 1024 * gib else "no" for gib in _ROOM_GIB),
                 f"{row['compile_cpu_seconds']:.0f}",
             ]
         lines.append("| " + " | ".join([row["study"], row["method"], *cells]) + " |")
     return "\n".join(lines)
+
+
+# What a program may take of a device of 16, 32 and 80 GB.
+_ROOM_GIB = (15.75, 31.25, 74.5)
 
 
 def _weights_mib(name: str) -> float:

@@ -27,6 +27,7 @@ PAGES = tuple(
         "README.md",
         "docs/results.md",
         "docs/field.md",
+        "docs/guides/one_chip.md",
         "docs/performance.md",
         "docs/theory.md",
     )

@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import raclora_jax as rl
 from benchmarks import hlo
-from raclora_jax._core import lowrank, select
+from raclora_jax._core import lowrank, merge, select
 from raclora_jax._core.factor import Origin
 from raclora_jax._core.plan import plan_tree
 
@@ -52,6 +52,28 @@ def test_a_cycle_covers_every_row_once(shape, rank, rows):
     assert len({tuple(one) for one in cycles}) > 1
     others = picked_rows(spec, shape, cycle, key=1).ravel()
     assert any((others != one).any() for one in cycles)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("rank", [4, 16])
+def test_a_matrix_of_a_stack_moves_in_place_as_it_does_alone(rank, side, dtype):
+    """One run of rows, and two; the same bits, and no other matrix is touched."""
+    rules = [rl.Rule("w", batch=0, rows=1)]
+    spec = rl.Spec(rank, side=side, sketch="block", rules=rules)
+    stack = jnp.asarray(normal(0, 3, 64, 80), dtype)
+    plan = plan_tree(spec, {"w": stack})["w"].of_slice
+    assert plan.selection.runs == {4: 1, 16: 2}[rank]
+    value = jnp.asarray(normal(1, *plan.factor_shape), "float32") / 50
+    key = jax.random.key(2) if dtype == "bfloat16" else None
+    picks = rl.sample_sketch({"w": stack}, spec, key=0, link=1)["w"][1]
+    start = jnp.uint32(64 * 80)
+    options = plan, plan.rounding, key, start
+    want = merge.merge_leaf(stack[1], value, picks, np.zeros(()), *options)
+    found = merge.merge_in_stack(stack, value, picks, *options, jnp.int32(1))
+    np.testing.assert_array_equal(found[1], want)
+    assert int(np.sum(found[1] != stack[1])) > rank
+    np.testing.assert_array_equal(found[::2], stack[::2])
 
 
 @pytest.mark.parametrize(("dim", "rank"), [(11, 4), (10, 7), (9, 2)])
