@@ -107,7 +107,7 @@ def merge_in_stack(
             at = [index.astype(jnp.int32), *starts]
             rows = lax.dynamic_slice(stack, at, [1, *sizes])
             positions = lax.dynamic_slice(places, starts, sizes)
-            change = lax.slice_in_dim(step, own.start, own.stop, axis=axis)
+            change = lax.slice_in_dim(step, own.start or 0, own.stop, axis=axis)
             exact = rows[0].astype(plan.wide_dtype) + change
             new = _settled(exact, stack.dtype, rounding, key, positions)
             stack = lax.dynamic_update_slice(stack, new[None], at)

@@ -49,6 +49,11 @@ class Selection(NamedTuple):
         return self.law == "block" and self.dim % self.rank == 0
 
     @property
+    def whole(self) -> bool:
+        """Whether a block is all rows, in their order."""
+        return self.law == "block" and self.dim == self.rank
+
+    @property
     def blocks(self) -> int:
         """Blocks in a cycle: links until every row has had its turn."""
         return self.dim // self.rank
@@ -97,6 +102,8 @@ def take(
     """
 
     def one(array: Array, picks: Array, axis: int) -> Array:
+        if chosen.whole:
+            return array
         if not chosen.sliced:
             return jnp.take(array, chosen.rows(picks), axis, mode="clip")
         run = chosen.rank // chosen.runs
@@ -159,6 +166,8 @@ def runs_of(
     Returns:
       For each run where it starts, its sizes, and which of the picked rows it is.
     """
+    if chosen.whole:
+        return [([jnp.zeros((), jnp.int32)] * len(shape), [*shape], slice(chosen.dim))]
     part, run = chosen.dim // chosen.runs, chosen.rank // chosen.runs
     found = []
     for one in range(chosen.runs):
@@ -202,6 +211,8 @@ def rows_of(picks: Array, chosen: Selection) -> Array:
 def _placed(
     array: Array, rows: Array, picks: Array, chosen: Selection, axis: int
 ) -> Array:
+    if chosen.whole:
+        return rows
     if not chosen.sliced:
         place = (slice(None),) * axis
         return array.at[(*place, chosen.rows(picks))].set(rows, unique_indices=True)
