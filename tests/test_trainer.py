@@ -112,13 +112,15 @@ def test_its_summary_says_what_moves_where(clip_norm):
         assert "in a scan: 1 of 2 leaves; each as one: 'head'" in str(found)
     else:
         assert found.in_backward is None
-        assert "factor form: clip_norm needs" in str(found)
+        assert "moves too: clip_norm needs" in str(found)
     assert found.peak_bytes > 4 * sum(leaf.size for leaf in weights().values())
 
 
 def test_what_it_does_not_know():
     with pytest.raises(TypeError, match="no option 'lerning_rate'; it has alpha, "):
         rl.Trainer(loss_fn, weights(), *batch(), **RUN, lerning_rate=1)
+    with pytest.raises(ValueError, match="must return one real number"):
+        rl.Trainer(lambda params, x, y: x @ params["head"], weights(), *batch(), **RUN)
     with pytest.raises(ValueError, match="rank must be"):
         rl.Trainer(loss_fn, weights(), *batch(), **RUN | {"rank": 0})
 
@@ -142,6 +144,37 @@ def test_weights_and_state_stay_where_they_are(axis_type):
     want = by_parts(weights(), batch(), 3, **RUN)
     assert_same((params, loss), (want[0], want[2]), 1e-6)
     assert jax.tree.map(lambda leaf: leaf.sharding, params) == places
+
+
+def test_a_leaf_that_is_on_no_mesh():
+    """As ``jit`` takes it, where it is not committed to a device."""
+    mesh = jax.make_mesh((2,), ("fsdp",), (AxisType.Auto,))
+    params = weights()
+    place = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    params["layers"] = jax.device_put(params["layers"], place)
+    trainer = rl.Trainer(loss_fn, params, *batch(), **RUN)
+    params, _, loss = trainer.step(params, trainer.init(params), *batch())
+    want = by_parts(weights(), batch(), 1, **RUN)
+    assert_same((params, loss), (want[0], want[2]), 1e-6)
+    assert params["layers"].sharding == place
+
+
+def test_an_array_that_is_given_twice():
+    one = jnp.ones((DIM, DIM)) / 4
+
+    def loss(params, x):
+        return jnp.mean((x @ params["a"] @ params["b"]) ** 2)
+
+    params, (x, _) = {"a": one, "b": one}, batch()
+    trainer = rl.Trainer(loss, params, x, **RUN)
+    with pytest.raises(ValueError, match=r"params\['a'\] and params\['b'\] are one"):
+        trainer.step(params, trainer.init(params), x)
+    params = weights()
+    trainer = rl.Trainer(
+        lambda p, x, y, old: loss_fn(p, x, y), params, *batch(), params, **RUN
+    )
+    with pytest.raises(ValueError, match=r"params\['bias'\] and args\[2\]\['bias'\]"):
+        trainer.step(params, trainer.init(params), *batch(), params)
 
 
 class Linen(nn.Module):
@@ -255,6 +288,41 @@ def test_a_module_whose_loss_is_not_finite_stays_as_it_is():
     assert_same(after, before, 0)
 
 
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_module_on_a_mesh_stays_where_it_is(clip_norm):
+    mesh = jax.make_mesh((2,), ("fsdp",), (AxisType.Auto,))
+    model = nnx.Linear(DIM, 6, rngs=nnx.Rngs(0))
+    places = {"kernel": PartitionSpec("fsdp"), "bias": PartitionSpec()}
+    for name, place in places.items():
+        leaf = getattr(model, name)
+        leaf.set_value(jax.device_put(leaf[...], NamedSharding(mesh, place)))
+    args = batch()[0], jnp.ones((4, 6))
+    trainer = rl.flax.Trainer(net_loss, model, *args, **RUN, clip_norm=clip_norm)
+    optimizer = trainer.init(model)
+    for _ in range(3):
+        trainer.step(model, optimizer, *args)
+    for name, place in places.items():
+        assert getattr(model, name)[...].sharding.spec == place
+
+
+def test_what_a_loss_stores_may_change_its_shape():
+    class Storing(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(DIM, 5, rngs=nnx.Rngs(0))
+            self.last = nnx.Variable(jnp.zeros((4, 5)))
+
+        def __call__(self, x):
+            self.last.set_value(self.linear(x))
+            return self.last[...]
+
+    (x, y), model = batch(), Storing()
+    trainer = rl.flax.Trainer(net_loss, model, x, y, **RUN)
+    optimizer = trainer.init(model)
+    trainer.step(model, optimizer, x, y)
+    trainer.step(model, optimizer, x[:2], y[:2])
+    assert model.last[...].shape == (2, 5)
+
+
 def test_what_a_fused_step_of_a_module_refuses():
     model, tx = Layer(nnx.Rngs(0)), rl.raclora(0.1, 2, key=0)
     step = rl.flax.fused_step(net_loss, tx)
@@ -262,6 +330,13 @@ def test_what_a_fused_step_of_a_module_refuses():
         step(model, nnx.Optimizer(model, tx, wrt=nnx.Param), *batch())
     with pytest.raises(ValueError, match="make both with one tx"):
         step(model, rl.flax.Optimizer(model, rl.raclora(0.1, 2, key=0)), *batch())
+    layer_args = batch()[0], jnp.ones((4, DIM))
+    one, other = (
+        rl.flax.Trainer(net_loss, model, *layer_args, **RUN, clip_norm=1.0)
+        for _ in range(2)
+    )
+    with pytest.raises(ValueError, match="make both with one tx"):
+        one.step(model, other.init(model), *layer_args)
     with pytest.raises(TypeError, match="nothing may stand around it"):
         rl.flax.fused_step(net_loss, optax.chain(tx))
     with pytest.raises(TypeError, match=r"flax\.Trainer takes an nnx\.Module"):

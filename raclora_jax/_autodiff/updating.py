@@ -42,15 +42,15 @@ class Mover(Protocol):
         self,
         movers: list[Any],
         held: list[PyTree],
-        sketches: Arrays,
         known: list[PyTree],
         gradients: Arrays,
-        index: Array,
         allowed: Array,
     ) -> list[PyTree]:
-        """What is held of the slices of several leaves after their steps, if allowed."""
+        """By what the slices of several leaves move, if allowed."""
 
-    def put(self, held: PyTree, moved: PyTree, index: Array) -> PyTree:
+    def put(
+        self, held: PyTree, moved: PyTree, sketch: Array, known: PyTree, index: Array
+    ) -> PyTree:
         """What is held of the leaf, with one slice after its step."""
 
 
@@ -241,12 +241,10 @@ class _Scan:
             back = body.back.unflatten(residuals_of(body, inputs, kept))
             beside = [ys[i] if i in ys else _blank(blank[i]) for i in body.outputs]
             below, to_consts, to_slices, gradients = back((above, beside))
-            moved = self.movers[0].together(
-                self.movers, now, sketches, common, gradients, index, allowed
-            )
+            moved = self.movers[0].together(self.movers, now, common, gradients, allowed)
             place = _behind(index, self.params["length"], below)
-            steps = zip(self.movers, held, moved, strict=True)
-            held = [mover.put(old, new, place) for mover, old, new in steps]
+            steps = zip(self.movers, held, moved, sketches, common, strict=True)
+            held = [m.put(old, new, s, k, place) for m, old, new, s, k in steps]
             sums = jax.tree.map(jnp.add, sums, to_consts)
             return (below, sums, held), to_slices
 

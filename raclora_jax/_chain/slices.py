@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from raclora_jax._chain.inner import as_rule, knowing
 from raclora_jax._chain.separable import is_common, parts_of
@@ -26,32 +28,32 @@ class Held(NamedTuple):
     """What moves of a stacked leaf, slice by slice.
 
     Attributes:
-      weight: The leaf; of a slice after its step also what it moves by.
+      weight: The leaf.
       master: Its float32 copy, or ``None``.
       inner: What the inner rule holds for it, each array stacked as the leaf is.
       skipped: float32, 1 for every slice that was left as it was.
     """
 
-    weight: Any
+    weight: Array
     master: Array | None
     inner: list[Array]
     skipped: Array
 
 
-class Change(NamedTuple):
-    """What a slice moves by, where it moves in place.
+class Moved(NamedTuple):
+    """One slice after its rule.
 
     Attributes:
-      value: Array of ``plan.factor_shape``.
-      sketch: Which rows it is of.
-      key: Key for rounding, or ``None``.
-      start: Where the slice begins in the leaf, or ``None``.
+      value: What its factor moves by.
+      decay: What its weight shrinks by; no JAX array where nothing does.
+      inner: What the inner rule holds of it.
+      skipped: How often it was left as it was.
     """
 
     value: Array
-    sketch: Array
-    key: Array | None
-    start: Array | None
+    decay: Array | np.ndarray
+    inner: list[Array]
+    skipped: Array
 
 
 class Known(NamedTuple):
@@ -145,13 +147,11 @@ class Slice:
     def together(
         slices: Sequence[Slice],
         held: Sequence[Held],
-        sketches: Sequence[Array],
         known: Sequence[Known],
         gradients: Sequence[Array],
-        index: Array,
         allowed: Array,
-    ) -> list[Held]:
-        """What is held of the slices of several leaves after their steps.
+    ) -> list[Moved]:
+        """By what the slices of several leaves move.
 
         One whose gradient is not finite stays as it was. The inner rule is called once
         for all of them, since what it does to matrices of one shape is one operation.
@@ -159,10 +159,8 @@ class Slice:
         Args:
           slices: The steps.
           held: What is held of each leaf's slice.
-          sketches: The sketches of these.
           known: What the steps have in common.
           gradients: The gradients of the factors.
-          index: int32 scalar, which slice of the stacks it is.
           allowed: Whether anything is to move.
         """
         goes = [allowed & jnp.all(jnp.isfinite(gradient)) for gradient in gradients]
@@ -175,22 +173,19 @@ class Slice:
         directions, after = _ruled(
             slices[0].run, [s.plan for s in slices], finite, before
         )
-        each = zip(slices, held, sketches, known, goes, strict=True)
+        each = zip(slices, held, known, goes, strict=True)
         return [
-            s._stepped(h, sketch, k, directions[s.plan.path], after, index, go)
-            for s, h, sketch, k, go in each
+            s._moved(h, k, directions[s.plan.path], after, go) for s, h, k, go in each
         ]
 
-    def _stepped(
+    def _moved(
         self,
         held: Held,
-        sketch: Array,
         known: Known,
         direction: Array,
         after: OptState,
-        index: Array,
         goes: Array,
-    ) -> Held:
+    ) -> Moved:
         plan = self.plan
         inner, _ = self.parts(after)
         inner = [
@@ -203,20 +198,41 @@ class Slice:
         decay: Array | np.ndarray = np.zeros((), plan.wide_dtype)
         if known.decay is not None:
             decay = jnp.where(goes, known.decay, 0).astype(plan.wide_dtype)
-        weight, master = self._moved(held, value, sketch, decay, known.key, index)
-        return Held(weight, master, inner, held.skipped + ~goes)
+        skipped = held.skipped + (~goes).astype(held.skipped.dtype)
+        return Moved(value, decay, inner, skipped)
 
-    def put(self, held: Held, moved: Held, index: Array) -> Held:
-        """What is held of the leaf, with one slice after its step."""
-        if not isinstance(moved.weight, Change):
-            return _put(held, moved, index)
-        value, sketch, key, start = moved.weight
-        plan = self.plan
-        weight = merge_in_stack(
-            held.weight, value, sketch, plan, plan.rounding, key, start, index
-        )
-        rest = _put(held._replace(weight=None), moved._replace(weight=None), index)
-        return rest._replace(weight=weight)
+    def put(
+        self, held: Held, moved: Moved, sketch: Array, known: Known, index: Array
+    ) -> Held:
+        """What is held of the leaf, with one slice after its step.
+
+        The slice is read where it is written, so that a compiler which knows the index
+        late makes it late, and holds no second copy of the slices before.
+        """
+        plan, start, key = self.plan, None, None
+        value, decay, inner, skipped = moved
+        rest = [*held.inner, held.skipped], [*inner, skipped]
+        *inner, skipped = [_put(a, n, index) for a, n in zip(*rest, strict=True)]
+        if held.master is not None:
+            old = _at(held.weight, index)
+            delta = lift_leaf(value, sketch, plan)
+            if isinstance(decay, Array):
+                delta = delta - decay * old.astype(plan.wide_dtype)
+            new = _at(held.master, index) + delta
+            weight = _put(held.weight, new.astype(old.dtype), index)
+            return Held(weight, _put(held.master, new, index), inner, skipped)
+        if known.key is not None:
+            key = jax.random.wrap_key_data(known.key, impl="threefry2x32")
+            # Each number of the stack draws as it does when the stack moves at once.
+            start = index.astype(jnp.uint32) * jnp.uint32(math.prod(plan.shape))
+        rounded = plan, plan.rounding, key, start
+        if moves_slices(plan, decay):
+            weight = merge_in_stack(held.weight, value, sketch, *rounded, index)
+        else:
+            old = _as_stored(_at(held.weight, index))
+            new = _as_stored(merge_leaf(old, value, sketch, decay, *rounded))
+            weight = _put(held.weight, new, index)
+        return Held(weight, None, inner, skipped)
 
     def common_after(self, inner: OptState) -> list[Array]:
         """What the inner rule holds for all leaves at once, after a step."""
@@ -231,39 +247,30 @@ class Slice:
         _, after = _ruled(self.run, [self.plan], {self.plan.path: gradient}, before)
         return self.parts(after)[1]
 
-    def _moved(
-        self,
-        held: Held,
-        value: Array,
-        sketch: Array,
-        decay: Array | np.ndarray,
-        key: Array | None,
-        index: Array,
-    ) -> tuple[Array | Change, Array | None]:
-        plan, weight = self.plan, held.weight
-        if held.master is not None:
-            delta = lift_leaf(value, sketch, plan)
-            if isinstance(decay, Array):
-                delta = delta - decay * weight.astype(plan.wide_dtype)
-            master = held.master + delta
-            return master.astype(weight.dtype), master
-        start = None
-        if key is not None:
-            key = jax.random.wrap_key_data(key, impl="threefry2x32")
-            # Each number of the stack draws as it does when the stack moves at once.
-            start = index.astype(jnp.uint32) * jnp.uint32(weight.size)
-        if moves_slices(plan, decay):
-            return Change(value, sketch, key, start), None
-        weight = merge_leaf(weight, value, sketch, decay, plan, plan.rounding, key, start)
-        return weight, None
 
+def _as_stored(array: Array) -> Array:
+    """The array, in a TPU's memory in the order of its axes.
 
-def _put(held: Held, moved: Held, index: Array) -> Held:
-    """The arrays with one slice of each replaced."""
-    put: Held = jax.tree.map(
-        lambda a, n: lax.dynamic_update_index_in_dim(a, n, index, 0), held, moved
+    Its compiler would lay a slice out as the product that changes it, then the whole
+    stack as the slice, and copy the stack for that.
+    """
+    order = Layout(tuple(range(array.ndim)))
+    stored: Array = lax.platform_dependent(
+        array,
+        tpu=lambda array: with_layout_constraint(array, order),
+        default=lambda array: array,
     )
-    return put
+    return stored
+
+
+def _at(stack: Array, index: Array) -> Array:
+    """One slice."""
+    return lax.dynamic_index_in_dim(stack, index, 0, keepdims=False)
+
+
+def _put(stack: Array, new: Array, index: Array) -> Array:
+    """The stack with one slice replaced."""
+    return lax.dynamic_update_index_in_dim(stack, new, index, 0)
 
 
 def _ruled(

@@ -309,7 +309,8 @@ class _Fused(NamedTuple):
         dense = joined_parts(state.inner_state.dense, parts[False])
         state = state._replace(
             inner_state=state.inner_state._replace(dense=dense),
-            skipped=before.skipped + sum(~one for one in goes.values()),
+            skipped=before.skipped
+            + sum((~one).astype(jnp.int32) for one in goes.values()),
         )
         return applied(leaves, updates), state, parts[True]
 

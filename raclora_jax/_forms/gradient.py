@@ -205,7 +205,7 @@ def traced(
     check_leaves(state, plans, spec)
     check_values(state)
     staged = stage(lambda p: loss_fn(p, *args, **kwargs), params)
-    _check_loss(_loss_shape(staged.out_shape, has_aux))
+    check_loss(staged.out_shape, has_aux)
     _check_used(staged.jaxpr, plans)
     return Traced(staged, plans, leaves, treedef, state)
 
@@ -224,16 +224,18 @@ def _zero_factor(plan: LeafPlan, leaf: Leaf) -> FactorValue:
     return jax.tree.map(lambda zero: varying_as(zero, leaf), zero_trained(plan))
 
 
-def _loss_shape(out: PyTree, has_aux: bool) -> PyTree:
+def check_loss(out: PyTree, has_aux: bool) -> None:
+    """Checks the shapes of what a loss returns.
+
+    Raises:
+      ValueError: If they are no real scalar, or no pair of one and something else.
+    """
     if has_aux and not (isinstance(out, tuple) and len(out) == 2):
         raise ValueError(
             "with has_aux=True loss_fn must return (loss, aux), got a "
             f"{type(out).__name__}"
         )
-    return out[0] if has_aux else out
-
-
-def _check_loss(loss: PyTree) -> None:
+    loss = out[0] if has_aux else out
     shape, dtype = getattr(loss, "shape", None), getattr(loss, "dtype", None)
     if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         got = type(loss).__name__ if shape is None else f"{dtype} of shape {shape}"

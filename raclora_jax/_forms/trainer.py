@@ -12,11 +12,11 @@ from jax.sharding import NamedSharding
 
 from raclora_jax._autodiff.stage import abstracted
 from raclora_jax._core.spec import Spec
-from raclora_jax._core.types import KeyLike, OptState, PyTree
+from raclora_jax._core.types import KeyLike, Leaf, OptState, PyTree
 from raclora_jax._forms.apply import apply_updates
 from raclora_jax._forms.costs import Summary
 from raclora_jax._forms.fused import fused_step
-from raclora_jax._forms.gradient import value_and_grad
+from raclora_jax._forms.gradient import check_loss, value_and_grad
 from raclora_jax._forms.optimizer import raclora
 from raclora_jax._forms.shardings import state_shardings
 from raclora_jax._forms.summary import summary
@@ -27,15 +27,17 @@ class Trainer:
     """A run in one object: a traced spec, a transformation and a compiled step.
 
     It is ``trace_spec``, ``raclora`` and, with ``params`` and ``opt_state`` donated, the
-    jitted ``fused_step``; where its rule needs the gradients of all leaves at once the
-    step is ``value_and_grad``, ``tx.update`` and ``apply_updates``. For a run that is
-    otherwise use these.
+    jitted ``fused_step``, which leaves all as it is where the loss is not finite. Where
+    its rule needs the gradients of all leaves at once the step is ``value_and_grad``,
+    ``tx.update`` and ``apply_updates``, without that guard. For a run that is otherwise
+    use these.
 
     Args:
       loss_fn: ``loss_fn(params, *args)``, a real scalar, or ``(scalar, aux)``.
       params: Tree of arrays or ``ShapeDtypeStruct``s; only shapes, dtypes and shardings
         are read. On a mesh of devices a step keeps them and its state where they are.
-      *args: What else the loss takes, a batch for example; abstract arrays are enough.
+      *args: What else the loss takes, a batch for example: trees of arrays, abstract
+        ones are enough. Close over what is none.
       rank: Rank of every sketch, unless a rule says otherwise.
       learning_rate: A float or a schedule.
       key: Typed threefry key, raw key data, or int seed.
@@ -49,7 +51,7 @@ class Trainer:
 
     Raises:
       TypeError: If there is no option of a name.
-      ValueError: As ``trace_spec`` and ``raclora``.
+      ValueError: As ``trace_spec`` and ``raclora``, or if the loss is no real scalar.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -84,6 +86,7 @@ class Trainer:
         **options: Any,
     ) -> None:
         of_spec, of_raclora = _parted(options)
+        check_loss(jax.eval_shape(loss_fn, params, *args), has_aux)
         self.spec = trace_spec(loss_fn, params, *args, rank=rank, **of_spec)
         self.tx = raclora(learning_rate, self.spec, key=key, **of_raclora)
         self._inner = of_raclora.get("inner")
@@ -124,8 +127,9 @@ class Trainer:
           ``(params, opt_state, loss)``, or ``(params, opt_state, (loss, aux))``.
 
         Raises:
-          ValueError: As ``value_and_grad``.
+          ValueError: As ``value_and_grad``, or if an array stands twice in what is given.
         """
+        check_given_once(params, opt_state, args)
         new: tuple[PyTree, OptState, Any] = self._step(params, opt_state, *args)
         return new
 
@@ -148,7 +152,10 @@ class Trainer:
         )
         if self.fused:
             return found
-        said = f"the step is in factor form: {self._not_fused}"
+        said = (
+            "the step is in factor form, which a loss that is not finite moves too: "
+            f"{self._not_fused}"
+        )
         return dataclasses.replace(found, warnings=(*found.warnings, said))
 
     def _in_parts(self) -> Callable[..., Any]:
@@ -182,12 +189,35 @@ def _parted(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _places(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     """Where weights and state are to stay, if they are on a mesh of devices."""
-    places = jax.tree.map(lambda leaf: getattr(leaf, "sharding", None), params)
-    meshes = [
-        place.mesh
-        for place in jax.tree.leaves(places)
-        if isinstance(place, NamedSharding)
-    ]
-    if not any(mesh.size > 1 for mesh in meshes):
+    places = jax.tree.map(place_on_mesh, params)
+    if not jax.tree.leaves(places):
         return None
     return places, state_shardings(tx, params), None
+
+
+def place_on_mesh(leaf: Leaf) -> NamedSharding | None:
+    """Where an array is on a mesh of several devices."""
+    place = getattr(leaf, "sharding", None)
+    on_mesh = isinstance(place, NamedSharding) and place.mesh.size > 1
+    return place if on_mesh else None
+
+
+def check_given_once(params: PyTree, opt_state: PyTree, args: PyTree) -> None:
+    """Refuses an array in two places, of which a step would give one away.
+
+    Raises:
+      ValueError: With both places.
+    """
+    given = {"params": params, "opt_state": opt_state}
+    seen: dict[int, str] = {}
+    for name, tree in {**given, "args": args}.items():
+        for keypath, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+                continue
+            place = name + jax.tree_util.keystr(keypath)
+            other = seen.setdefault(id(leaf), place)
+            if other != place and not (name == "args" and other.startswith("args")):
+                raise ValueError(
+                    f"{other} and {place} are one array, whose memory a step gives away; "
+                    "hand over a copy of one of them, jnp.copy(array)"
+                )

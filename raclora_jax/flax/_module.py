@@ -113,7 +113,7 @@ def fused_step(
 
     def step(model: Model, optimizer: Optimizer, *args: Any, **kwargs: Any) -> PyTree:
         check_module(model, "fused_step")
-        _check_same(optimizer, tx)
+        check_same(optimizer, tx)
         wrt = optimizer.wrt
         tree, restore = part_as_tree(model, wrt)
         loss = _of_tree(loss_fn, has_aux, restore, wrt, args, kwargs)
@@ -155,15 +155,21 @@ def _if_finite(value: Array, new: PyTree, old: PyTree) -> PyTree:
 
     def one(place: Any, variable: Any) -> Any:
         held = before.get(place)
-        here: Any = jax.tree.structure(variable)
-        if here != jax.tree.structure(held):
-            return variable  # recorded in this call
+        if _form(variable) != _form(held):
+            return variable  # recorded in this call, or of another batch
         return jax.tree.map(lambda n, o: jnp.where(goes, n, o), variable, held)
 
     return nnx.from_flat_state([(p, one(p, v)) for p, v in nnx.to_flat_state(new)])
 
 
-def _check_same(optimizer: Any, tx: optax.GradientTransformation) -> None:
+def _form(variable: Any) -> Any:
+    """The tree of a variable, and the types of its arrays."""
+    leaves, treedef = jax.tree.flatten(variable)
+    return treedef, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+
+
+def check_same(optimizer: Any, tx: optax.GradientTransformation) -> None:
+    """Refuses an optimizer that is not ours or has another transformation."""
     if not isinstance(optimizer, Optimizer):
         raise TypeError(
             "a fused step takes a raclora_jax.flax.Optimizer, got "

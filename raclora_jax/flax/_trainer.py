@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
 from raclora_jax._core.spec import Spec
@@ -12,7 +13,7 @@ from raclora_jax._core.types import PyTree
 from raclora_jax._extras import extra
 from raclora_jax._forms import trainer
 from raclora_jax._forms.costs import Summary
-from raclora_jax.flax._module import fused_step, value_and_grad
+from raclora_jax.flax._module import check_same, fused_step, value_and_grad
 from raclora_jax.flax._optimizer import Optimizer
 from raclora_jax.flax._tree import Model, check_module, part_as_tree
 
@@ -22,6 +23,10 @@ with extra("flax"):
 
 class Trainer:
     """``raclora_jax.Trainer`` for an nnx module in place.
+
+    A step takes the memory of the module's arrays for the new ones: what else holds them,
+    ``nnx.clone(model)`` too, is to have copies of its own,
+    ``jax.tree.map(jnp.copy, nnx.state(model))``.
 
     Args:
       loss_fn: ``loss_fn(model, *args)``, a real scalar, or ``(scalar, aux)``.
@@ -87,8 +92,11 @@ class Trainer:
         if self.fused:
             step = fused_step(loss_fn, self.tx, has_aux=has_aux)
         else:
-            step = _in_parts(loss_fn, self.spec, has_aux)
-        self._step = nnx.jit(step, donate_argnums=(0, 1))
+            step = _in_parts(loss_fn, self.spec, self.tx, has_aux)
+        self._step = nnx.jit(
+            _staying(step, jax.tree.map(trainer.place_on_mesh, nnx.state(model))),
+            donate_argnums=(0, 1),
+        )
 
     def init(self, model: nnx.Module) -> Optimizer:
         """The optimizer before the first step.
@@ -113,8 +121,11 @@ class Trainer:
           The loss, or ``(loss, aux)``.
 
         Raises:
-          ValueError: As ``value_and_grad``.
+          ValueError: As ``value_and_grad``, if an array stands twice in what is given, or
+            if the optimizer has another transformation.
         """
+        states = nnx.state(model), nnx.state(optimizer)
+        trainer.check_given_once(*states, args)
         return self._step(model, optimizer, *args)
 
     def summary(self) -> Summary:
@@ -126,12 +137,36 @@ class Trainer:
         return self._of_tree.summary()
 
 
+def _staying(step: Callable[..., PyTree], places: PyTree) -> Callable[..., PyTree]:
+    """A step after which the arrays of the module are on a mesh where they were."""
+
+    def stay(array: Any, place: Any) -> Any:
+        return jax.lax.with_sharding_constraint(array, place)
+
+    def staying(model: nnx.Module, optimizer: Optimizer, *args: Any) -> PyTree:
+        out = step(model, optimizer, *args)
+        moved = dict(nnx.to_flat_state(nnx.state(model)))
+        kept = [
+            (path, jax.tree.map(stay, moved[path], place))
+            for path, place in nnx.to_flat_state(places)
+            if jax.tree.leaves(place)
+        ]
+        nnx.update(model, nnx.from_flat_state(kept))
+        return out
+
+    return staying
+
+
 def _in_parts(
-    loss_fn: Callable[..., Any], spec: Spec, has_aux: bool
+    loss_fn: Callable[..., Any],
+    spec: Spec,
+    tx: optax.GradientTransformation,
+    has_aux: bool,
 ) -> Callable[..., PyTree]:
     grad_fn = value_and_grad(loss_fn, spec, has_aux=has_aux)
 
     def step(model: nnx.Module, optimizer: Optimizer, *args: Any) -> PyTree:
+        check_same(optimizer, tx)
         out, grads = grad_fn(model, optimizer, *args)
         optimizer.update(model, grads)
         return out
