@@ -55,7 +55,10 @@ def _eliminate(gram: Array) -> Array:
     def step(k: Array, left: Array) -> Array:
         pivot_row = lax.dynamic_index_in_dim(left, k, -2)
         pivot_col = lax.dynamic_index_in_dim(left, k, -1)
-        scale = 1 / jnp.sqrt(lax.dynamic_index_in_dim(pivot_row, k, -1))
+        pivot = lax.dynamic_index_in_dim(pivot_row, k, -1)
+        scale = 1 / jnp.sqrt(pivot)
+        # A step of Newton's: on some processors XLA's own is good to 14 bits only.
+        scale = scale + scale * (1 - pivot * scale * scale) / 2
         pivot_row = jnp.where(col[..., :1, :] == k, scale, scale * pivot_row)
         pivot_col = jnp.where(row[..., :1] > k, scale * pivot_col, 0)
         kept = jnp.where((col == k) & (row > k), 0, left)
