@@ -305,7 +305,7 @@ class Headed(nnx.Module):
 @pytest.mark.parametrize("wrt", [Headed.Head, nnx.PathContains("head")])
 def test_the_optimizer_of_a_part(wrt):
     """As in dense form with ``nnx.DiffState``; the rest of the module stands still."""
-    x = jnp.sin(jnp.arange(24.0)).reshape(4, 6)
+    x = jax.random.normal(jax.random.key(1), (16, 6))
     models = [Headed(nnx.Rngs(0)) for _ in range(2)]
     optimizers = [
         rl.flax.Optimizer(m, rl.raclora(0.3, 2, key=3), wrt=wrt) for m in models
@@ -342,7 +342,7 @@ def steps_in_place(how):
         optimizer.update(model, grads)
         return loss
 
-    x = jnp.sin(jnp.arange(24.0)).reshape(4, 6)
+    x = jax.random.normal(jax.random.key(1), (16, 6))
     losses = []
     if how.endswith("cached"):
         run = nnx.cached_partial(nnx.jit(step), model, optimizer)
