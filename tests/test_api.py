@@ -19,11 +19,11 @@ PACKAGE = pathlib.Path(rl.__file__).parent
 
 # Inside a folder each room imports only from rooms before it.
 ROOMS = {
-    "_core": "types parts paths stamp layout select spec plan placement sides keys "
+    "_core": "types parts paths stamp sharding select spec plan sides keys "
     "cholesky sketch lowrank rounding factor merge",
     "_autodiff": "stage reads elementwise uses contraction axes attach picks weight "
     "rearrange arithmetic output picked consume join rounds updating interpret watch",
-    "_chain": "boxes inner separable orthogonal state around clip step slices",
+    "_chain": "boxes inner separable orthogonal state around clip start step slices",
     "_forms": "pure apply optimizer gradient fusable fused adapter factor_rules unmerged "
     "trace costs summary shardings trainer",
     "flax": "_tree _optimizer _module _train_state _trainer",

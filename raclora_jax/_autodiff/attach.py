@@ -8,7 +8,7 @@ from typing import TypeAlias
 import jax
 from jax import Array, lax
 
-from raclora_jax._core.layout import resharded
+from raclora_jax._core.sharding import resharded
 from raclora_jax._core.types import PyTree
 
 # A map from what is known and a factor or a cotangent, linear in the latter.

@@ -23,7 +23,7 @@ from raclora_jax._autodiff.output import Names, Output, atoms_of, own
 from raclora_jax._autodiff.picks import Picks
 from raclora_jax._autodiff.stage import Eqn
 from raclora_jax._autodiff.weight import Operand, Weight, told_apart
-from raclora_jax._core.layout import automatically, merged
+from raclora_jax._core.sharding import auto_axes, product_sharding
 
 
 def dot_general(eqn: Eqn, left: Operand, right: Operand) -> Array | None:
@@ -267,12 +267,12 @@ def gather(eqn: Eqn, weight: Operand, indices: Operand) -> Array | None:
         sizes = tuple(1 if i == place else n for i, n in enumerate(array.shape))
         left = [*atoms_of(lead), *(name for name in names if name != part.atom)]
 
+        @auto_axes(lambda *both: product_sharding(both, (atoms_of(lead), names), left))
         def looked_up(picks: Array, array: Array) -> Array:
             return lax.gather(array, picks, dimensions, sizes, mode=params["mode"],
                               fill_value=fill)  # fmt: skip
 
-        out = merged((picks, array), (atoms_of(lead), names), left)
-        return automatically(looked_up, out, picks, array), left
+        return looked_up(picks, array), left
 
     if isinstance(weight.sketch, Picks) and not weight.stack:
         found = picked.lookup(weight, weight.sketch, y, out, part.atom, lead, pick)

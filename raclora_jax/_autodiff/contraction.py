@@ -9,11 +9,16 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from raclora_jax._core.layout import automatically, merged
+from raclora_jax._core.sharding import auto_axes, product_sharding
 
 Label: TypeAlias = Hashable
 
 
+@auto_axes(
+    lambda left, left_axes, right, right_axes, out_axes, **_: product_sharding(
+        (left, right), (left_axes, right_axes), out_axes
+    )
+)
 def contract(
     left: Array,
     left_axes: Sequence[Label],
@@ -46,23 +51,6 @@ def contract(
       >>> contract(jnp.ones((5, 3)), "td", jnp.ones((2, 3)), "rd", "tr").shape
       (5, 2)
     """
-    out = merged((left, right), (left_axes, right_axes), out_axes)
-
-    def product(left: Array, right: Array) -> Array:
-        return _contracted(left, left_axes, right, right_axes, out_axes, precision, dtype)
-
-    return automatically(product, out, left, right)
-
-
-def _contracted(
-    left: Array,
-    left_axes: Sequence[Label],
-    right: Array,
-    right_axes: Sequence[Label],
-    out_axes: Sequence[Label],
-    precision: lax.PrecisionLike,
-    dtype: DTypeLike | None,
-) -> Array:
     left, left_axes = _summed(left, left_axes, {*right_axes, *out_axes})
     right, right_axes = _summed(right, right_axes, {*left_axes, *out_axes})
     stack = [a for a in out_axes if a in left_axes and a in right_axes]

@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 
 from raclora_jax._autodiff.contraction import Label
 from raclora_jax._core import select
-from raclora_jax._core.layout import automatically, merged
 from raclora_jax._core.select import Selection
+from raclora_jax._core.sharding import auto_axes, product_sharding
 
 
 @jax.tree_util.register_dataclass
@@ -65,13 +65,13 @@ class Picks:
         left = [*order[:axis], rank, *order[end:]]
         batch = [left.index(name) for name in stack]
 
+        @auto_axes(lambda array, _: product_sharding((array,), (names,), left))
         def rows(array: Array, index: Array) -> Array:
             array = lax.transpose(array, [names.index(name) for name in order])
             shape = (*array.shape[:axis], self.chosen.dim, *array.shape[end:])
             return select.take(array.reshape(shape), index, self.chosen, axis, batch)
 
-        out = merged((array,), (names,), left)
-        return automatically(rows, out, array, self.index), left
+        return rows(array, self.index), left
 
     def placed(
         self,
@@ -99,12 +99,12 @@ class Picks:
         batch = [[*names].index(name) for name in stack]
         made = [*names[:axis], *side, *names[axis + 1 :]]
 
+        @auto_axes(lambda rows, _: product_sharding((rows,), (names,), made))
         def whole(rows: Array, index: Array) -> Array:
             array = select.put(rows, index, self.chosen, axis, batch)
             return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
 
-        out = merged((rows,), (names,), made)
-        return automatically(whole, out, rows, self.index), made
+        return whole(rows, self.index), made
 
     def taken_by_group(self, x: Array, groups: Array) -> Array:
         """Of every row of ``x`` the columns that its group's sketch picks.

@@ -18,7 +18,7 @@ from raclora_jax._autodiff.axes import Atom, Axis, MeshAxes, Part, resized
 from raclora_jax._autodiff.picks import Picks
 from raclora_jax._autodiff.stage import Eqn
 from raclora_jax._autodiff.weight import Operand, Weight, array_of
-from raclora_jax._core.layout import is_typed
+from raclora_jax._core.sharding import is_explicit
 
 
 def transpose(eqn: Eqn, weight: Weight) -> Weight:
@@ -154,7 +154,7 @@ def same(eqn: Eqn, weight: Weight) -> Weight:
 
 def reshard(eqn: Eqn, weight: Weight) -> Weight | None:
     """To another place; not into a stretch where the compiler decides."""
-    return same(eqn, weight) if is_typed(eqn.params.get("dst_sharding")) else None
+    return same(eqn, weight) if is_explicit(eqn.params.get("dst_sharding")) else None
 
 
 def each_as_it_is(eqn: Eqn, *operands: Operand) -> list[Operand]:

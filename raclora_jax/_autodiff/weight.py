@@ -36,8 +36,8 @@ from raclora_jax._autodiff.axes import RANK, Atom, Axis, MeshAxes, Part, resized
 from raclora_jax._autodiff.contraction import contract
 from raclora_jax._autodiff.picks import Picks
 from raclora_jax._autodiff.uses import Use, Uses
-from raclora_jax._core.layout import resharded
 from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.sharding import resharded
 from raclora_jax._core.types import PyTree
 
 

@@ -15,8 +15,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import DictKey, GetAttrKey
 
 from raclora_jax._core import paths
-from raclora_jax._core.layout import inherited
 from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.sharding import inherited
 from raclora_jax._core.sides import named
 from raclora_jax._core.types import Leaf, PyTree
 
@@ -106,16 +106,13 @@ def _arrays(plan: LeafPlan, box: Any) -> Iterator[tuple[str, str, Boxed]]:
         yield "dense", plan.path, Boxed(plan.shape, leaf, box)
         return
     for name, one in named(plan).items():
-        axes = (*one.batch, None, *one.trained)
-        factor = _inherited(one, leaf, one.factor_shape, axes)
+        factor = _inherited(one, leaf, one.factor_shape, one.factor_axes)
         rank = len(one.batch)
         yield "lowrank", name, Boxed(one.factor_shape, factor, box)
         # What a rule keeps for each column.
         shape = (*one.factor_shape[:rank], *one.factor_shape[rank + 1 :])
         yield "lowrank", name, Boxed(shape, (*factor[:rank], *factor[rank + 1 :]), box)
-        axes = (*one.batch, None, *one.sketched)[: len(one.sketch_shape)]
-        if one.selection is not None:
-            axes = (*one.batch, *(None for _ in one.sketch_shape[rank:]))
+        axes = one.sketch_axes[: len(one.sketch_shape)]
         sketch = _inherited(one, leaf, one.sketch_shape, axes)
         yield "sketches", name, Boxed(one.sketch_shape, sketch, box)
 

@@ -13,9 +13,9 @@ from jax import Array, lax
 from raclora_jax._chain.inner import ADAM, OrthogonalState, known_plans
 from raclora_jax._chain.separable import per_matrix
 from raclora_jax._core import paths
-from raclora_jax._core.layout import automatically, sharding_of
 from raclora_jax._core.parts import cut
 from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.sharding import auto_axes, sharding_of
 from raclora_jax._core.spec import kind
 from raclora_jax._core.types import Leaves, PyTree
 
@@ -148,6 +148,9 @@ def polar_factor(matrix: Array, axis: int) -> Array:
     return polar_factors({"": matrix}, {"": axis})[""]
 
 
+@auto_axes(
+    lambda matrices, axes: {path: sharding_of(array) for path, array in matrices.items()}
+)
 def polar_factors(matrices: dict[str, Array], axes: dict[str, int]) -> dict[str, Array]:
     """``polar_factor`` of several matrices: those of one rank are worked on as a stack.
 
@@ -161,11 +164,6 @@ def polar_factors(matrices: dict[str, Array], axes: dict[str, int]) -> dict[str,
     Returns:
       ``{path: array}``.
     """
-    out = {path: sharding_of(matrix) for path, matrix in matrices.items()}
-    return automatically(lambda matrices: _polar_factors(matrices, axes), out, matrices)
-
-
-def _polar_factors(matrices: dict[str, Array], axes: dict[str, int]) -> dict[str, Array]:
     wide = {
         path: _of_size_one(_lying(matrix, axes[path]), axes[path])
         for path, matrix in matrices.items()

@@ -25,6 +25,7 @@ from raclora_jax._chain.inner import (
     same_type,
     together,
 )
+from raclora_jax._chain.start import tell_lacking
 from raclora_jax._chain.state import (
     InnerStates,
     Now,
@@ -40,17 +41,22 @@ from raclora_jax._chain.state import (
 from raclora_jax._core import paths, rounding
 from raclora_jax._core.factor import is_factor
 from raclora_jax._core.keys import key_data
-from raclora_jax._core.layout import mesh_of, on_mesh, typed, typed_mesh, zeros
 from raclora_jax._core.lowrank import (
     change_of_basis,
     lift_leaf,
     project_leaf,
 )
-from raclora_jax._core.placement import tell_lacking, trained_sharding
 from raclora_jax._core.plan import (
     LeafPlan,
     plan_tree,
     with_sharding,
+)
+from raclora_jax._core.sharding import (
+    as_explicit,
+    explicit_mesh,
+    mesh_of,
+    on_mesh,
+    zeros,
 )
 from raclora_jax._core.sides import apart, joined, named, zero_sketch
 from raclora_jax._core.sketch import draw_all
@@ -156,8 +162,8 @@ class Run:
         """``_init`` compiled for the mesh that the leaves are on."""
         mesh = mesh_of({plan.path: plan.sharding for plan in plans})
         assert mesh is not None
-        said = [with_sharding(p, p.sharding and typed(p.sharding)) for p in plans]
-        with jax.sharding.use_abstract_mesh(typed_mesh(mesh)):
+        said = [with_sharding(p, p.sharding and as_explicit(p.sharding)) for p in plans]
+        with jax.sharding.use_abstract_mesh(explicit_mesh(mesh)):
             shapes = self._abstract(tuple(said))
         out = jax.tree.map(lambda leaf: on_mesh(leaf, mesh), shapes)
         bare = tuple(with_sharding(plan, None) for plan in plans)
@@ -321,7 +327,7 @@ class Run:
     def inner_init(self, plans: Plans, mode: str) -> OptState:
         own = _named(plan for plan in plans if plan.mode == mode)
         start = {
-            path: zeros(plan.trained_shape, plan.wide_dtype, trained_sharding(plan))
+            path: zeros(plan.trained_shape, plan.wide_dtype, plan.trained_sharding)
             for path, plan in own.items()
         }
         with knowing(own):
@@ -329,7 +335,8 @@ class Run:
 
     def _check(self, state: RacLoraState, plans: Plans) -> None:
         """Refuses a state that was made for other leaves or another spec."""
-        want, got = self._expected(plans), _types(state)
+        bare = tuple(with_sharding(plan, None) for plan in plans)
+        want, got = self._expected(bare), _types(state)
         for where in [*want, *got]:
             if want.get(where) != got.get(where):
                 raise ValueError(

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from raclora_jax._core import layout, paths, rounding
+from raclora_jax._core import paths, rounding
 from raclora_jax._core.plan import LeafPlan, shape_and_dtype, with_sharding
+from raclora_jax._core.sharding import sharding_of, zeros
 from raclora_jax._core.sides import (
     BothSketches,
     factor_shapes,
@@ -66,7 +67,7 @@ class Origin(NamedTuple):
         )
         master = None
         if rounding.is_low(plan.dtype) and plan.rounding == "master":
-            master = layout.zeros(plan.shape, plan.wide_dtype, plan.sharding)
+            master = zeros(plan.shape, plan.wide_dtype, plan.sharding)
         return cls(drawn, _no_words(), master, jnp.zeros((), plan.wide_dtype))
 
     def read(self, plan: LeafPlan) -> Read:
@@ -250,7 +251,7 @@ def _stamped_plan(path: str, stamp: Stamp, weight: Leaf) -> LeafPlan:
             f"leaf {paths.show(path)}: the update is of a leaf of shape {stamp.shape}, "
             f"this one has {shape}; apply it to the params that tx.update was given"
         )
-    plan, sharding = _stamped(path, stamp, shape, dtype), layout.sharding_of(weight)
+    plan, sharding = _stamped(path, stamp, shape, dtype), sharding_of(weight)
     return plan if sharding is None else with_sharding(plan, sharding)
 
 

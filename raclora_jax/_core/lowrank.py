@@ -9,17 +9,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import NamedSharding
 
 from raclora_jax._core.cholesky import inverse_cholesky
-from raclora_jax._core.layout import automatically, constrained, inherited
-from raclora_jax._core.placement import factor_sharding
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.select import form, put, rows_of, take
-from raclora_jax._core.sides import (
-    BothFactors,
-    factor_shardings,
-    in_use,
-)
+from raclora_jax._core.sharding import auto_axes, constrained, inherited
+from raclora_jax._core.sides import BothFactors, factor_shardings, in_use
 from raclora_jax._core.types import Drawn, FactorValue, Scalar
 
 # Up to this rank a lift is a sum of outer products, which the compiler fuses with the
@@ -28,6 +24,7 @@ from raclora_jax._core.types import Drawn, FactorValue, Scalar
 _UNROLLED = 16
 
 
+@auto_axes(lambda dense, sketch, plan: factor_shardings(plan))
 def project_leaf(dense: Array, sketch: Drawn, plan: LeafPlan) -> FactorValue:
     """``scaling *`` the contraction of S with G over the sketched axes.
 
@@ -43,20 +40,11 @@ def project_leaf(dense: Array, sketch: Drawn, plan: LeafPlan) -> FactorValue:
       Array of ``plan.factor_shape`` in ``plan.wide_dtype``; both factors for both
       sketches, with zero for the one not in use.
     """
-    return automatically(
-        lambda dense, sketch: _project(dense, sketch, plan),
-        factor_shardings(plan),
-        dense,
-        sketch,
-    )
-
-
-def _project(dense: Array, sketch: Drawn, plan: LeafPlan) -> FactorValue:
     if plan.sides:
         left, right = plan.sides
         both = BothFactors(
-            _project(dense, sketch.left, left),
-            _project(dense, sketch.right, right),
+            project_leaf(dense, sketch.left, left),
+            project_leaf(dense, sketch.right, right),
         )
         return in_use(both, sketch.is_left)
     if plan.selection is not None:
@@ -78,6 +66,7 @@ def _project(dense: Array, sketch: Drawn, plan: LeafPlan) -> FactorValue:
     return (plan.scaling * factor).astype(plan.wide_dtype)
 
 
+@auto_axes(lambda factor, sketch, plan: plan.sharding)
 def lift_leaf(factor: FactorValue, sketch: Drawn, plan: LeafPlan) -> Array:
     """``scaling * S F`` laid out as the leaf: the transpose of ``project_leaf``.
 
@@ -89,20 +78,11 @@ def lift_leaf(factor: FactorValue, sketch: Drawn, plan: LeafPlan) -> Array:
     Returns:
       Array of ``plan.shape`` in ``plan.wide_dtype``.
     """
-    return automatically(
-        lambda factor, sketch: _lift_any(factor, sketch, plan),
-        plan.sharding,
-        factor,
-        sketch,
-    )
-
-
-def _lift_any(factor: FactorValue, sketch: Drawn, plan: LeafPlan) -> Array:
     if plan.sides:
         left, right = plan.sides
         used = in_use(factor, sketch.is_left)
-        change = _lift_any(used.left, sketch.left, left)
-        return change + _lift_any(used.right, sketch.right, right)
+        change = lift_leaf(used.left, sketch.left, left)
+        return change + lift_leaf(used.right, sketch.right, right)
     if plan.selection is not None:
         laid = Laid.of(plan)
         rows = laid.rows((plan.scaling * factor).astype(plan.wide_dtype))
@@ -118,6 +98,7 @@ def formed(sketch: Array, plan: LeafPlan) -> Array:
     return form(sketch, plan.selection, sizes, plan.wide_dtype)
 
 
+@auto_axes(lambda weight, factor, sketch, decay, plan: plan.sharding)
 def add_lifted(
     weight: Array, factor: FactorValue, sketch: Drawn, decay: Scalar, plan: LeafPlan
 ) -> Array:
@@ -137,16 +118,8 @@ def add_lifted(
         wide = weight.astype(plan.wide_dtype)
         delta = lift_leaf(factor, sketch, plan)
         return wide + (delta - jnp.asarray(decay, wide.dtype) * wide)
-    return automatically(
-        lambda weight, factor, sketch, decay: _add_lifted(
-            weight, *_together(factor, sketch, plan), decay, _View.of(plan)
-        ),
-        plan.sharding,
-        weight,
-        factor,
-        sketch,
-        decay,
-    )
+    pair = _together(factor, sketch, plan)
+    return _add_lifted(weight, *pair, decay, _View.of(plan))
 
 
 class Laid(NamedTuple):
@@ -210,13 +183,12 @@ def _together(factor: Array, sketch: Array, plan: LeafPlan) -> tuple[Array, Arra
     if plan.sharding is None:
         return factor, sketch
 
-    def at_leaf(array: Array, side: tuple[int, ...]) -> Array:
+    def at_leaf(array: Array, axes: tuple[int | None, ...]) -> Array:
         assert plan.sharding is not None
-        axes = (*plan.batch, None, *side)
         place = inherited(plan.sharding, array.shape, axes, spread=False)
         return constrained(array, place.sharding)
 
-    return at_leaf(factor, plan.trained), at_leaf(sketch, plan.sketched)
+    return at_leaf(factor, plan.factor_axes), at_leaf(sketch, plan.sketch_axes)
 
 
 class _View(NamedTuple):
@@ -276,6 +248,7 @@ def _spread(side: Array, axes: tuple[int, ...], view: _View) -> list[Array]:
     return spread
 
 
+@auto_axes(lambda new, old, plan: _basis_sharding(plan))
 def change_of_basis(new: Array, old: Array, plan: LeafPlan) -> Array:
     """The map from coordinates in an old sketch to the nearest ones in a new.
 
@@ -290,14 +263,6 @@ def change_of_basis(new: Array, old: Array, plan: LeafPlan) -> Array:
     Returns:
       Array ``(batch..., rank, rank)``.
     """
-    out = None
-    if plan.sharding is not None:
-        shape = (*plan.batch_shape, plan.rank, plan.rank)
-        out = inherited(plan.sharding, shape, (*plan.batch, None, None)).sharding
-    return automatically(lambda new, old: _change_of_basis(new, old, plan), out, new, old)
-
-
-def _change_of_basis(new: Array, old: Array, plan: LeafPlan) -> Array:
     stack = tuple(range(len(plan.batch)))
     if plan.selection is not None:
         rows = [rows_of(sketch, plan.selection) for sketch in (new, old)]
@@ -317,17 +282,21 @@ def _change_of_basis(new: Array, old: Array, plan: LeafPlan) -> Array:
     return jnp.matmul(inverse.mT, whitened, precision=lax.Precision.HIGHEST)
 
 
+def _basis_sharding(plan: LeafPlan) -> NamedSharding | None:
+    if plan.sharding is None:
+        return None
+    shape = (*plan.batch_shape, plan.rank, plan.rank)
+    return inherited(plan.sharding, shape, (*plan.batch, None, None)).sharding
+
+
+@auto_axes(lambda basis, factor, plan: plan.factor_sharding)
 def in_basis(basis: Array, factor: Array, plan: LeafPlan) -> Array:
     """Applies ``change_of_basis`` to a factor-shaped array, dtype kept."""
     stack = tuple(range(len(plan.batch)))
-
-    def moved(basis: Array, factor: Array) -> Array:
-        product = lax.dot_general(
-            basis,
-            factor.astype(basis.dtype),
-            (((len(stack) + 1,), (len(stack),)), (stack, stack)),
-            precision=lax.Precision.HIGHEST,
-        )
-        return product.astype(factor.dtype)
-
-    return automatically(moved, factor_sharding(plan), basis, factor)
+    product = lax.dot_general(
+        basis,
+        factor.astype(basis.dtype),
+        (((len(stack) + 1,), (len(stack),)), (stack, stack)),
+        precision=lax.Precision.HIGHEST,
+    )
+    return product.astype(factor.dtype)

@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from raclora_jax._core.layout import automatically, sharding_of
 from raclora_jax._core.lowrank import Laid, add_lifted
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.rounding import places_of, settle
 from raclora_jax._core.select import place, runs_of, take
+from raclora_jax._core.sharding import auto_axes, sharding_of
 from raclora_jax._core.types import Drawn, FactorValue, Scalar
 
 
+@auto_axes(lambda weight, factor, sketch, decay, plan, *_, **__: plan.sharding)
 def merge_leaf(
     weight: Array,
     factor: FactorValue,
@@ -42,19 +43,14 @@ def merge_leaf(
     Returns:
       Array of ``plan.shape`` in the dtype of the weight.
     """
-
-    return automatically(
-        lambda weight, factor, sketch, decay, key, start: _merge(
-            weight, factor, sketch, decay, key, start, plan, rounding, _is_zero(decay)
-        ),
-        plan.sharding,
-        weight,
-        factor,
-        sketch,
-        decay,
-        key,
-        start,
-    )
+    if plan.selection is not None and _is_zero(decay):
+        laid, chosen = Laid.of(plan), plan.selection
+        rows = _rows(weight, factor, sketch, key, start, plan, rounding)
+        base = laid.gather(weight)
+        return laid.scatter(place(base, rows, sketch, chosen, laid.axis, laid.batch))
+    places = None if start is None else _places(weight.shape, start)
+    exact = add_lifted(weight, factor, sketch, decay, plan)
+    return _settled(exact, weight.dtype, rounding, key, places)
 
 
 def moves_slices(plan: LeafPlan, decay: Scalar) -> bool:
@@ -64,6 +60,7 @@ def moves_slices(plan: LeafPlan, decay: Scalar) -> bool:
     return sliced and not plan.batch and _is_zero(decay)
 
 
+@auto_axes(lambda stack, *_: sharding_of(stack))
 def merge_in_stack(
     stack: Array,
     factor: Array,
@@ -91,59 +88,23 @@ def merge_in_stack(
     """
     chosen, (axis,) = plan.selection, plan.sketched
     assert chosen is not None
-
-    def merged(
-        stack: Array,
-        factor: Array,
-        picks: Array,
-        key: Array | None,
-        start: Array | None,
-        index: Array,
-    ) -> Array:
-        step = _step(factor, plan)
-        places = _places(plan.shape, start)
-        # Each run is read where it is written, so that the stack changes in place.
-        for starts, sizes, own in runs_of(picks, chosen, axis, plan.shape):
-            at = [index.astype(jnp.int32), *starts]
-            rows = lax.dynamic_slice(stack, at, [1, *sizes])
-            positions = lax.dynamic_slice(places, starts, sizes)
-            change = lax.slice_in_dim(step, own.start or 0, own.stop, axis=axis)
-            exact = rows[0].astype(plan.wide_dtype) + change
-            new = _settled(exact, stack.dtype, rounding, key, positions)
-            stack = lax.dynamic_update_slice(stack, new[None], at)
-        return stack
-
-    return automatically(
-        merged, sharding_of(stack), stack, factor, sketch, key, start, index
-    )
+    step = _step(factor, plan)
+    places = _places(plan.shape, start)
+    # Each run is read where it is written, so that the stack changes in place.
+    for starts, sizes, own in runs_of(sketch, chosen, axis, plan.shape):
+        at = [index.astype(jnp.int32), *starts]
+        rows = lax.dynamic_slice(stack, at, [1, *sizes])
+        positions = lax.dynamic_slice(places, starts, sizes)
+        change = lax.slice_in_dim(step, own.start or 0, own.stop, axis=axis)
+        exact = rows[0].astype(plan.wide_dtype) + change
+        new = _settled(exact, stack.dtype, rounding, key, positions)
+        stack = lax.dynamic_update_slice(stack, new[None], at)
+    return stack
 
 
 def _is_zero(decay: Scalar) -> bool:
     """Whether it is known to be zero while a program is traced."""
     return not isinstance(decay, jax.core.Tracer) and float(decay) == 0
-
-
-def _merge(
-    weight: Array,
-    factor: FactorValue,
-    sketch: Drawn,
-    decay: Scalar,
-    key: Array | None,
-    start: Array | None,
-    plan: LeafPlan,
-    rounding: str,
-    still: bool,
-) -> Array:
-    if plan.selection is not None and still:
-        laid, rows = (
-            Laid.of(plan),
-            _rows(weight, factor, sketch, key, start, plan, rounding),
-        )
-        base, chosen = laid.gather(weight), plan.selection
-        return laid.scatter(place(base, rows, sketch, chosen, laid.axis, laid.batch))
-    places = None if start is None else _places(weight.shape, start)
-    exact = add_lifted(weight, factor, sketch, decay, plan)
-    return _settled(exact, weight.dtype, rounding, key, places)
 
 
 def _rows(

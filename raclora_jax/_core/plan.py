@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from raclora_jax._core import layout, paths
+from raclora_jax._core import paths
 from raclora_jax._core.select import LAWS, Selection, selection_of
+from raclora_jax._core.sharding import Inherited, inherited, sharding_of
 from raclora_jax._core.spec import Rule, Spec, as_spec, check_rules_win, kind, winner
 from raclora_jax._core.stamp import Stamp
 from raclora_jax._core.types import Alpha, Cause, Leaf, Mode, PyTree, is_number, widened
@@ -110,6 +111,16 @@ class LeafPlan:
         return self.cols if self.side == "left" else self.rows
 
     @property
+    def sketch_axes(self) -> tuple[int | None, ...]:
+        """Which axis of the leaf each axis of a sketch is, ``None`` for the rank."""
+        return (*self.batch, None, *self.sketched)
+
+    @property
+    def factor_axes(self) -> tuple[int | None, ...]:
+        """Which axis of the leaf each axis of the factor is, ``None`` for the rank."""
+        return (*self.batch, None, *self.trained)
+
+    @property
     def dim(self) -> int:
         """Size of the sketched side."""
         return self.size_of(self.sketched)
@@ -145,6 +156,43 @@ class LeafPlan:
     def factor_shape(self) -> tuple[int, ...]:
         """``(batch..., rank, *axes of the other side)``."""
         return (*self.batch_shape, self.rank, *(self.shape[a] for a in self.trained))
+
+    @functools.cached_property
+    def factor_inherited(self) -> Inherited | None:
+        """The sharding that the factor has from the leaf, ``None`` where it has none."""
+        if self.sharding is None:
+            return None
+        return inherited(self.sharding, self.factor_shape, self.factor_axes)
+
+    @functools.cached_property
+    def sketch_inherited(self) -> Inherited | None:
+        """The sharding that the sketch has from the leaf, ``None`` where it has none."""
+        if self.sharding is None:
+            return None
+        shape = self.sketch_shape
+        axes = self.sketch_axes[: len(shape)]
+        # Picks are a few numbers: only stacks of them are worth sharding.
+        spread = self.selection is None
+        return inherited(self.sharding, shape, axes, spread=spread)
+
+    @property
+    def factor_sharding(self) -> NamedSharding | None:
+        """How the factor is sharded."""
+        found = self.factor_inherited
+        return None if found is None else found.sharding
+
+    @property
+    def sketch_sharding(self) -> NamedSharding | None:
+        """How the sketch is sharded."""
+        found = self.sketch_inherited
+        return None if found is None else found.sharding
+
+    @property
+    def trained_sharding(self) -> NamedSharding | None:
+        """How what is trained is sharded: the factor or the leaf."""
+        if self.mode == "frozen":
+            return None
+        return self.factor_sharding if self.adapted else self.sharding
 
     @property
     def wide_dtype(self) -> jnp.dtype:
@@ -219,7 +267,7 @@ def plan_leaves(
     shapes = tuple((path, *shape_and_dtype(path, leaf)) for path, leaf in leaves.items())
     plans = dict(_plan(spec, shapes, whole))
     for path, leaf in leaves.items():
-        sharding = layout.sharding_of(leaf)
+        sharding = sharding_of(leaf)
         if sharding is not None:
             plans[path] = with_sharding(plans[path], sharding)
     return plans

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from raclora_jax._core.layout import automatically, without
+from raclora_jax._core.sharding import auto_axes, without_axis
 
 LAWS = ("block", "coordinate")
 # Shorter runs than this are not worth their place on a mesh.
@@ -58,6 +58,10 @@ class Selection(NamedTuple):
         """Blocks in a cycle: links until every row has had its turn."""
         return self.dim // self.rank
 
+    def stacked(self, picks: Array) -> int:
+        """How many axes of picks stack matrices."""
+        return picks.ndim - (self.law == "coordinate")
+
     def rows(self, picks: Array) -> Array:
         """The rows that one matrix's sketch picks, int32 of shape (rank,)."""
         if self.law == "coordinate":
@@ -85,6 +89,7 @@ def selection_of(law: str, rank: int, sizes: Sequence[int]) -> Selection:
     return Selection(law, rank, dim, runs)
 
 
+@auto_axes(lambda array, picks, chosen, axis, batch=(): without_axis(array, axis))
 def take(
     array: Array, picks: Array, chosen: Selection, axis: int, batch: Sequence[int] = ()
 ) -> Array:
@@ -110,14 +115,10 @@ def take(
         parts = _parted(array, axis, chosen)
         return _whole(lax.dynamic_slice_in_dim(parts, picks, run, axis + 1), axis)
 
-    return automatically(
-        lambda array, picks: _stacked(one, array, picks, axis=axis, batch=batch),
-        without(array, axis),
-        array,
-        picks,
-    )
+    return _stacked(one, array, picks, axis=axis, batch=batch)
 
 
+@auto_axes(lambda rows, picks, chosen, axis, batch=(): without_axis(rows, axis))
 def put(
     rows: Array, picks: Array, chosen: Selection, axis: int, batch: Sequence[int] = ()
 ) -> Array:
@@ -128,12 +129,7 @@ def put(
         zeros = jnp.zeros(shape, rows.dtype)
         return _placed(zeros, rows, picks, chosen, axis)
 
-    return automatically(
-        lambda rows, picks: _stacked(one, rows, picks, axis=axis, batch=batch),
-        without(rows, axis),
-        rows,
-        picks,
-    )
+    return _stacked(one, rows, picks, axis=axis, batch=batch)
 
 
 def place(
@@ -177,6 +173,7 @@ def runs_of(
     return found
 
 
+@auto_axes(lambda picks, chosen, *_: without_axis(picks, chosen.stacked(picks)))
 def form(
     picks: Array, chosen: Selection, sizes: Sequence[int], dtype: DTypeLike
 ) -> Array:
@@ -191,19 +188,14 @@ def form(
     Returns:
       Array ``(batch..., rank, *sizes)``.
     """
-
-    def one(picks: Array) -> Array:
-        hot = jax.nn.one_hot(rows_of(picks, chosen), chosen.dim, dtype=dtype)
-        return hot.reshape(*hot.shape[:-1], *sizes)
-
-    stack = picks.ndim - (chosen.law == "coordinate")
-    return automatically(one, without(picks, stack), picks)
+    hot = jax.nn.one_hot(rows_of(picks, chosen), chosen.dim, dtype=dtype)
+    return hot.reshape(*hot.shape[:-1], *sizes)
 
 
 def rows_of(picks: Array, chosen: Selection) -> Array:
     """The rows that every sketch of a stack picks, int32 ``(batch..., rank)``."""
     rows = chosen.rows
-    for _ in range(picks.ndim - (chosen.law == "coordinate")):
+    for _ in range(chosen.stacked(picks)):
         rows = jax.vmap(rows)
     return rows(picks)
 

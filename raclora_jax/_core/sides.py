@@ -10,9 +10,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from raclora_jax._core import layout
-from raclora_jax._core.placement import factor_sharding, sketch_sharding, trained_sharding
 from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.sharding import zeros
 from raclora_jax._core.types import Drawn, FactorValue, Leaf
 
 T = TypeVar("T")
@@ -81,6 +80,16 @@ def joined(plan: LeafPlan, values: Mapping[str, Array]) -> FactorValue:
     return BothFactors(*found) if plan.sides else found[0]
 
 
+def of_factors(plan: LeafPlan, make: Callable[[LeafPlan], Any]) -> Any:
+    """``make`` of the leaf's plan, or the pair of what it makes of its two sides."""
+    return BothFactors(*map(make, plan.sides)) if plan.sides else make(plan)
+
+
+def of_sketches(plan: LeafPlan, make: Callable[[LeafPlan], Any], is_left: Any) -> Any:
+    """``of_factors`` for sketches, with what stands for ``is_left`` of two."""
+    return BothSketches(*map(make, plan.sides), is_left) if plan.sides else make(plan)
+
+
 def shapes(value: Any) -> Any:
     """The shape of an array, or the shapes of both."""
     return jax.tree.map(jnp.shape, value)
@@ -88,57 +97,45 @@ def shapes(value: Any) -> Any:
 
 def factor_shapes(plan: LeafPlan) -> Any:
     """``shapes`` of the factor of a leaf."""
-    found: list[Any] = [one.factor_shape for one in plan.each]
-    return BothFactors(*found) if plan.sides else found[0]
+    return of_factors(plan, lambda one: one.factor_shape)
 
 
 def sketch_shapes(plan: LeafPlan) -> Any:
     """``shapes`` of the sketch of a leaf."""
-    found: list[Any] = [one.sketch_shape for one in plan.each]
-    if not plan.sides:
-        return found[0]
-    scalar: Any = ()
-    return BothSketches(found[0], found[1], scalar)
-
-
-def sketch_shardings(plan: LeafPlan) -> Any:
-    """The sharding of the sketch of a leaf, or of both."""
-    found: list[Any] = [sketch_sharding(one) for one in plan.each]
-    if not plan.sides or plan.sharding is None:
-        return found[0]
-    everywhere: Any = NamedSharding(plan.sharding.mesh, PartitionSpec())
-    return BothSketches(found[0], found[1], everywhere)
-
-
-def trained_shardings(plan: LeafPlan) -> Any:
-    """The sharding of what a leaf trains, ``None`` where it is frozen."""
-    return factor_shardings(plan) if plan.adapted else trained_sharding(plan)
+    return of_sketches(plan, lambda one: one.sketch_shape, ())
 
 
 def factor_shardings(plan: LeafPlan) -> Any:
     """The sharding of the factor of a leaf, or of both."""
-    found: list[Any] = [factor_sharding(one) for one in plan.each]
-    return BothFactors(*found) if plan.sides else found[0]
+    return of_factors(plan, lambda one: one.factor_sharding)
+
+
+def sketch_shardings(plan: LeafPlan) -> Any:
+    """The sharding of the sketch of a leaf, or of both."""
+    if plan.sharding is None:
+        return None
+    everywhere = NamedSharding(plan.sharding.mesh, PartitionSpec())
+    return of_sketches(plan, lambda one: one.sketch_sharding, everywhere)
 
 
 def zero_trained(plan: LeafPlan) -> FactorValue:
     """What a leaf trains, at zero: the factor, both factors, or a dense difference."""
-    found = [
-        layout.zeros(one.trained_shape, one.wide_dtype, trained_sharding(one))
-        for one in plan.each
-    ]
-    return BothFactors(*found) if plan.sides else found[0]
+
+    def zero(one: LeafPlan) -> Array:
+        return zeros(one.trained_shape, one.wide_dtype, one.trained_sharding)
+
+    made: FactorValue = of_factors(plan, zero)
+    return made
 
 
 def zero_sketch(plan: LeafPlan) -> Drawn:
     """A sketch of zeros, before anything is drawn."""
-    found = [
-        layout.zeros(one.sketch_shape, one.sketch_dtype, sketch_sharding(one))
-        for one in plan.each
-    ]
-    if not plan.sides:
-        return found[0]
-    return BothSketches(found[0], found[1], jnp.asarray(False))
+
+    def zero(one: LeafPlan) -> Array:
+        return zeros(one.sketch_shape, one.sketch_dtype, one.sketch_sharding)
+
+    made: Drawn = of_sketches(plan, zero, jnp.asarray(False))
+    return made
 
 
 def switched(

@@ -15,11 +15,10 @@ from jax.typing import DTypeLike
 
 from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.keys import folded, path_words
-from raclora_jax._core.layout import automatically, constrained, is_typed
 from raclora_jax._core.parts import cut
-from raclora_jax._core.placement import sketch_sharding
 from raclora_jax._core.plan import LeafPlan, with_sharding
 from raclora_jax._core.select import Selection
+from raclora_jax._core.sharding import auto_axes, constrained, is_explicit
 from raclora_jax._core.sides import BothSketches, sketch_shardings
 from raclora_jax._core.types import Drawn
 
@@ -55,10 +54,8 @@ def draw_all(
     if not adapted:
         return {}
     out = {plan.path: sketch_shardings(plan) for plan in adapted if plan.sharding}
-    if not out or any(is_typed(plan.sharding) for plan in adapted):
-        return automatically(
-            lambda data, link: _draw_adapted(data, link, adapted), out or None, data, link
-        )
+    if not out or any(is_explicit(plan.sharding) for plan in adapted):
+        return auto_axes(lambda *_: out)(_draw_adapted)(data, link, adapted)
     # Where no type says it, the bits of one device are worth more than local sums.
     drawn = _draw_adapted(data, link, tuple(with_sharding(p, None) for p in adapted))
     return drawn | jax.device_put({path: drawn[path] for path in out}, out)
@@ -112,7 +109,7 @@ def _apart(sketch: Array, plan: LeafPlan) -> Array:
     members, and every step would gather them. It does not pass a reshape that joins a
     sharded axis to one before it.
     """
-    place = sketch_sharding(plan)
+    place = plan.sketch_sharding
     if place is not None:
         return constrained(sketch.reshape(plan.sketch_shape), place)
     twice = jnp.concatenate([sketch.ravel(), sketch.ravel()])
@@ -133,7 +130,7 @@ class _Place(NamedTuple):
 
 def _lives(plan: LeafPlan) -> _Place | None:
     """Where a leaf's sketches are drawn, if it is known and an axis each can say it."""
-    sharding, stack = sketch_sharding(plan), len(plan.batch)
+    sharding, stack = plan.sketch_sharding, len(plan.batch)
     if sharding is None or plan.selection is not None:
         return None
     spec = [*sharding.spec, *(None for _ in plan.sketch_shape[len(sharding.spec) :])]

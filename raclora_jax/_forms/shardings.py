@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from raclora_jax._chain.start import tell_lacking
 from raclora_jax._core import paths
-from raclora_jax._core.layout import mesh_of, on_mesh, typed, typed_mesh
-from raclora_jax._core.placement import tell_lacking
 from raclora_jax._core.plan import LeafPlan, plan_tree, with_sharding
-from raclora_jax._core.sides import trained_shardings
+from raclora_jax._core.sharding import as_explicit, explicit_mesh, mesh_of, on_mesh
+from raclora_jax._core.sides import of_factors
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import Leaves, PyTree
 
@@ -59,11 +59,11 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
     assert mesh is not None
     shapes = {
         path: jax.ShapeDtypeStruct(
-            jnp.shape(leaf), jnp.result_type(leaf), sharding=typed(places[path])
+            jnp.shape(leaf), jnp.result_type(leaf), sharding=as_explicit(places[path])
         )
         for path, leaf in leaves.items()
     }
-    with jax.sharding.use_abstract_mesh(typed_mesh(mesh)):
+    with jax.sharding.use_abstract_mesh(explicit_mesh(mesh)):
         state = jax.eval_shape(tx.init, paths.unflatten(treedef, shapes))
     return jax.tree.map(lambda leaf: on_mesh(leaf, mesh), state)
 
@@ -105,7 +105,7 @@ def factor_shardings(params: PyTree, spec: Spec | int) -> PyTree:
     tell_lacking(plans.values())
 
     def one(plan: LeafPlan) -> PyTree:
-        found = trained_shardings(plan)
+        found = of_factors(plan, lambda one: one.trained_sharding)
         return optax.MaskedNode() if found is None else found
 
     return paths.unflatten(treedef, {path: one(plans[path]) for path in leaves})

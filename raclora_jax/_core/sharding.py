@@ -1,10 +1,11 @@
-"""Where arrays live on a mesh: what a leaf's mesh axes say of its factor and sketch."""
+"""Shardings: what a leaf's says of its factor and sketch, on explicit and auto axes."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax.typing import DTypeLike
 from raclora_jax._core import paths
 from raclora_jax._core.types import Leaf, PyTree, TreeDef
 
+P = ParamSpec("P")
 T = TypeVar("T")
 # The mesh axes along which each axis of an array is sharded.
 Entries = list[tuple[str, ...]]
@@ -35,15 +37,15 @@ class Inherited(NamedTuple):
 def sharding_of(leaf: Leaf) -> NamedSharding | None:
     """How a leaf is sharded, where its type or the array itself says so.
 
-    A traced array on automatic mesh axes does not: the compiler decides.
+    A traced array on auto axes does not: the compiler decides.
     """
     if isinstance(leaf, jax.core.Tracer):
         sharding = getattr(jax.typeof(leaf), "sharding", None)
-        return sharding if is_typed(sharding) else None
+        return sharding if is_explicit(sharding) else None
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         return None
-    return sharding if sharding.mesh.size > 1 or is_typed(sharding) else None
+    return sharding if sharding.mesh.size > 1 or is_explicit(sharding) else None
 
 
 def mesh_of(places: Mapping[str, NamedSharding | None]) -> Mesh | None:
@@ -67,18 +69,18 @@ def mesh_of(places: Mapping[str, NamedSharding | None]) -> Mesh | None:
     return None if first is None else first[1]
 
 
-def is_typed(sharding: object) -> bool:
-    """Whether a sharding is part of the types of the arrays that have it."""
-    return isinstance(sharding, NamedSharding) and bool(_explicit(sharding.mesh))
+def is_explicit(sharding: object) -> bool:
+    """Whether a sharding is of explicit axes: part of the types of its arrays."""
+    return isinstance(sharding, NamedSharding) and bool(_explicit_axes(sharding.mesh))
 
 
-def typed(sharding: NamedSharding) -> NamedSharding:
-    """The same sharding as types would say it."""
-    return NamedSharding(typed_mesh(sharding.mesh), sharding.spec)
+def as_explicit(sharding: NamedSharding) -> NamedSharding:
+    """The same sharding on a mesh of explicit axes, as types would say it."""
+    return NamedSharding(explicit_mesh(sharding.mesh), sharding.spec)
 
 
-def typed_mesh(mesh: Mesh | AbstractMesh) -> AbstractMesh:
-    """A mesh without devices, all of whose axes are part of types."""
+def explicit_mesh(mesh: Mesh | AbstractMesh) -> AbstractMesh:
+    """A mesh without devices, all of whose axes are explicit."""
     types = (AxisType.Explicit,) * len(mesh.axis_names)
     return AbstractMesh(mesh.axis_sizes, mesh.axis_names, axis_types=types)
 
@@ -89,9 +91,9 @@ def on_mesh(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
     Spelled as compiled programs spell it, lest the second step be compiled anew: types
     name every axis, the compiler none after the last that is sharded.
     """
-    entries = [*leaf.sharding.spec] if is_typed(leaf.sharding) else []
+    entries = [*leaf.sharding.spec] if is_explicit(leaf.sharding) else []
     entries += [None] * (len(leaf.shape) - len(entries))
-    if not _explicit(mesh):
+    if not _explicit_axes(mesh):
         while entries and entries[-1] is None:
             entries.pop()
     return NamedSharding(mesh, PartitionSpec(*entries))
@@ -150,7 +152,7 @@ def zeros(
     shape: Sequence[int], dtype: DTypeLike, sharding: NamedSharding | None
 ) -> Array:
     """Zeros that are sharded so; of a type that says so where the leaf's does."""
-    if sharding is None or not is_typed(sharding):
+    if sharding is None or not is_explicit(sharding):
         return jnp.zeros(shape, dtype, device=sharding)
     if isinstance(jnp.zeros(()), jax.core.Tracer) and isinstance(sharding.mesh, Mesh):
         # Inside jit a mesh of devices would make it a constant without the type.
@@ -158,44 +160,55 @@ def zeros(
     return lax.full(tuple(shape), 0, dtype, sharding=sharding)
 
 
-def automatically(function: Callable[..., T], out: PyTree, *arguments: PyTree) -> T:
-    """Calls a function; where shardings are types, only its results have them.
+def auto_axes(
+    out_sharding: Callable[..., PyTree],
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Makes a decorator: where shardings are types, a function's results alone have them.
 
     Inside, the compiler decides: no operation has to say where its output lives, and the
     program is the one that automatic mesh axes give.
 
     Args:
-      function: Function of trees.
-      out: The sharding of its results, a tree of them, or ``None``.
-      *arguments: Trees of arrays; what is no array is handed on as it is.
+      out_sharding: Given the function's arguments, the shardings of its results: a tree
+        of them, or ``None``.
 
     Returns:
-      What the function gave.
+      The decorator. What is no array among the arguments is handed on as it is.
     """
-    found = [s for s in jax.tree.leaves(out) if is_typed(s)]
-    around = jax.sharding.get_abstract_mesh()
-    inside_one = bool(around.axis_names) and not _explicit(around)
-    if not found or inside_one:
-        return function(*arguments)
-    mesh = found[0].mesh
-    treedef: TreeDef
-    leaves, treedef = jax.tree.flatten(arguments)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Array)]
 
-    def inside(*arrays: Array) -> T:
-        filled = dict(zip(places, arrays, strict=True))
-        return function(
-            *treedef.unflatten([filled.get(i, v) for i, v in enumerate(leaves)])
-        )
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def around(*args: P.args, **kwargs: P.kwargs) -> T:
+            out = out_sharding(*args, **kwargs)
+            explicit = [s for s in jax.tree.leaves(out) if is_explicit(s)]
+            outside = jax.sharding.get_abstract_mesh()
+            # A function that calls another one is on automatic axes already.
+            inside_one = bool(outside.axis_names) and not _explicit_axes(outside)
+            if not explicit or inside_one:
+                return function(*args, **kwargs)
+            treedef: TreeDef
+            leaves, treedef = jax.tree.flatten((args, kwargs))
+            places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Array)]
 
-    called = jax.sharding.auto_axes(inside, axes=_explicit(mesh), out_sharding=out)
-    result: T = called(*(leaves[i] for i in places))
-    return result
+            def inside(*arrays: Array) -> T:
+                filled = dict(zip(places, arrays, strict=True))
+                own = [filled.get(i, leaf) for i, leaf in enumerate(leaves)]
+                args, kwargs = treedef.unflatten(own)
+                return function(*args, **kwargs)
+
+            axes = _explicit_axes(explicit[0].mesh)
+            called = jax.sharding.auto_axes(inside, axes=axes, out_sharding=out)
+            result: T = called(*(leaves[i] for i in places))
+            return result
+
+        return around
+
+    return decorate
 
 
 def constrained(array: Array, sharding: NamedSharding) -> Array:
-    """An array that lives so where it is used, inside ``automatically`` or outside."""
-    place: Any = sharding.spec if is_typed(sharding) else sharding
+    """An array that lives so where it is used, on auto axes or explicit ones."""
+    place: Any = sharding.spec if is_explicit(sharding) else sharding
     out: Array = lax.with_sharding_constraint(array, place)
     return out
 
@@ -203,12 +216,12 @@ def constrained(array: Array, sharding: NamedSharding) -> Array:
 def resharded(array: Array, like: Any) -> Array:
     """An array with the sharding that another type says, if it says one."""
     sharding = getattr(like, "sharding", None)
-    if not is_typed(sharding) or jax.typeof(array).sharding == sharding:
+    if not is_explicit(sharding) or jax.typeof(array).sharding == sharding:
         return array
     return jax.sharding.reshard(array, sharding)
 
 
-def merged(
+def product_sharding(
     operands: Sequence[Array], labels: Sequence[Sequence[Any]], out: Sequence[Any]
 ) -> NamedSharding | None:
     """The sharding of a product of arrays whose axes have labels.
@@ -220,7 +233,7 @@ def merged(
     mesh = None
     for array, names in zip(operands, labels, strict=True):
         sharding = sharding_of(array)
-        if sharding is None or not is_typed(sharding):
+        if sharding is None or not is_explicit(sharding):
             continue
         mesh = sharding.mesh
         for label, entry in zip(names, _entries(sharding), strict=False):
@@ -237,17 +250,17 @@ def merged(
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def without(array: Array, axis: int) -> NamedSharding | None:
+def without_axis(array: Array, axis: int) -> NamedSharding | None:
     """The sharding that an array's type says, with an axis of it in one piece."""
     sharding = sharding_of(array)
-    if sharding is None or not is_typed(sharding):
+    if sharding is None or not is_explicit(sharding):
         return None
     spec = [None if i == axis else entry for i, entry in enumerate(sharding.spec)]
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
-def _explicit(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """The axes of a mesh that are part of types."""
+def _explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The explicit axes of a mesh."""
     return tuple(
         name
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
