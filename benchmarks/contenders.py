@@ -13,7 +13,7 @@ from jax import Array
 
 import raclora_jax as rl
 from raclora_jax import methods
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 from raclora_jax.methods._method import DenseState, Method, nbytes
 
 Make = Callable[[optax.Schedule, Array], Method]

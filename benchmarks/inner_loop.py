@@ -25,7 +25,8 @@ from rich.table import Table
 import raclora_jax as rl
 from benchmarks import rows
 from raclora_jax._core import lowrank, rounding, sketch
-from raclora_jax._core.plan import LeafPlan, plan_tree
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_tree
 
 LAYERS, WIDTH = 4, 512
 DISTRIBUTIONS = ("orthonormal", "rademacher", "coordinate", "gaussian_raw")

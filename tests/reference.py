@@ -116,7 +116,7 @@ def explicit(sketch, plan):
     if plan.sketch not in ("block", "coordinate"):
         return np.asarray(sketch)
     dim, leading = math.prod(sizes), math.prod(sizes[:-1])
-    picks = np.asarray(sketch)
+    picks = np.asarray(sketch.index)
     if plan.sketch == "coordinate":
         rows = picks
     else:

@@ -19,10 +19,10 @@ PACKAGE = pathlib.Path(rl.__file__).parent
 
 # Inside a folder each room imports only from rooms before it.
 ROOMS = {
-    "_core": "types parts paths stamp sharding select spec plan sides keys "
-    "cholesky sketch lowrank rounding factor merge",
-    "_autodiff": "stage reads elementwise uses contraction axes attach picks weight "
-    "rearrange arithmetic output picked consume join rounds updating interpret watch",
+    "_core": "types parts paths stamp sharding contraction select picks spec plan "
+    "planning sides keys cholesky sketch lowrank rounding factor merge",
+    "_autodiff": "stage reads elementwise uses axes attach weight rearrange arithmetic "
+    "output picked consume join rounds updating interpret watch",
     "_chain": "boxes inner separable orthogonal state around clip start step slices",
     "_forms": "pure apply optimizer gradient fusable fused adapter factor_rules unmerged "
     "trace costs summary shardings trainer",

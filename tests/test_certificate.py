@@ -10,7 +10,7 @@ from jax import lax
 
 import raclora_jax as rl
 from raclora_jax import theory
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 
 LAWS = ("orthonormal", "rademacher", "coordinate", "block")
 FAST_COMPILE = {"xla_backend_optimization_level": 0}

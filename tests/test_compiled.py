@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import raclora_jax as rl
 from benchmarks import hlo
 from raclora_jax import methods
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 
 # Numbers that cannot be taken for one another: 7 sequences of 20 tokens.
 BATCH, LENGTH, VOCABULARY, WIDTH, HEADS, SIZE, HIDDEN, LAYERS = (

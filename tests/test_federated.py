@@ -13,7 +13,7 @@ import reference
 
 import raclora_jax as rl
 from raclora_jax import federated as fed
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 from raclora_jax.federated._batches import reshuffled
 
 CLIENTS, ROWS = 8, 12

@@ -13,7 +13,7 @@ from reference import Adam
 import raclora_jax as rl
 from raclora_jax import methods
 from raclora_jax._core.lowrank import lift_leaf, project_leaf
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 from raclora_jax.methods import _projected
 
 PARAMS = {

@@ -19,7 +19,7 @@ import reference
 
 import raclora_jax as rl
 from raclora_jax._chain.orthogonal import POLYNOMIALS
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 
 # Most of the time here would go into compiling well what runs for microseconds.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

@@ -26,7 +26,7 @@ from agreement import (
 from cases import CASES
 
 import raclora_jax as rl
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 
 pytestmark = pytest.mark.usefixtures("quick_draws")
 

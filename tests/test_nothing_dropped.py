@@ -13,7 +13,7 @@ from agreement import fallbacks
 from jax import lax
 
 import raclora_jax as rl
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 
 X = jax.ShapeDtypeStruct((6, 8), "float32")
 SQUARE = jax.ShapeDtypeStruct((8, 8), "float32")

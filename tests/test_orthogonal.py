@@ -9,7 +9,7 @@ import reference
 
 import raclora_jax as rl
 from raclora_jax._chain.orthogonal import polar_factor
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 
 # Where the docstring says that singular values end.
 WITHIN = 0.013

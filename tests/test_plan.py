@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import raclora_jax as rl
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.spec import as_spec
 
 

@@ -15,7 +15,7 @@ import raclora_jax as rl
 from benchmarks import hlo
 from raclora_jax._core import lowrank, merge, select
 from raclora_jax._core.factor import Origin
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 
 LAWS = ("block", "coordinate")
 

@@ -17,7 +17,7 @@ from jax import lax
 import raclora_jax as rl
 from raclora_jax._core import keys, select, sketch
 from raclora_jax._core.cholesky import inverse_cholesky
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.spec import SKETCHES
 
 PROJECTORS = tuple(name for name in SKETCHES if name != "gaussian_raw")

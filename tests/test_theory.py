@@ -18,7 +18,7 @@ import reference
 from jax import lax
 
 import raclora_jax as rl
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 
 PROJECTORS = ("orthonormal", "gaussian", "rademacher", "coordinate", "block")
 SIDES = ("left", "right")

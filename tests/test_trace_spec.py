@@ -14,7 +14,7 @@ from flax import nnx
 from jax import lax
 
 import raclora_jax as rl
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 from raclora_jax.flax import to_tree
 
 RANK = 2

@@ -7,12 +7,11 @@ from typing import NamedTuple, TypeAlias
 
 from jax import Array
 
-from raclora_jax._autodiff.contraction import parted
+from raclora_jax._core.contraction import parted
 
 # The name of a piece of one axis of the leaf: the axis, then which part of it each
 # reshape that split it left. Axes that a broadcast added have negative names.
 Atom: TypeAlias = tuple[int, ...]
-RANK: Atom = ()
 
 
 class Part(NamedTuple):

@@ -17,13 +17,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from raclora_jax._autodiff import picked
-from raclora_jax._autodiff.axes import RANK, Atom, Axis, einsum_parts
-from raclora_jax._autodiff.contraction import Label, contract
+from raclora_jax._autodiff.axes import Atom, Axis, einsum_parts
 from raclora_jax._autodiff.output import Names, Output, atoms_of, own
-from raclora_jax._autodiff.picks import Picks
 from raclora_jax._autodiff.stage import Eqn
 from raclora_jax._autodiff.weight import Operand, Weight, told_apart
+from raclora_jax._core.contraction import Label, contract
+from raclora_jax._core.picks import Picks
 from raclora_jax._core.sharding import auto_axes, product_sharding
+from raclora_jax._core.types import RANK
 
 
 def dot_general(eqn: Eqn, left: Operand, right: Operand) -> Array | None:

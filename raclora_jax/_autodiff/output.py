@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from raclora_jax._autodiff.attach import Map
 from raclora_jax._autodiff.axes import Atom, Axis, Part
-from raclora_jax._autodiff.contraction import Label, contract
+from raclora_jax._core.contraction import Label, contract
 from raclora_jax._core.types import widened
 
 Names: TypeAlias = Sequence[Label]

@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
-from raclora_jax._autodiff.axes import RANK, Atom, Axis
-from raclora_jax._autodiff.contraction import Label, contract
+from raclora_jax._autodiff.axes import Atom, Axis
 from raclora_jax._autodiff.output import Names, Output, atoms_of
-from raclora_jax._autodiff.picks import Picks, beside
 from raclora_jax._autodiff.stage import Eqn
 from raclora_jax._autodiff.weight import Weight
 from raclora_jax._core import select
+from raclora_jax._core.contraction import Label, contract
+from raclora_jax._core.picks import Picks, picked_axes
+from raclora_jax._core.types import RANK
 
 
 def product(
@@ -46,34 +47,27 @@ def product(
     f_names, side, stack = weight.factor_axes, weight.side, weight.stack
     sizes = weight.side_sizes
 
-    def labels(names: Sequence[Label]) -> list[Label]:
-        return [
-            RANK if name == side[0] else name
-            for name in beside(names, side)
-            if name not in side[1:]
-        ]
-
     if by_x:
 
         def kept(inputs: tuple[Array, Picks]) -> Array:
             x, picks = inputs
-            return picks.taken(x, x_names, side, stack, RANK)[0]
+            return picks.taken(x, x_names, side, stack)
 
-        maps = out.by_factor(labels(x_names), f_names)
+        maps = out.by_factor(picked_axes(x_names, side), f_names)
         return weight.attached(y, (x, picks), *maps, keep=kept, whole=whole)
-    between = labels(out.names)
+    between = picked_axes(out.names, side)
 
     def push(known: tuple[Array, Picks], factor: Array) -> Array:
         x, picks = known
         factor = factor.astype(x.dtype)
         rows = contract(x, x_names, factor, f_names, between, precision=out.precision)
-        placed, names = picks.placed(rows, between, side, stack, RANK, sizes)
+        placed, names = picks.placed(rows, between, side, stack, sizes)
         return lax.transpose(placed, [names.index(n) for n in out.names]).reshape(y.shape)
 
     def pull(known: tuple[Array, Picks], cotangent: Array) -> Array:
         x, picks = known
         cotangent = cotangent.reshape(out.sizes)
-        rows, _ = picks.taken(cotangent, out.names, side, stack, RANK)
+        rows = picks.taken(cotangent, out.names, side, stack)
         return contract(
             x, x_names, rows, between, f_names, dtype=out.wide, precision=out.precision
         )
@@ -193,11 +187,12 @@ def lookup(
 
     def placed(picks: Picks, factor: Array) -> Array:
         factor, sizes = factor.astype(y.dtype), weight.side_sizes
-        array, got = picks.placed(factor, names, side, [], RANK, sizes)
+        array, got = picks.placed(factor, names, side, [], sizes)
         return lax.transpose(array, [got.index(n) for n in out.names]).reshape(y.shape)
 
     def taken(picks: Picks, cotangent: Array) -> Array:
-        rows, got = picks.taken(cotangent.reshape(out.sizes), out.names, side, [], RANK)
+        rows = picks.taken(cotangent.reshape(out.sizes), out.names, side, [])
+        got = picked_axes(out.names, side)
         return lax.transpose(rows, [got.index(name) for name in names])
 
     return weight.attached(y, picks, placed, taken, factor=looked_up)

@@ -15,9 +15,9 @@ from jax import Array, lax
 
 from raclora_jax._autodiff.attach import varying_axes
 from raclora_jax._autodiff.axes import Atom, Axis, MeshAxes, Part, resized
-from raclora_jax._autodiff.picks import Picks
 from raclora_jax._autodiff.stage import Eqn
 from raclora_jax._autodiff.weight import Operand, Weight, array_of
+from raclora_jax._core.picks import Picks
 from raclora_jax._core.sharding import is_explicit
 
 

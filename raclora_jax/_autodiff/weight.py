@@ -32,13 +32,13 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from raclora_jax._autodiff.attach import Map, attach, named
-from raclora_jax._autodiff.axes import RANK, Atom, Axis, MeshAxes, Part, resized
-from raclora_jax._autodiff.contraction import contract
-from raclora_jax._autodiff.picks import Picks
+from raclora_jax._autodiff.axes import Atom, Axis, MeshAxes, Part, resized
 from raclora_jax._autodiff.uses import Use, Uses
+from raclora_jax._core.lowrank import lift
+from raclora_jax._core.picks import Picks
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.sharding import resharded
-from raclora_jax._core.types import PyTree
+from raclora_jax._core.types import RANK, Label, PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -303,16 +303,8 @@ class Weight:
         parts = [part for axis in self.axes for part in axis]
         own = [p.atom for p in parts if p.atom in (*self.sketch_axes, *self.factor_axes)]
         added = [i for i, part in enumerate(parts) if part.atom not in own]
-        if isinstance(sketch, Picks):
-            change, names = sketch.placed(
-                factor, self.factor_axes, self.side, self.stack, RANK, self.side_sizes
-            )
-            change = lax.transpose(change, [names.index(name) for name in own])
-        else:
-            change = contract(
-                sketch, self.sketch_axes, factor, self.factor_axes, own,
-                precision=lax.Precision.HIGHEST,
-            )  # fmt: skip
+        sizes = [part.size for part in parts if part.atom in own]
+        change = lift(sketch, self.sketch_axes, factor, self.factor_axes, sizes, own)
         change = jnp.expand_dims(change, added)
         return jnp.broadcast_to(change, [part.size for part in parts]).reshape(self.shape)
 
@@ -338,7 +330,7 @@ def leaf_weight(
     base: PyTree,
     plan: LeafPlan,
     uses: Uses,
-    sketch: Array | None = None,
+    sketch: Array | Picks | None = None,
     factor: Array | None = None,
     *,
     zero: bool = True,
@@ -350,7 +342,8 @@ def leaf_weight(
       base: The leaf.
       plan: Its plan.
       uses: Where uses are written down.
-      sketch: Array of ``plan.sketch_shape``; ``None`` for a weight that only watches.
+      sketch: Array of ``plan.sketch_shape``, or picks; ``None`` for a weight that only
+        watches.
       factor: Array of ``plan.factor_shape``, likewise.
       zero: Whether the factor is zero.
       read: Reads ``base`` as an array, where it is kept in another form.
@@ -358,19 +351,18 @@ def leaf_weight(
     Returns:
       The weight.
     """
-    batch = [(axis,) for axis in plan.batch]
-    sketched = [(axis,) for axis in plan.sketched]
-    trained = [(axis,) for axis in plan.trained]
     watches = factor is None
-    held: Array | Picks | None = sketch
-    if sketch is not None and plan.selection is not None:
-        held = Picks(sketch, plan.selection)
     return Weight(
         base=base,
-        sketch=held,
+        sketch=sketch,
         factor=factor,
         axes=tuple((Part((i,), size),) for i, size in enumerate(plan.shape)),
-        sketch_axes=() if watches else (*batch, RANK, *sketched),
-        factor_axes=() if watches else (*batch, RANK, *trained),
+        sketch_axes=() if watches else _atoms(plan.sketch_axes),
+        factor_axes=() if watches else _atoms(plan.factor_axes),
         leaf=Leaf(plan.path, plan.scaling, zero, uses, read),
     )
+
+
+def _atoms(labels: Sequence[Label]) -> tuple[Atom, ...]:
+    """The labels of a plan, by which a whole axis of the leaf is one atom."""
+    return tuple((axis,) if isinstance(axis, int) else RANK for axis in labels)

@@ -7,7 +7,7 @@ can do, so that Flax need not be there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from raclora_jax._core import paths
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.sharding import inherited
 from raclora_jax._core.sides import named
-from raclora_jax._core.types import Leaf, PyTree
+from raclora_jax._core.types import Label, Leaf, PyTree
 
 # A name for each axis, ``None`` for one that has none.
 Names = tuple[Any, ...]
@@ -118,7 +118,7 @@ def _arrays(plan: LeafPlan, box: Any) -> Iterator[tuple[str, str, Boxed]]:
 
 
 def _inherited(
-    plan: LeafPlan, leaf: Names, shape: tuple[int, ...], axes: tuple[int | None, ...]
+    plan: LeafPlan, leaf: Names, shape: tuple[int, ...], axes: Sequence[Label]
 ) -> Names:
     """The names of an array; with those that its leaf lost, if they are a mesh's."""
     mesh: Any = jax.sharding.get_abstract_mesh()
@@ -132,7 +132,7 @@ def _inherited(
         spread = plan.selection is None or shape == plan.factor_shape
         found = inherited(sharding, shape, axes, spread=spread).sharding.spec
         return (*found, *(None for _ in shape[len(found) :]))
-    return tuple(None if axis is None else leaf[axis] for axis in axes)
+    return tuple(leaf[axis] if isinstance(axis, int) else None for axis in axes)
 
 
 def _where(keypath: tuple[Any, ...]) -> tuple[str, str]:

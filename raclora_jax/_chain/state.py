@@ -16,7 +16,8 @@ from raclora_jax._chain.boxes import unboxed
 from raclora_jax._chain.inner import nothing_accumulated
 from raclora_jax._core import paths
 from raclora_jax._core.factor import check_factor, is_factor
-from raclora_jax._core.plan import LeafPlan, plan_leaves
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_leaves
 from raclora_jax._core.sides import named, shapes, sketch_shapes
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec

@@ -46,11 +46,8 @@ from raclora_jax._core.lowrank import (
     lift_leaf,
     project_leaf,
 )
-from raclora_jax._core.plan import (
-    LeafPlan,
-    plan_tree,
-    with_sharding,
-)
+from raclora_jax._core.plan import LeafPlan, with_sharding
+from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.sharding import (
     as_explicit,
     explicit_mesh,

@@ -12,7 +12,9 @@ import numpy as np
 from jax import Array
 
 from raclora_jax._core import paths, rounding
-from raclora_jax._core.plan import LeafPlan, shape_and_dtype, with_sharding
+from raclora_jax._core.picks import Picks
+from raclora_jax._core.plan import LeafPlan, with_sharding
+from raclora_jax._core.planning import shape_and_dtype
 from raclora_jax._core.sharding import sharding_of, zeros
 from raclora_jax._core.sides import (
     BothSketches,
@@ -125,9 +127,10 @@ def _as_drawn(carried: Drawn, plan: LeafPlan) -> Drawn:
     if plan.sides:
         left, right = (_as_drawn(in_link(carried, one), one) for one in plan.sides)
         return BothSketches(left, right, carried.is_left > 0.5)
-    return (
-        carried if plan.selection is None else _words(carried).astype(plan.sketch_dtype)
-    )
+    if isinstance(carried, Picks):
+        index = _words(carried.index).astype(plan.sketch_dtype)
+        return dataclasses.replace(carried, index=index)
+    return carried
 
 
 class _Named(type):

@@ -1,10 +1,22 @@
-"""The low-rank algebra: project a leaf on its sketch, lift a factor back."""
+"""The low-rank algebra: project a leaf on its sketch, lift a factor back.
+
+The axes of leaf, sketch and factor have labels, and every function here is a contraction
+over some of them. With a leaf of shape (8, 12) whose rows are sketched at rank 2 ::
+
+    W (8, 12)   axes 0, 1
+    S (2, 8)    axes RANK, 0        project:  F = S W,  summed over 0
+    F (2, 12)   axes RANK, 1        lift:     S^T F,    summed over RANK
+
+Axis groups are contracted as they stand, never reshaped: flattening a sharded axis would
+move it.
+"""
 
 from __future__ import annotations
 
 import functools
 import operator
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +24,29 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 
 from raclora_jax._core.cholesky import inverse_cholesky
+from raclora_jax._core.contraction import contract
+from raclora_jax._core.picks import Picks, picked_axes
 from raclora_jax._core.plan import LeafPlan
-from raclora_jax._core.select import form, put, rows_of, take
 from raclora_jax._core.sharding import auto_axes, constrained, inherited
 from raclora_jax._core.sides import BothFactors, factor_shardings, in_use
-from raclora_jax._core.types import Drawn, FactorValue, Scalar
+from raclora_jax._core.types import RANK, Drawn, FactorValue, Label, Scalar
 
 # Up to this rank a lift is a sum of outer products, which the compiler fuses with the
 # addition to the weights; well above it a matmul is faster, with a dense delta
 # in memory (benchmarks/inner_loop.py).
 _UNROLLED = 16
+_HIGHEST = lax.Precision.HIGHEST
 
 
 @auto_axes(lambda dense, sketch, plan: factor_shardings(plan))
 def project_leaf(dense: Array, sketch: Drawn, plan: LeafPlan) -> FactorValue:
     """``scaling *`` the contraction of S with G over the sketched axes.
 
-    Axis groups are contracted as they stand, never reshaped: flattening a sharded axis
-    would move it. A low-precision G meets S in its own dtype and sums in float32.
+    A low-precision G meets S in its own dtype and sums in float32.
 
     Args:
       dense: Array of ``plan.shape``.
-      sketch: Array of ``plan.sketch_shape``, or both sketches.
+      sketch: Array of ``plan.sketch_shape``, picks, or both sketches.
       plan: Plan of the leaf.
 
     Returns:
@@ -47,23 +60,17 @@ def project_leaf(dense: Array, sketch: Drawn, plan: LeafPlan) -> FactorValue:
             project_leaf(dense, sketch.right, right),
         )
         return in_use(both, sketch.is_left)
-    if plan.selection is not None:
-        laid = Laid.of(plan)
-        rows = take(laid.gather(dense), sketch, plan.selection, laid.axis, laid.batch)
-        factor = laid.factor(rows)
-        return (plan.scaling * factor.astype(plan.wide_dtype)).astype(plan.wide_dtype)
-    stack = len(plan.batch)
-    sketch_axes = tuple(range(stack + 1, len(plan.sketch_shape)))
-    factor = lax.dot_general(
-        sketch.astype(dense.dtype),
-        dense,
-        ((sketch_axes, plan.sketched), (tuple(range(stack)), plan.batch)),
-        precision=lax.Precision.HIGHEST,
-        preferred_element_type=max(
-            dense.dtype, plan.wide_dtype, key=lambda dtype: dtype.itemsize
-        ),
-    )
-    return (plan.scaling * factor).astype(plan.wide_dtype)
+    axes, wide = range(dense.ndim), plan.wide_dtype
+    if isinstance(sketch, Picks):
+        rows = sketch.taken(dense, axes, plan.sketched, plan.batch)
+        names = picked_axes(axes, plan.sketched)
+        factor = lax.transpose(rows, [names.index(name) for name in plan.factor_axes])
+        return (plan.scaling * factor.astype(wide)).astype(wide)
+    factor = contract(
+        sketch.astype(dense.dtype), plan.sketch_axes, dense, axes, plan.factor_axes,
+        precision=_HIGHEST, dtype=max(dense.dtype, wide, key=lambda one: one.itemsize),
+    )  # fmt: skip
+    return (plan.scaling * factor).astype(wide)
 
 
 @auto_axes(lambda factor, sketch, plan: plan.sharding)
@@ -72,7 +79,7 @@ def lift_leaf(factor: FactorValue, sketch: Drawn, plan: LeafPlan) -> Array:
 
     Args:
       factor: Array of ``plan.factor_shape``, or both factors.
-      sketch: Array of ``plan.sketch_shape``, or both sketches.
+      sketch: Array of ``plan.sketch_shape``, picks, or both sketches.
       plan: Plan of the leaf.
 
     Returns:
@@ -83,19 +90,55 @@ def lift_leaf(factor: FactorValue, sketch: Drawn, plan: LeafPlan) -> Array:
         used = in_use(factor, sketch.is_left)
         change = lift_leaf(used.left, sketch.left, left)
         return change + lift_leaf(used.right, sketch.right, right)
-    if plan.selection is not None:
-        laid = Laid.of(plan)
-        rows = laid.rows((plan.scaling * factor).astype(plan.wide_dtype))
-        return laid.scatter(put(rows, sketch, plan.selection, laid.axis, laid.batch))
-    return _lift(*_together(factor, sketch, plan), _View.of(plan))
+    scaled = (plan.scaling * factor).astype(plan.wide_dtype)
+    if isinstance(sketch, Picks):
+        return lift(sketch, plan.sketch_axes, scaled, plan.factor_axes, plan.shape)
+    return _lifted(*_at_leaf(scaled, sketch, plan), *_labels(plan))
 
 
-def formed(sketch: Array, plan: LeafPlan) -> Array:
+def lift(
+    sketch: Array | Picks,
+    sketch_axes: Sequence[Label],
+    factor: Array,
+    factor_axes: Sequence[Label],
+    sizes: Sequence[int],
+    axes: Sequence[Label] | None = None,
+) -> Array:
+    """``S F`` by labels, for any factor.
+
+    Args:
+      sketch: Array with one axis per label of ``sketch_axes``, or picks.
+      sketch_axes: Distinct labels, ``RANK`` among them; those that ``factor_axes`` has
+        as well stack matrices.
+      factor: Array with one axis per label of ``factor_axes``.
+      factor_axes: Distinct labels, ``RANK`` among them.
+      sizes: The sizes of the axes of the result.
+      axes: Their labels; a place each by default.
+
+    Returns:
+      Array of shape ``sizes``.
+    """
+    axes = range(len(sizes)) if axes is None else axes
+    if not isinstance(sketch, Picks):
+        return contract(
+            sketch, sketch_axes, factor, factor_axes, axes, precision=_HIGHEST
+        )
+    side = [name for name in sketch_axes if name not in factor_axes]
+    stack = [name for name in sketch_axes if name in factor_axes and name != RANK]
+    # The factor is turned, not the leaf: it is the smaller one.
+    names = picked_axes(axes, side)
+    rows = lax.transpose(factor, [[*factor_axes].index(name) for name in names])
+    whole, made = sketch.placed(
+        rows, names, side, stack, [sizes[[*axes].index(name)] for name in side]
+    )
+    return lax.transpose(whole, [made.index(name) for name in axes])
+
+
+def formed(sketch: Array | Picks, plan: LeafPlan) -> Array:
     """The sketch as an array ``(batch..., rank, *axes of the sketched side)``."""
-    if plan.selection is None:
+    if not isinstance(sketch, Picks):
         return sketch
-    sizes = [plan.shape[axis] for axis in plan.sketched]
-    return form(sketch, plan.selection, sizes, plan.wide_dtype)
+    return sketch.formed([plan.shape[axis] for axis in plan.sketched], plan.wide_dtype)
 
 
 @auto_axes(lambda weight, factor, sketch, decay, plan: plan.sharding)
@@ -107,83 +150,28 @@ def add_lifted(
     Args:
       weight: Array of ``plan.shape``.
       factor: Array of ``plan.factor_shape``, or both factors.
-      sketch: Array of ``plan.sketch_shape``, or both sketches.
+      sketch: Array of ``plan.sketch_shape``, picks, or both sketches.
       decay: Scalar.
       plan: Plan of the leaf.
 
     Returns:
       Array of ``plan.shape`` in ``plan.wide_dtype``.
     """
-    if plan.sides or plan.selection is not None:
+    if plan.sides or isinstance(sketch, Picks):
         wide = weight.astype(plan.wide_dtype)
         delta = lift_leaf(factor, sketch, plan)
         return wide + (delta - jnp.asarray(decay, wide.dtype) * wide)
-    pair = _together(factor, sketch, plan)
-    return _add_lifted(weight, *pair, decay, _View.of(plan))
+    scaled = (plan.scaling * factor).astype(plan.wide_dtype)
+    return _added(weight, decay, *_at_leaf(scaled, sketch, plan), *_labels(plan))
 
 
-class Laid(NamedTuple):
-    """A leaf with the axes of its sketched side as one, which is mostly a view of it.
-
-    Attributes:
-      order: The axes of the leaf, those of the sketched side side by side.
-      first: Where these start, and where the one axis stands.
-      plan: Plan of the leaf.
-    """
-
-    order: tuple[int, ...]
-    axis: int
-    plan: LeafPlan
-
-    @classmethod
-    def of(cls, plan: LeafPlan) -> Laid:
-        first = plan.sketched[0]
-        others = [axis for axis in range(len(plan.shape)) if axis not in plan.sketched]
-        before = [axis for axis in others if axis < first]
-        order = (*before, *plan.sketched, *others[len(before) :])
-        return cls(order, len(before), plan)
-
-    @property
-    def left(self) -> list[int]:
-        """The axes of the leaf that remain, in order, -1 for the sketched side."""
-        side = self.plan.sketched
-        return [
-            -1 if axis == side[0] else axis for axis in self.order if axis not in side[1:]
-        ]
-
-    @property
-    def batch(self) -> list[int]:
-        """Where the axes that stack matrices stand."""
-        return [self.left.index(axis) for axis in self.plan.batch]
-
-    def gather(self, leaf: Array) -> Array:
-        """The leaf with one axis for its sketched side."""
-        shape = [self.plan.dim if a == -1 else self.plan.shape[a] for a in self.left]
-        return lax.transpose(leaf, self.order).reshape(shape)
-
-    def scatter(self, array: Array) -> Array:
-        """What ``gather`` took apart."""
-        shape = [self.plan.shape[axis] for axis in self.order]
-        back = [self.order.index(axis) for axis in range(len(shape))]
-        return lax.transpose(array.reshape(shape), back)
-
-    def factor(self, rows: Array) -> Array:
-        """Picked rows as a factor."""
-        axes = [*self.plan.batch, -1, *self.plan.trained]
-        return lax.transpose(rows, [self.left.index(axis) for axis in axes])
-
-    def rows(self, factor: Array) -> Array:
-        """A factor as rows of the leaf."""
-        axes = [*self.plan.batch, -1, *self.plan.trained]
-        return lax.transpose(factor, [axes.index(axis) for axis in self.left])
-
-
-def _together(factor: Array, sketch: Array, plan: LeafPlan) -> tuple[Array, Array]:
+def _at_leaf(factor: Array, sketch: Array, plan: LeafPlan) -> tuple[Array, Array]:
     """Factor and sketch where the leaf is: one gather each, before they are lifted."""
+    sketch = sketch.astype(plan.wide_dtype)
     if plan.sharding is None:
         return factor, sketch
 
-    def at_leaf(array: Array, axes: tuple[int | None, ...]) -> Array:
+    def at_leaf(array: Array, axes: Sequence[Label]) -> Array:
         assert plan.sharding is not None
         place = inherited(plan.sharding, array.shape, axes, spread=False)
         return constrained(array, place.sharding)
@@ -191,112 +179,104 @@ def _together(factor: Array, sketch: Array, plan: LeafPlan) -> tuple[Array, Arra
     return at_leaf(factor, plan.factor_axes), at_leaf(sketch, plan.sketch_axes)
 
 
-class _View(NamedTuple):
-    """What of a plan a lift needs: static, hashable, the same for leaves of one kind."""
+# What a lift must know of a plan: the labels of sketch and factor, the leaf's shape.
+_Labels = tuple[tuple[Label, ...], tuple[Label, ...], tuple[int, ...]]
 
-    shape: tuple[int, ...]
-    batch: tuple[int, ...]
-    sketched: tuple[int, ...]
-    trained: tuple[int, ...]
-    scaling: float
-    dtype: str
 
-    @classmethod
-    def of(cls, plan: LeafPlan) -> _View:
-        axes = (plan.batch, plan.sketched, plan.trained)
-        return cls(plan.shape, *axes, plan.scaling, str(plan.wide_dtype))
+def _labels(plan: LeafPlan) -> _Labels:
+    return plan.sketch_axes, plan.factor_axes, plan.shape
 
 
 # These two are traced once for all leaves of one kind.
-@functools.partial(jax.jit, static_argnames="view")
-def _add_lifted(
-    weight: Array, factor: Array, sketch: Array, decay: Array, view: _View
+@functools.partial(jax.jit, static_argnums=(4, 5, 6))
+def _added(
+    weight: Array, decay: Scalar, factor: Array, sketch: Array, *labels: Any
 ) -> Array:
-    wide = weight.astype(view.dtype)
-    return wide + (_lift(factor, sketch, view) - jnp.asarray(decay, wide.dtype) * wide)
+    wide = weight.astype(factor.dtype)
+    lifted = _lifted(factor, sketch, *labels)
+    return wide + (lifted - jnp.asarray(decay, wide.dtype) * wide)
 
 
-@functools.partial(jax.jit, static_argnames="view")
-def _lift(factor: Array, sketch: Array, view: _View) -> Array:
-    sides = [
-        (sketch.astype(view.dtype), view.sketched),
-        ((view.scaling * factor).astype(view.dtype), view.trained),
-    ]
-    # The side whose axes come first in the leaf goes first: then the product is laid
-    # out as the leaf.
-    (first, outer), (second, inner) = sorted(sides, key=lambda side: side[1])
-    axis = len(view.batch)
-    if sketch.shape[axis] <= _UNROLLED:
-        columns = _spread(first, (*view.batch, *outer), view)
-        rows = _spread(second, (*view.batch, *inner), view)
-        return functools.reduce(operator.add, map(operator.mul, columns, rows))
-    stack = tuple(range(axis))
-    dims = (((axis,), (axis,)), (stack, stack))
-    product = lax.dot_general(first, second, dims, precision=lax.Precision.HIGHEST)
-    order = (*view.batch, *outer, *inner)
-    return jnp.transpose(product, [order.index(a) for a in range(len(order))])
+@functools.partial(jax.jit, static_argnums=(2, 3, 4))
+def _lifted(
+    factor: Array,
+    sketch: Array,
+    sketch_axes: tuple[Label, ...],
+    factor_axes: tuple[Label, ...],
+    shape: tuple[int, ...],
+) -> Array:
+    rank = sketch.shape[sketch_axes.index(RANK)]
+    if rank > _UNROLLED:
+        return lift(sketch, sketch_axes, factor, factor_axes, shape)
+    columns = _spread(sketch, sketch_axes, shape)
+    rows = _spread(factor, factor_axes, shape)
+    return functools.reduce(operator.add, map(operator.mul, columns, rows))
 
 
-def _spread(side: Array, axes: tuple[int, ...], view: _View) -> list[Array]:
-    """One array of the leaf's shape per rank, constant along the other side."""
-    rank_axis, order = len(view.batch), sorted(axes)
+def _spread(
+    array: Array, names: tuple[Label, ...], shape: tuple[int, ...]
+) -> list[Array]:
+    """One array of the leaf's shape per rank, constant along the axes it lacks."""
+    axis = names.index(RANK)
+    own = [name for name in names if name != RANK]
+    order = [name for name in range(len(shape)) if name in own]
     spread = []
-    for index in range(side.shape[rank_axis]):
-        one = lax.index_in_dim(side, index, rank_axis, keepdims=False)
-        one = jnp.transpose(one, [axes.index(axis) for axis in order])
-        spread.append(lax.broadcast_in_dim(one, view.shape, order))
+    for index in range(array.shape[axis]):
+        one = lax.index_in_dim(array, index, axis, keepdims=False)
+        one = jnp.transpose(one, [own.index(name) for name in order])
+        spread.append(lax.broadcast_in_dim(one, shape, order))
     return spread
-
-
-@auto_axes(lambda new, old, plan: _basis_sharding(plan))
-def change_of_basis(new: Array, old: Array, plan: LeafPlan) -> Array:
-    """The map from coordinates in an old sketch to the nearest ones in a new.
-
-    ``(S'^T S')^-1 S'^T S``: with it, ``lift`` of the new coordinates is the projection
-    of ``lift`` of the old ones onto the new span.
-
-    Args:
-      new: Array of ``plan.sketch_shape``.
-      old: Array of ``plan.sketch_shape``.
-      plan: Plan of the leaf.
-
-    Returns:
-      Array ``(batch..., rank, rank)``.
-    """
-    stack = tuple(range(len(plan.batch)))
-    if plan.selection is not None:
-        rows = [rows_of(sketch, plan.selection) for sketch in (new, old)]
-        same = rows[0][..., :, None] == rows[1][..., None, :]
-        return same.astype(plan.wide_dtype)
-    axes = tuple(range(len(stack) + 1, len(plan.sketch_shape)))
-
-    def cross(left: Array, right: Array) -> Array:
-        dims = ((axes, axes), (stack, stack))
-        return lax.dot_general(left, right, dims, precision=lax.Precision.HIGHEST)
-
-    if plan.sketch != "gaussian_raw":
-        return cross(new, old)
-    inverse = inverse_cholesky(cross(new, new))
-    # (L L^T)^-1 = L^-T L^-1.
-    whitened = jnp.matmul(inverse, cross(new, old), precision=lax.Precision.HIGHEST)
-    return jnp.matmul(inverse.mT, whitened, precision=lax.Precision.HIGHEST)
 
 
 def _basis_sharding(plan: LeafPlan) -> NamedSharding | None:
     if plan.sharding is None:
         return None
     shape = (*plan.batch_shape, plan.rank, plan.rank)
-    return inherited(plan.sharding, shape, (*plan.batch, None, None)).sharding
+    return inherited(plan.sharding, shape, (*plan.batch, RANK, RANK)).sharding
+
+
+@auto_axes(lambda new, old, plan: _basis_sharding(plan))
+def change_of_basis(new: Array | Picks, old: Array | Picks, plan: LeafPlan) -> Array:
+    """The map from coordinates in an old sketch to the nearest ones in a new.
+
+    ``(S'^T S')^-1 S'^T S``: with it, ``lift`` of the new coordinates is the projection
+    of ``lift`` of the old ones onto the new span.
+
+    Args:
+      new: Array of ``plan.sketch_shape``, or picks.
+      old: Likewise.
+      plan: Plan of the leaf.
+
+    Returns:
+      Array ``(batch..., rank, rank)``.
+    """
+    if isinstance(new, Picks):
+        assert isinstance(old, Picks)
+        same = new.rows[..., :, None] == old.rows[..., None, :]
+        return same.astype(plan.wide_dtype)
+    if plan.sketch != "gaussian_raw":
+        return _cross(new, old, plan)
+    inverse = inverse_cholesky(_cross(new, new, plan))
+    # (L L^T)^-1 = L^-T L^-1.
+    whitened = jnp.matmul(inverse, _cross(new, old, plan), precision=_HIGHEST)
+    return jnp.matmul(inverse.mT, whitened, precision=_HIGHEST)
+
+
+def _cross(new: Array, old: Array, plan: LeafPlan) -> Array:
+    """``S' S^T`` of each matrix."""
+
+    def axes(rank: str) -> tuple[Label, ...]:
+        return (*plan.batch, rank, *plan.sketched)
+
+    out = (*plan.batch, "new", "old")
+    return contract(new, axes("new"), old, axes("old"), out, precision=_HIGHEST)
 
 
 @auto_axes(lambda basis, factor, plan: plan.factor_sharding)
 def in_basis(basis: Array, factor: Array, plan: LeafPlan) -> Array:
     """Applies ``change_of_basis`` to a factor-shaped array, dtype kept."""
-    stack = tuple(range(len(plan.batch)))
-    product = lax.dot_general(
-        basis,
-        factor.astype(basis.dtype),
-        (((len(stack) + 1,), (len(stack),)), (stack, stack)),
-        precision=lax.Precision.HIGHEST,
-    )
+    product = contract(
+        basis, (*plan.batch, "new", RANK), factor.astype(basis.dtype), plan.factor_axes,
+        (*plan.batch, "new", *plan.trained), precision=_HIGHEST,
+    )  # fmt: skip
     return product.astype(factor.dtype)

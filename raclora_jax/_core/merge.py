@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from raclora_jax._core.lowrank import Laid, add_lifted
+from raclora_jax._core.lowrank import add_lifted
+from raclora_jax._core.picks import Picks, picked_axes
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.rounding import places_of, settle
-from raclora_jax._core.select import place, runs_of, take
+from raclora_jax._core.select import runs_of
 from raclora_jax._core.sharding import auto_axes, sharding_of
 from raclora_jax._core.types import Drawn, FactorValue, Scalar
 
@@ -33,7 +34,7 @@ def merge_leaf(
     Args:
       weight: Array of ``plan.shape``.
       factor: Array of ``plan.factor_shape``, or both factors.
-      sketch: Array of ``plan.sketch_shape``, or both sketches.
+      sketch: Array of ``plan.sketch_shape``, picks, or both sketches.
       decay: Scalar.
       plan: Plan of the leaf.
       rounding: As in ``Spec``.
@@ -43,11 +44,8 @@ def merge_leaf(
     Returns:
       Array of ``plan.shape`` in the dtype of the weight.
     """
-    if plan.selection is not None and _is_zero(decay):
-        laid, chosen = Laid.of(plan), plan.selection
-        rows = _rows(weight, factor, sketch, key, start, plan, rounding)
-        base = laid.gather(weight)
-        return laid.scatter(place(base, rows, sketch, chosen, laid.axis, laid.batch))
+    if isinstance(sketch, Picks) and _is_zero(decay):
+        return _rows_merged(weight, factor, sketch, plan, rounding, key, start)
     places = None if start is None else _places(weight.shape, start)
     exact = add_lifted(weight, factor, sketch, decay, plan)
     return _settled(exact, weight.dtype, rounding, key, places)
@@ -64,7 +62,7 @@ def moves_slices(plan: LeafPlan, decay: Scalar) -> bool:
 def merge_in_stack(
     stack: Array,
     factor: Array,
-    sketch: Array,
+    sketch: Picks,
     plan: LeafPlan,
     rounding: str,
     key: Array | None,
@@ -76,7 +74,7 @@ def merge_in_stack(
     Args:
       stack: Matrices along the first axis.
       factor: As in ``merge_leaf``, like what follows, for one matrix.
-      sketch: Array.
+      sketch: Its picks.
       plan: Plan of one matrix.
       rounding: As in ``Spec``.
       key: Key for rounding.
@@ -86,12 +84,10 @@ def merge_in_stack(
     Returns:
       The stack.
     """
-    chosen, (axis,) = plan.selection, plan.sketched
-    assert chosen is not None
-    step = _step(factor, plan)
+    (axis,), step = plan.sketched, _as_rows(factor, plan)
     places = _places(plan.shape, start)
     # Each run is read where it is written, so that the stack changes in place.
-    for starts, sizes, own in runs_of(sketch, chosen, axis, plan.shape):
+    for starts, sizes, own in runs_of(sketch.index, sketch.chosen, axis, plan.shape):
         at = [index.astype(jnp.int32), *starts]
         rows = lax.dynamic_slice(stack, at, [1, *sizes])
         positions = lax.dynamic_slice(places, starts, sizes)
@@ -107,25 +103,22 @@ def _is_zero(decay: Scalar) -> bool:
     return not isinstance(decay, jax.core.Tracer) and float(decay) == 0
 
 
-def _rows(
+def _rows_merged(
     weight: Array,
-    factor: FactorValue,
-    sketch: Drawn,
-    key: Array | None,
-    start: Array | None,
+    factor: Array,
+    sketch: Picks,
     plan: LeafPlan,
     rounding: str,
+    key: Array | None,
+    start: Array | None,
 ) -> Array:
-    """The picked rows with the step in them."""
-    laid, chosen = Laid.of(plan), plan.selection
-    assert chosen is not None
+    """The weight with the step in its picked rows, the others as they were."""
+    labels = range(weight.ndim), plan.sketched, plan.batch
     places = _places(weight.shape, start)
-    rows, positions = (
-        take(laid.gather(array), sketch, chosen, laid.axis, laid.batch)
-        for array in (weight, places)
-    )
-    exact = rows.astype(plan.wide_dtype) + _step(factor, plan)
-    return _settled(exact, weight.dtype, rounding, key, positions)
+    rows, positions = (sketch.taken(array, *labels) for array in (weight, places))
+    exact = rows.astype(plan.wide_dtype) + _as_rows(factor, plan)
+    new = _settled(exact, weight.dtype, rounding, key, positions)
+    return sketch.replaced(weight, new, *labels)
 
 
 def _settled(
@@ -140,9 +133,11 @@ def _settled(
     return exact.astype(dtype)
 
 
-def _step(factor: Array, plan: LeafPlan) -> Array:
+def _as_rows(factor: Array, plan: LeafPlan) -> Array:
     """A factor as what is added to the rows that a sketch picks."""
-    return Laid.of(plan).rows((plan.scaling * factor).astype(plan.wide_dtype))
+    names = picked_axes(range(len(plan.shape)), plan.sketched)
+    scaled = (plan.scaling * factor).astype(plan.wide_dtype)
+    return lax.transpose(scaled, [plan.factor_axes.index(name) for name in names])
 
 
 def _places(shape: tuple[int, ...], start: Array | None) -> Array:

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jax.typing import DTypeLike
 
 from raclora_jax._core import paths
-from raclora_jax._core.types import Leaf, PyTree, TreeDef
+from raclora_jax._core.types import RANK, Label, Leaf, PyTree, TreeDef
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -102,7 +102,7 @@ def on_mesh(leaf: jax.ShapeDtypeStruct, mesh: Mesh) -> NamedSharding:
 def inherited(
     sharding: NamedSharding,
     shape: Sequence[int],
-    axes: Sequence[int | None],
+    axes: Sequence[Label],
     *,
     spread: bool = True,
 ) -> Inherited:
@@ -115,7 +115,7 @@ def inherited(
     Args:
       sharding: The leaf's.
       shape: Shape of the array.
-      axes: Which axis of the leaf each of its axes is, ``None`` for the rank.
+      axes: Which axis of the leaf each of its axes is, ``RANK`` for the rank.
       spread: Whether mesh axes of lost axes go anywhere.
 
     Returns:
@@ -123,9 +123,9 @@ def inherited(
     """
     sizes = dict(sharding.mesh.shape)
     leaf = _entries(sharding)
-    kept = [() if a is None or a >= len(leaf) else leaf[a] for a in axes]
+    kept = [leaf[a] if isinstance(a, int) and a < len(leaf) else () for a in axes]
     lost = [names for axis, names in enumerate(leaf) if names and axis not in axes]
-    behind = list(axes).index(None) + 1 if None in axes else len(shape)
+    behind = [*axes].index(RANK) + 1 if RANK in axes else len(shape)
 
     def place(names: tuple[str, ...]) -> bool:
         free_first = sorted(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from raclora_jax._core.picks import Picks
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.sharding import zeros
 from raclora_jax._core.types import Drawn, FactorValue, Leaf
@@ -46,6 +47,11 @@ class BothSketches(NamedTuple):
 def is_both(node: Leaf) -> bool:
     """Whether a node holds something of both sides, for ``is_leaf``."""
     return isinstance(node, BothFactors | BothSketches)
+
+
+def is_drawn(node: Leaf) -> bool:
+    """Whether a node is a sketch of several arrays, or of picks, for ``is_leaf``."""
+    return isinstance(node, BothSketches | Picks)
 
 
 def in_use(factors: BothFactors, is_left: Array) -> BothFactors:
@@ -91,8 +97,8 @@ def of_sketches(plan: LeafPlan, make: Callable[[LeafPlan], Any], is_left: Any) -
 
 
 def shapes(value: Any) -> Any:
-    """The shape of an array, or the shapes of both."""
-    return jax.tree.map(jnp.shape, value)
+    """The shape of an array or of picks, or the shapes of both."""
+    return jax.tree.map(jnp.shape, value, is_leaf=lambda node: isinstance(node, Picks))
 
 
 def factor_shapes(plan: LeafPlan) -> Any:
@@ -115,7 +121,7 @@ def sketch_shardings(plan: LeafPlan) -> Any:
     if plan.sharding is None:
         return None
     everywhere = NamedSharding(plan.sharding.mesh, PartitionSpec())
-    return of_sketches(plan, lambda one: one.sketch_sharding, everywhere)
+    return of_sketches(plan, lambda one: one.as_sketch(one.sketch_sharding), everywhere)
 
 
 def zero_trained(plan: LeafPlan) -> FactorValue:
@@ -131,8 +137,9 @@ def zero_trained(plan: LeafPlan) -> FactorValue:
 def zero_sketch(plan: LeafPlan) -> Drawn:
     """A sketch of zeros, before anything is drawn."""
 
-    def zero(one: LeafPlan) -> Array:
-        return zeros(one.sketch_shape, one.sketch_dtype, one.sketch_sharding)
+    def zero(one: LeafPlan) -> Drawn:
+        array = zeros(one.sketch_shape, one.sketch_dtype, one.sketch_sharding)
+        return one.as_sketch(array)
 
     made: Drawn = of_sketches(plan, zero, jnp.asarray(False))
     return made

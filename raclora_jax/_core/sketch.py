@@ -37,7 +37,7 @@ def draw(data: Array, link: Array | int, plan: LeafPlan) -> Drawn:
     Returns:
       Array of ``plan.sketch_shape`` in ``plan.sketch_dtype``, with
       E[S S^T] = (rank / dim) I, save for ``"gaussian_raw"``, whose entries are N(0, 1);
-      ``BothSketches`` of such arrays where the side is drawn.
+      ``Picks`` of the laws that pick rows; ``BothSketches`` where the side is drawn.
     """
     return draw_all(data, link, (plan,))[plan.path]
 
@@ -70,7 +70,7 @@ def _draw_adapted(
     for one in (one for plan in plans for one in plan.each):
         kind = _Kind(one.sketch, one.rank, one.dim, str(one.sketch_dtype), one.selection)
         groups.setdefault((kind, _lives(one)), []).append(one)
-    drawn: dict[LeafPlan, Array] = {}
+    drawn: dict[LeafPlan, Drawn] = {}
     for (kind, place), members in groups.items():
         sizes = [math.prod(plan.batch_shape) for plan in members]
         words = [
@@ -82,7 +82,7 @@ def _draw_adapted(
         for plan, own in zip(
             members, cut(stack, sizes, jnp.asarray(link) < 0), strict=True
         ):
-            drawn[plan] = _apart(own, plan)
+            drawn[plan] = plan.as_sketch(_apart(own, plan))
 
     def of(plan: LeafPlan) -> Drawn:
         if not plan.sides:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -24,7 +24,12 @@ OptState: TypeAlias = Any
 # ``loss_fn(params, *args)``.
 LossFn: TypeAlias = Callable[..., Any]
 Scalar: TypeAlias = Array | np.ndarray | float
-# A sketch of a leaf: an array, or ``BothSketches`` where the side is drawn.
+# The name of an axis among the axes of several arrays.
+Label: TypeAlias = Hashable
+# That of the axis along which a sketch and its factor are contracted.
+RANK: tuple[()] = ()
+# A sketch of a leaf: an array, or ``Picks`` of a law that picks rows; ``BothSketches``
+# where the side is drawn.
 Drawn: TypeAlias = Any
 # A factor of a leaf: an array, or ``BothFactors`` where the side is drawn.
 FactorValue: TypeAlias = Any

@@ -17,7 +17,8 @@ from raclora_jax._core import paths, rounding
 from raclora_jax._core.factor import check_factor
 from raclora_jax._core.keys import key_data, leaf_key
 from raclora_jax._core.lowrank import lift_leaf
-from raclora_jax._core.plan import LeafPlan, plan_leaves
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_leaves
 from raclora_jax._core.sides import is_both, shapes, sketch_shapes, zero_trained
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec

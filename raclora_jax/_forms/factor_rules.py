@@ -8,7 +8,8 @@ import optax
 
 from raclora_jax._chain.inner import as_rule, knowing, restarted
 from raclora_jax._core import paths
-from raclora_jax._core.plan import LeafPlan, plan_leaves
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_leaves
 from raclora_jax._core.sides import named
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import OptState, PyTree

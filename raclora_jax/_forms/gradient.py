@@ -26,7 +26,8 @@ from raclora_jax._chain.state import (
 )
 from raclora_jax._core import paths
 from raclora_jax._core.factor import Factor
-from raclora_jax._core.plan import LeafPlan, plan_tree
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.sides import in_link, switched, zero_trained
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import FactorValue, Leaf, Leaves, PyTree, TreeDef

@@ -10,8 +10,9 @@ from raclora_jax._core import paths
 from raclora_jax._core.factor import Factor, check_factor, is_factor
 from raclora_jax._core.keys import key_data
 from raclora_jax._core.lowrank import lift_leaf, project_leaf
-from raclora_jax._core.plan import LeafPlan, plan_leaves, plan_tree
-from raclora_jax._core.sides import is_both, shapes, sketch_shapes
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_leaves, plan_tree
+from raclora_jax._core.sides import is_both, is_drawn, shapes, sketch_shapes
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Drawn, KeyLike, Leaf, PyTree
@@ -31,9 +32,9 @@ def sample_sketch(
     Returns:
       The same tree with the sketch ``(batch..., rank, *axes of the sketched side)``
       for each adapted leaf and ``optax.MaskedNode()`` elsewhere. Laws that pick rows give
-      int32: ``"coordinate"`` the rows ``(batch..., rank)``, ``"block"`` a place
-      ``(batch...)``. Where the side is drawn, the sketches ``left`` and ``right``, and
-      ``is_left``, a bool scalar that says which of them the link uses.
+      ``Picks``, whose ``rows`` are int32 ``(batch..., rank)``. Where the side is drawn,
+      the sketches ``left`` and ``right``, and ``is_left``, a bool scalar that says which
+      of them the link uses.
 
     Raises:
       ValueError: If the spec does not fit the tree, or the key is no threefry key.
@@ -143,7 +144,7 @@ def lift(factors: PyTree, sketches: PyTree, params: PyTree, spec: Spec | int) ->
 
 
 def _matched(sketches: PyTree, plans: dict[str, LeafPlan]) -> dict[str, Drawn]:
-    drawn, _ = paths.flatten(sketches, is_leaf=is_both)
+    drawn, _ = paths.flatten(sketches, is_leaf=is_drawn)
     for path, plan in plans.items():
         if plan.mode != "lowrank":
             continue

@@ -11,7 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from raclora_jax._chain.start import tell_lacking
 from raclora_jax._core import paths
-from raclora_jax._core.plan import LeafPlan, plan_tree, with_sharding
+from raclora_jax._core.plan import LeafPlan, with_sharding
+from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.sharding import as_explicit, explicit_mesh, mesh_of, on_mesh
 from raclora_jax._core.sides import of_factors
 from raclora_jax._core.spec import Spec

@@ -14,7 +14,8 @@ import optax
 from raclora_jax._autodiff.stage import abstracted
 from raclora_jax._autodiff.uses import Uses
 from raclora_jax._core import paths
-from raclora_jax._core.plan import LeafPlan, plan_tree
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.sides import named
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaf, PyTree, is_number

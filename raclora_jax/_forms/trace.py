@@ -17,11 +17,8 @@ from raclora_jax._autodiff.uses import Use, Uses, user_level
 from raclora_jax._autodiff.watch import Seen, watch
 from raclora_jax._autodiff.weight import leaf_weight
 from raclora_jax._core import paths
-from raclora_jax._core.plan import (
-    LeafPlan,
-    plan_tree,
-    shape_and_dtype,
-)
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_tree, shape_and_dtype
 from raclora_jax._core.spec import Rule, Spec, check_rules_win, winner
 from raclora_jax._core.types import Leaf, PyTree, is_number
 

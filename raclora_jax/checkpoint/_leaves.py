@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array, lax
 
 from raclora_jax._core import paths
-from raclora_jax._core.plan import shape_and_dtype
+from raclora_jax._core.planning import shape_and_dtype
 from raclora_jax._core.types import Leaf
 
 

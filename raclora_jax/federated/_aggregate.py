@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 from raclora_jax.federated._checks import Expected
 from raclora_jax.federated._messages import (
     LARGEST_COUNT,

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from raclora_jax._core import paths
-from raclora_jax._core.plan import LeafPlan, plan_tree
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_tree
 from raclora_jax.federated._messages import (
     LARGEST_COUNT,
     Arrays,

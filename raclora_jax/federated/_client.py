@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from raclora_jax._core.keys import folded, key_data
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.types import KeyLike, LossFn
 from raclora_jax.federated._batches import reshuffled
 from raclora_jax.federated._checks import check_range

@@ -15,7 +15,7 @@ from jax import Array, lax
 from raclora_jax._chain.inner import as_rule
 from raclora_jax._core import paths, rounding
 from raclora_jax._core.keys import leaf_key
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.types import KeyLike, LossFn, OptState, PyTree
 from raclora_jax._forms.adapter import init_adapter, is_quantised, merge, next_link
 from raclora_jax._forms.factor_rules import planned

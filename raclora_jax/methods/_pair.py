@@ -19,7 +19,8 @@ from raclora_jax._chain.inner import ADAM, as_rule, knowing
 from raclora_jax._core import paths
 from raclora_jax._core.keys import key_data, leaf_key
 from raclora_jax._core.lowrank import formed, lift_leaf
-from raclora_jax._core.plan import LeafPlan, plan_tree
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import KeyLike, LossFn, PyTree

@@ -18,7 +18,8 @@ from jax import Array, lax
 from raclora_jax._chain.inner import as_rule, check_inner, in_bases, knowing
 from raclora_jax._core import paths
 from raclora_jax._core.lowrank import change_of_basis, lift_leaf, project_leaf
-from raclora_jax._core.plan import LeafPlan, plan_tree
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaves, PyTree

@@ -7,7 +7,7 @@ from typing import Any
 import optax
 
 from raclora_jax._chain.state import find_state
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import KeyLike, PyTree
 from raclora_jax._forms import optimizer

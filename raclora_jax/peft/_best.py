@@ -13,7 +13,8 @@ from jax import Array
 
 from raclora_jax._core import paths
 from raclora_jax._core.keys import key_data, leaf_key
-from raclora_jax._core.plan import LeafPlan, plan_tree
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import KeyLike, PyTree
 from raclora_jax.peft._pairs import Adapter, Pair

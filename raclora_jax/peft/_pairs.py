@@ -13,7 +13,8 @@ from jax import Array
 from raclora_jax._core import paths, rounding
 from raclora_jax._core.keys import key_data, leaf_key
 from raclora_jax._core.lowrank import formed
-from raclora_jax._core.plan import LeafPlan, plan_tree
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.sides import in_link
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import KeyLike, PyTree

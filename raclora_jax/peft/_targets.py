@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 
 from raclora_jax._core import paths
-from raclora_jax._core.plan import plan_tree
+from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import PyTree
 

@@ -12,7 +12,8 @@ from jax import Array
 
 from raclora_jax._core import paths
 from raclora_jax._core.keys import leaf_key
-from raclora_jax._core.plan import LeafPlan, plan_leaves
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_leaves
 from raclora_jax._core.spec import Spec, as_spec, kind
 from raclora_jax._core.types import Leaf, PyTree
 from raclora_jax._forms.adapter import (

@@ -11,7 +11,8 @@ from jax import Array
 
 from raclora_jax._core import paths
 from raclora_jax._core.keys import key_data
-from raclora_jax._core.plan import LeafPlan, plan_tree
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import KeyLike, PyTree
 from raclora_jax.theory._numbers import (

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import TypeAlias
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
 from raclora_jax._core.sharding import auto_axes, product_sharding
-
-Label: TypeAlias = Hashable
+from raclora_jax._core.types import Label
 
 
 @auto_axes(

@@ -1,4 +1,8 @@
-"""Picked rows among arrays whose axes have labels."""
+"""A sketch that picks rows, among arrays whose axes have labels.
+
+It stands where a sketch of another law is an array: the contraction of ``S`` with an
+array is ``taken``, that of ``S`` with a factor is ``placed``.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from raclora_jax._autodiff.contraction import Label
 from raclora_jax._core import select
 from raclora_jax._core.select import Selection
 from raclora_jax._core.sharding import auto_axes, product_sharding
+from raclora_jax._core.types import RANK, Label
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +35,11 @@ class Picks:
     chosen: Selection = dataclasses.field(metadata={"static": True})
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """That of ``index``."""
+        return self.index.shape
+
+    @property
     def rows(self) -> Array:
         """The rows picked, int32 ``(batch..., rank)``."""
         return select.rows_of(self.index, self.chosen)
@@ -45,33 +54,27 @@ class Picks:
         names: Sequence[Label],
         side: Sequence[Label],
         stack: Sequence[Label],
-        rank: Label,
-    ) -> tuple[Array, list[Label]]:
-        """``S`` times an array: the labels of the side give way to the rank.
+    ) -> Array:
+        """``S`` times an array, with the axes ``picked_axes(names, side)``.
 
         Args:
           array: Array with one axis per label of ``names``.
           names: Distinct labels, those of ``side`` and ``stack`` among them.
           side: The labels of the sketched side, in order.
           stack: The labels of the axes that stack matrices, in the order of ``index``.
-          rank: The label of the rank.
 
         Returns:
-          The picked rows and their labels.
+          The picked rows.
         """
-        order = beside(names, side)
-        axis = order.index(side[0])
-        end = axis + len(side)
-        left = [*order[:axis], rank, *order[end:]]
-        batch = [left.index(name) for name in stack]
+        left = picked_axes(names, side)
+        axis, batch = left.index(RANK), [left.index(name) for name in stack]
 
         @auto_axes(lambda array, _: product_sharding((array,), (names,), left))
         def rows(array: Array, index: Array) -> Array:
-            array = lax.transpose(array, [names.index(name) for name in order])
-            shape = (*array.shape[:axis], self.chosen.dim, *array.shape[end:])
-            return select.take(array.reshape(shape), index, self.chosen, axis, batch)
+            array = _joined(array, names, side, axis)
+            return select.take(array, index, self.chosen, axis, batch)
 
-        return rows(array, self.index), left
+        return rows(array, self.index)
 
     def placed(
         self,
@@ -79,23 +82,21 @@ class Picks:
         names: Sequence[Label],
         side: Sequence[Label],
         stack: Sequence[Label],
-        rank: Label,
         sizes: Sequence[int],
     ) -> tuple[Array, list[Label]]:
         """The transpose of ``taken``: the rank gives way to the labels of the side.
 
         Args:
           rows: Array with one axis per label of ``names``.
-          names: Distinct labels, ``rank`` and those of ``stack`` among them.
+          names: Distinct labels, ``RANK`` and those of ``stack`` among them.
           side: The labels of the sketched side, in order.
           stack: The labels of the axes that stack matrices, in the order of ``index``.
-          rank: The label of the rank.
           sizes: The sizes of ``side``.
 
         Returns:
           The array, zero where nothing was placed, and its labels.
         """
-        axis = [*names].index(rank)
+        axis = [*names].index(RANK)
         batch = [[*names].index(name) for name in stack]
         made = [*names[:axis], *side, *names[axis + 1 :]]
 
@@ -105,6 +106,33 @@ class Picks:
             return array.reshape(*array.shape[:axis], *sizes, *array.shape[axis + 1 :])
 
         return whole(rows, self.index), made
+
+    def replaced(
+        self,
+        array: Array,
+        rows: Array,
+        names: Sequence[Label],
+        side: Sequence[Label],
+        stack: Sequence[Label],
+    ) -> Array:
+        """An array with other rows where ``taken`` takes them, the rest untouched.
+
+        Args:
+          array: As for ``taken``, like the labels.
+          rows: Array with the axes ``picked_axes(names, side)``.
+          names: Distinct labels.
+          side: The labels of the sketched side, in order.
+          stack: The labels of the axes that stack matrices.
+
+        Returns:
+          The array, changed in place where it is donated.
+        """
+        left, order = picked_axes(names, side), beside(names, side)
+        axis, batch = left.index(RANK), [left.index(name) for name in stack]
+        base = _joined(array, names, side, axis)
+        new = select.place(base, rows, self.index, self.chosen, axis, batch)
+        shape = [array.shape[names.index(name)] for name in order]
+        return lax.transpose(new.reshape(shape), [order.index(name) for name in names])
 
     def taken_by_group(self, x: Array, groups: Array) -> Array:
         """Of every row of ``x`` the columns that its group's sketch picks.
@@ -152,9 +180,24 @@ class Picks:
         return Picks(self.index, Selection(law, rank // runs, size, 1))
 
 
+def picked_axes(names: Sequence[Label], side: Sequence[Label]) -> list[Label]:
+    """The labels of picked rows: the rank where the side, or its first axis, stood."""
+    rest = [name for name in names if name not in side[1:]]
+    return [RANK if name == side[0] else name for name in rest]
+
+
 def beside(names: Sequence[Label], side: Sequence[Label]) -> list[Label]:
     """The labels with those of a side one after the other, where its first stands."""
     first = [*names].index(side[0])
     before = [name for name in names[:first] if name not in side]
     after = [name for name in names[first:] if name not in side]
     return [*before, *side, *after]
+
+
+def _joined(
+    array: Array, names: Sequence[Label], side: Sequence[Label], axis: int
+) -> Array:
+    """An array with the axes of a side as one, at ``axis``: mostly a view of it."""
+    order = beside(names, side)
+    array = lax.transpose(array, [names.index(name) for name in order])
+    return array.reshape(*array.shape[:axis], -1, *array.shape[axis + len(side) :])
