@@ -21,10 +21,10 @@ from raclora_jax._autodiff.axes import Atom, Axis, einsum_parts
 from raclora_jax._autodiff.output import Names, Output, atoms_of, own
 from raclora_jax._autodiff.stage import Eqn
 from raclora_jax._autodiff.weight import Operand, Weight, told_apart
-from raclora_jax._core.contraction import Label, contract
+from raclora_jax._core.contraction import contract
 from raclora_jax._core.picks import Picks
 from raclora_jax._core.sharding import auto_axes, product_sharding
-from raclora_jax._core.types import RANK
+from raclora_jax._core.types import RANK, Label
 
 
 def dot_general(eqn: Eqn, left: Operand, right: Operand) -> Array | None:
@@ -115,6 +115,9 @@ def _product(
     ):
         sizes |= dict(zip(names, array.shape, strict=True))
     sketch_first, between = _order(weight, x_names, out.names, sizes)
+    # x (tokens, in), W (in, out), y (tokens, out). A sketch of the rows, S (r, in), meets
+    # x: between is (tokens, r), and F (r, out). One of the columns, S (r, out), meets the
+    # cotangent: F is (r, in), and between (tokens, r) comes from x . F or dy . S.
     inputs = x, sketch.astype(x.dtype)
 
     def sketched(inputs: tuple[Array, Array]) -> Array:
@@ -186,6 +189,9 @@ def conv_general_dilated(eqn: Eqn, x: Operand, weight: Operand) -> Array | None:
     y: Array = eqn.primitive.bind(x, weight.array, **params)
     if weight.sketch is None or weight.factor is None:
         return y
+    # x (n, h, w, in), W (kh, kw, in, out), y (n, h, w, out). A sketch of the rows,
+    # S (r, kh, kw, in), is a kernel of r features; so is a factor F (r, kh, kw, in) of
+    # one of the columns, S (r, out).
     y_axes = [own(axis, size) for axis, size in enumerate(y.shape)]
     thin_names = [RANK if i == place else a.atom for i, (a,) in enumerate(y_axes)]
     y_axes[place] = weight.axes[features]
@@ -247,6 +253,9 @@ def gather(eqn: Eqn, weight: Operand, indices: Operand) -> Array | None:
     )
     if in_sketch == in_factor:
         return None
+    # W (vocabulary, width), indices (batch, length, 1), y (batch, length, width). The
+    # array that has the vocabulary, S (r, vocabulary) or F (r, vocabulary), is looked up
+    # as the leaf is; the other one, (r, width), meets what was found, (batch, length, r).
     lead = [own(place, size) for place, size in enumerate(indices.shape[:-1])]
     kept = [
         () if i == axis else parts
@@ -314,10 +323,14 @@ def ragged_dot_general(
     y = ragged(x, weight.array, groups)
     if weight.sketch is None or weight.factor is None:
         return y
+    # x (tokens, in), W (groups, in, out), y (tokens, out); S (groups, r, in) with
+    # F (groups, r, out), or S (groups, r, out) with F (groups, r, in). ``thin`` are the
+    # axes of a stack (groups, in, r), ``wide`` those of one (groups, r, out).
     if len(stack) != 1 or weight.side not in (summed, free):
         weight = weight.formed()
     s_names, f_names = weight.sketch_axes, weight.factor_axes
-    thin, wide = (stack, summed, [RANK]), (stack, [RANK], free)
+    rank: list[Atom] = [RANK]
+    thin, wide = (stack, summed, rank), (stack, rank, free)
 
     def stacked(array: Array, names: Names, axes: Sequence[list[Atom]]) -> Array:
         """A factor as a stack of matrices, its parts merged as those of the base are."""

@@ -49,6 +49,9 @@ def evaluate(program: Program, arguments: Sequence[Value]) -> list[Value]:
     jaxpr, closed_over = body_of(program), getattr(program, "consts", ())
     inputs = [*jaxpr.constvars, *jaxpr.invars]
     env: dict[jex.Var, Value] = dict(zip(inputs, [*closed_over, *arguments], strict=True))
+    # Equations that no leaf reaches run together, as one jitted program: bound one by one
+    # they would cost a trace each, and a custom rule of the model's own, such as a
+    # ``custom_vjp``, would lose what JAX knows of it as a whole.
     waiting: list[Eqn] = []
     last_read = _last_reads(jaxpr)
 

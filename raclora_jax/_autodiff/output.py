@@ -10,8 +10,8 @@ from jax import Array, lax
 
 from raclora_jax._autodiff.attach import Map
 from raclora_jax._autodiff.axes import Atom, Axis, Part
-from raclora_jax._core.contraction import Label, contract
-from raclora_jax._core.types import widened
+from raclora_jax._core.contraction import contract
+from raclora_jax._core.types import Label, widened
 
 Names: TypeAlias = Sequence[Label]
 

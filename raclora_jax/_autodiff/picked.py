@@ -17,9 +17,9 @@ from raclora_jax._autodiff.output import Names, Output, atoms_of
 from raclora_jax._autodiff.stage import Eqn
 from raclora_jax._autodiff.weight import Weight
 from raclora_jax._core import select
-from raclora_jax._core.contraction import Label, contract
+from raclora_jax._core.contraction import contract
 from raclora_jax._core.picks import Picks, picked_axes
-from raclora_jax._core.types import RANK
+from raclora_jax._core.types import RANK, Label
 
 
 def product(

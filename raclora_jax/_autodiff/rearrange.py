@@ -33,6 +33,10 @@ def reshape(eqn: Eqn, weight: Weight) -> Weight | None:
     shape = eqn.params["new_sizes"]
     if eqn.params["dimensions"] is not None:
         return None
+    # Parts are taken in order, each new axis as many as its size needs. With the axes
+    # a:6 | b:4 and the shape (2, 12): 2 does not hold a:6, which is split into a0:2 and
+    # a1:3; the next axis takes a1:3 and b:4. The shape (4, 6) has none: 4 would take a0:2
+    # and two thirds of a1, so the leaf is formed.
     parts = [part for axis in weight.axes for part in axis]
     axes: list[Axis] = []
     for size in shape:

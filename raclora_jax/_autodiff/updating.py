@@ -24,7 +24,7 @@ from raclora_jax._autodiff.uses import Uses
 from raclora_jax._autodiff.weight import Weight, leaf_weight
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.sides import zero_trained
-from raclora_jax._core.types import PyTree, TreeDef
+from raclora_jax._core.types import Drawn, PyTree, TreeDef
 
 
 class Mover(Protocol):
@@ -49,7 +49,7 @@ class Mover(Protocol):
         """By what the slices of several leaves move, if allowed."""
 
     def put(
-        self, held: PyTree, moved: PyTree, sketch: Array, known: PyTree, index: Array
+        self, held: PyTree, moved: PyTree, sketch: Drawn, known: PyTree, index: Array
     ) -> PyTree:
         """What is held of the leaf, with one slice after its step."""
 
@@ -70,7 +70,7 @@ class Moving:
 
     held: PyTree
     weight: Array
-    sketch: Array
+    sketch: Drawn
     known: PyTree
     mover: Mover = dataclasses.field(metadata={"static": True})
 
@@ -131,7 +131,9 @@ def _updating(
     uses = next(x.leaf.uses for x in xs if is_moving(x))
     places = [is_moving(x) for x in xs]
     movers = [m.mover for m in moving]
-    own = _Scan(step, movers, places, const_tree, slice_tree, uses, params)
+    sketch_tree = jax.tree.structure([m.sketch for m in moving])
+    trees = const_tree, slice_tree, sketch_tree
+    own = _Scan(step, movers, places, *trees, uses, params)
     updating = jax.custom_vjp(own.run)
     updating.defvjp(own.forward, own.backward, symbolic_zeros=True)
     fixed = [dataclasses.replace(m, held=None) for m in moving]
@@ -154,6 +156,7 @@ class _Scan:
       places: Which of the things run over are such leaves.
       const_tree: The tree of what every round reads.
       slice_tree: The tree of what is run over besides.
+      sketch_tree: The tree of the sketches of the leaves that move.
       uses: Where the uses of leaves are written down.
       params: Parameters of the scan.
     """
@@ -163,12 +166,14 @@ class _Scan:
     places: list[bool]
     const_tree: TreeDef
     slice_tree: TreeDef
+    sketch_tree: TreeDef
     uses: Uses
     params: dict[str, Any]
 
     def round_of(self, inputs: Inputs, factors: Arrays) -> tuple[Arrays, Arrays]:
         """One round, with a factor for each leaf that moves."""
-        moving = zip(self.movers, inputs.weights, inputs.sketches, factors, strict=True)
+        sketches = self.sketch_tree.unflatten(inputs.sketches)
+        moving = zip(self.movers, inputs.weights, sketches, factors, strict=True)
         leaves = iter(
             leaf_weight(weight, mover.plan, self.uses, sketch, factor)
             for mover, weight, sketch, factor in moving
@@ -209,6 +214,8 @@ class _Scan:
 
     def forward(self, *primals: PyTree) -> tuple[PyTree, PyTree]:
         """The scan, and what its backward pass needs."""
+        # One round is taken apart, not the scan: JAX's own transpose of a scan sums the
+        # cotangent of everything it closes over, which the weights of all rounds are.
         given = jax.tree.map(lambda p: p.perturbed, primals, is_leaf=_is_primal)
         values = jax.tree.map(lambda p: p.value, primals, is_leaf=_is_primal)
         _, fixed, consts, state, slices = values
@@ -233,6 +240,10 @@ class _Scan:
         allowed, common = _array(allowed) > 0, [m.known for m in fixed]
 
         def one(carry: PyTree, at: PyTree) -> tuple[PyTree, Arrays]:
+            # above: the cotangents of a round's new state, from the round behind it;
+            # below: those of the state it began with. sums: of what every round reads.
+            # held: the leaves that move, (layers, ...), those behind this one after
+            # their step.
             above, sums, held = carry
             index, slices, sketches, kept, ys = at
             now = [_at(tree, index) for tree in held]
@@ -242,8 +253,10 @@ class _Scan:
             beside = [ys[i] if i in ys else _blank(blank[i]) for i in body.outputs]
             below, to_consts, to_slices, gradients = back((above, beside))
             moved = self.movers[0].together(self.movers, now, common, gradients, allowed)
+            # The cotangent that goes on was made with the old weights: known first.
             place = _behind(index, self.params["length"], below)
-            steps = zip(self.movers, held, moved, sketches, common, strict=True)
+            drawn = self.sketch_tree.unflatten(sketches)
+            steps = zip(self.movers, held, moved, drawn, common, strict=True)
             held = [m.put(old, new, s, k, place) for m, old, new, s, k in steps]
             sums = jax.tree.map(jnp.add, sums, to_consts)
             return (below, sums, held), to_slices
@@ -254,7 +267,7 @@ class _Scan:
             held,
         )
         indices = jnp.arange(self.params["length"])
-        over = indices, slices, [m.sketch for m in fixed], kept, given
+        over = indices, slices, _sketches(fixed), kept, given
         params = self.params | {"reverse": not self.params["reverse"]}
         (first, sums, held), to_slices = lax.scan(one, start, over, **params)
         return (
@@ -267,7 +280,12 @@ class _Scan:
 
 
 def _over(slices: Arrays, fixed: list[Moving]) -> Over:
-    return slices, [m.weight for m in fixed], [m.sketch for m in fixed]
+    return slices, [m.weight for m in fixed], _sketches(fixed)
+
+
+def _sketches(fixed: list[Moving]) -> Arrays:
+    """The sketches as flat arrays: one that picks rows is a node with one in it."""
+    return jax.tree.leaves([m.sketch for m in fixed])
 
 
 def _is_primal(node: Any) -> bool:

@@ -78,12 +78,16 @@ def _apply(eqn: Eqn, operands: list[Value]) -> list[Value]:
         return operands
     if name in _CALLS:
         return _CALLS[name](eqn, operands)
+    # Three questions. Does the operation keep the leaf's axes, so that it can be followed
+    # on? Does it sum over any, so that losing them loses the view? And is data in it, so
+    # that what comes out is an activation, whose uses say nothing of the leaf?
     sums = name not in _QUIET and not _is_map(eqn)
     lost = _union(v.lost for v in operands if v is not None)
     kept: list[list[Weight]] = [[] for _ in eqn.outvars]
     for place, value in enumerate(operands):
         for member in value.members if value is not None else ():
             made = _by_rule(eqn, place, member)
+            # Without data it may still be a matrix: W / |W|, W + 1, a mean over taps.
             if made is None and not data:
                 made = _by_shape(eqn, member)
             if made is None and (sums or not data):

@@ -97,7 +97,11 @@ def keeping_boxes(update: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _arrays(plan: LeafPlan, box: Any) -> Iterator[tuple[str, str, Boxed]]:
-    """Where in a state a leaf has arrays, under which name, and what they may be."""
+    """Where in a state a leaf has arrays, under which name, and what they may be.
+
+    What an inner rule keeps for a leaf is known by its shape alone: of the factor's
+    (moments), or of the factor's without the rank (a second moment for each column).
+    """
     leaf = (*_names(box), *(None for _ in plan.shape[len(_names(box)) :]))
     if plan.mode == "frozen":
         return

@@ -26,7 +26,8 @@ ADAM = optax.scale_by_adam()
 # change of basis carries them over.
 _FIRST_MOMENTS = ("mu", "trace", "momentum")
 
-# What a rule is tried on before it is used.
+# What a rule is tried on before it is used: a factor (2, 2), since rules such as
+# ``orthogonal`` know matrices, of a plan like those they will be handed.
 PROBE = LeafPlan(
     path="probe",
     shape=(4, 2),
@@ -133,6 +134,10 @@ def emitted(before: OptState, after: OptState) -> Array:
 
 def together(moved: PyTree, old: OptState, new: OptState) -> tuple[PyTree, OptState]:
     """Lets no group step where ``MultiSteps`` skipped a mini-step of another.
+
+    Factors and dense leaves have an inner state each. With one gradient that is not
+    finite, ``should_skip_update_fn`` skips its own group alone: the groups would then
+    emit at different mini-steps for the rest of the run.
 
     Args:
       moved: ``{group: directions}``.

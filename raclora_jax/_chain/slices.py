@@ -21,7 +21,7 @@ from raclora_jax._core import paths
 from raclora_jax._core.lowrank import lift_leaf
 from raclora_jax._core.merge import merge_in_stack, merge_leaf, moves_slices
 from raclora_jax._core.plan import LeafPlan
-from raclora_jax._core.types import OptState
+from raclora_jax._core.types import Drawn, OptState
 
 
 class Held(NamedTuple):
@@ -202,7 +202,7 @@ class Slice:
         return Moved(value, decay, inner, skipped)
 
     def put(
-        self, held: Held, moved: Moved, sketch: Array, known: Known, index: Array
+        self, held: Held, moved: Moved, sketch: Drawn, known: Known, index: Array
     ) -> Held:
         """What is held of the leaf, with one slice after its step.
 

@@ -60,7 +60,8 @@ class RacLoraState(NamedTuple):
       count: int32 scalar, updates emitted so far.
       link: int32 scalar, the link of the last update.
       step_in_link: int32 scalar, updates emitted in that link.
-      law: uint32 scalar, which distributions the sketches of that link came from.
+      law: uint32 scalar, which laws the sketches of that link came from. A run that is
+        resumed under another law cannot draw them again, and must know it.
       key_data: uint32 of shape (2,), all the randomness there is.
       inner_state: ``InnerStates`` of the inner rule.
       sketches: ``SketchCache``; it holds no values under ``Spec(cache=False)``.

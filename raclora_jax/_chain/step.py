@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -12,7 +11,6 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from raclora_jax._chain.boxes import boxed, boxes_of
 from raclora_jax._chain.clip import clipped
 from raclora_jax._chain.inner import (
     ADAM,
@@ -25,7 +23,7 @@ from raclora_jax._chain.inner import (
     same_type,
     together,
 )
-from raclora_jax._chain.start import tell_lacking
+from raclora_jax._chain.start import Start, by_name
 from raclora_jax._chain.state import (
     InnerStates,
     Now,
@@ -33,35 +31,23 @@ from raclora_jax._chain.state import (
     RacLoraState,
     SketchCache,
     adapted_plans,
-    check_values,
     law_of,
     plan_gradients,
     sketches_now,
 )
-from raclora_jax._core import paths, rounding
+from raclora_jax._core import paths
 from raclora_jax._core.factor import is_factor
-from raclora_jax._core.keys import key_data
 from raclora_jax._core.lowrank import (
     change_of_basis,
-    lift_leaf,
     project_leaf,
 )
-from raclora_jax._core.plan import LeafPlan, with_sharding
-from raclora_jax._core.planning import plan_tree
-from raclora_jax._core.sharding import (
-    as_explicit,
-    explicit_mesh,
-    mesh_of,
-    on_mesh,
-    zeros,
-)
-from raclora_jax._core.sides import apart, joined, named, zero_sketch
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.sides import apart, joined
 from raclora_jax._core.sketch import draw_all
-from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.spec import as_spec
 from raclora_jax._core.types import (
     Drawn,
     FactorValue,
-    KeyLike,
     Leaves,
     Moments,
     OptState,
@@ -84,12 +70,6 @@ class Step(NamedTuple):
     directions: dict[str, FactorValue]
     emitted: Array
 
-    def lifted(self, path: str, value: FactorValue) -> Array:
-        """A leaf-shaped delta, whichever way the leaf is trained."""
-        if self.plans[path].mode == "dense":
-            return value
-        return lift_leaf(value, self.sketches[path], self.plans[path])
-
     @property
     def trained(self) -> Leaves:
         """The gradients of the leaves that are trained."""
@@ -103,20 +83,14 @@ class Step(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """Everything static about a run, and what both transformations do with it.
+class Run(Start):
+    """Everything static about a run: how it starts, and how it goes on.
 
     Args:
-      spec: The spec.
-      inner: The rule, as the user gave it.
       moments: What a new link does to them: ``"reset"``, ``"keep"`` or ``"transport"``.
-      masters: Whether weights below float32 have a float32 copy in the state.
     """
 
-    spec: Spec
-    inner: optax.GradientTransformation
     moments: Moments
-    masters: bool
 
     @classmethod
     def of(cls, spec: Any, inner: Any, moments: Moments, *, steps_weights: bool) -> Run:
@@ -129,65 +103,8 @@ class Run:
             inner = ADAM
         else:
             check_inner(inner)
-        return cls(spec, inner, moments, steps_weights and spec.rounding == "master")
-
-    def init(self, key: KeyLike, params: PyTree) -> RacLoraState:
-        """The state before the first update."""
-        if isinstance(params, _placeholder_type()):
-            # optax.tree.map_params asks which parts mirror the params: none do.
-            none: Any = [jnp.zeros((), jnp.int32) for _ in RacLoraState._fields]
-            return RacLoraState(*none)
-        plans = plan_tree(self.spec, params)
-        leaves, _ = paths.flatten(params)
-        master = self._master_copy(plans, leaves)
-        every, data = tuple(plans.values()), key_data(key)
-        boxes = boxes_of(params)
-        state = self._placed(every, data, master)
-        return boxed(state, plans, boxes) if boxes else state
-
-    def _placed(
-        self, plans: Plans, data: Array, master: dict[str, Array]
-    ) -> RacLoraState:
-        """``_init``, with every array where it will live."""
-        tell_lacking(plans)
-        if mesh_of({plan.path: plan.sharding for plan in plans}) is None:
-            return self._init(data, plans, master)
-        return self._born(plans)(data, master)
-
-    @functools.lru_cache(maxsize=64)  # noqa: B019, a run is a value
-    def _born(self, plans: Plans) -> Callable[..., RacLoraState]:
-        """``_init`` compiled for the mesh that the leaves are on."""
-        mesh = mesh_of({plan.path: plan.sharding for plan in plans})
-        assert mesh is not None
-        said = [with_sharding(p, p.sharding and as_explicit(p.sharding)) for p in plans]
-        with jax.sharding.use_abstract_mesh(explicit_mesh(mesh)):
-            shapes = self._abstract(tuple(said))
-        out = jax.tree.map(lambda leaf: on_mesh(leaf, mesh), shapes)
-        bare = tuple(with_sharding(plan, None) for plan in plans)
-        return jax.jit(
-            lambda data, master: self._init(data, bare, master), out_shardings=out
-        )
-
-    # Not compiled without need: a program of ten thousand zeros compiles for minutes.
-    def _init(self, data: Array, plans: Plans, master: dict[str, Array]) -> RacLoraState:
-        values = {
-            plan.path: zero_sketch(plan)
-            for plan in plans
-            if plan.adapted and self.spec.cache
-        }
-        lowrank, dense = (self.inner_init(plans, mode) for mode in ("lowrank", "dense"))
-        return RacLoraState(
-            count=jnp.zeros((), jnp.int32),
-            link=jnp.zeros((), jnp.int32),
-            step_in_link=jnp.zeros((), jnp.int32),
-            law=law_of(adapted_plans(plans)),
-            key_data=jnp.array(data),  # a copy: states are donated
-            inner_state=InnerStates(lowrank, dense),
-            # Nothing is drawn yet: the first door finds the cache stale.
-            sketches=SketchCache(jnp.full((), -1, jnp.int32), values),
-            master=master,
-            skipped=jnp.zeros((), jnp.int32),
-        )
+        masters = steps_weights and spec.rounding == "master"
+        return cls(spec=spec, inner=inner, masters=masters, moments=moments)
 
     def step(
         self,
@@ -203,7 +120,7 @@ class Run:
         state, sketches = self.entered(state, plans)
         groups = self._grouped(grads, plans, sketches)
         if clip_norm is not None:
-            groups = clipped(groups, _named(plans.values()), clip_norm)
+            groups = clipped(groups, by_name(plans.values()), clip_norm)
         directions, inner, went = self.directions(groups, state.inner_state, plans, extra)
         state = self.counted(state._replace(inner_state=inner), went)
         return Step(state, plans, grads, treedef, sketches, directions, went)
@@ -212,7 +129,7 @@ class Run:
         self, state: RacLoraState, plans: dict[str, LeafPlan]
     ) -> tuple[RacLoraState, dict[str, Drawn]]:
         """The state as the link of the next update finds it, and that link's sketches."""
-        self._check(state, tuple(plans.values()))
+        self.check(state, tuple(plans.values()))
         now = sketches_now(state, plans.values(), self.spec)
         return self._entered(state, now, adapted_plans(plans.values())), now.sketches
 
@@ -248,8 +165,10 @@ class Run:
         extra: Leaves,
     ) -> tuple[dict[str, FactorValue], InnerStates, Array]:
         """One step of the inner rule on each group that has leaves."""
+        # Plans go two ways: ``knowing`` for rules behind a wrapper that drops extra
+        # arguments, ``plans=`` for a rule under ``vmap`` or a thread of its own.
         rule = as_rule(self.inner).update
-        all_named = _named(plans.values())
+        all_named = by_name(plans.values())
         names = [name for name, group in groups.items() if group]
         old = {name: getattr(inner_state, name) for name in names}
         moved, new = {}, {}
@@ -276,6 +195,8 @@ class Run:
     @functools.partial(jax.jit, static_argnums=(0, 3))
     def _entered(self, state: RacLoraState, now: Now, plans: Plans) -> RacLoraState:
         """The state as the link of the next update finds it."""
+        # A select and no branch for a restart: zeros are cheap, and a conditional would
+        # hold moments of both outcomes at once. Re-expressing them is not cheap.
         old = state.inner_state.lowrank
         inner, cache = old, state.sketches
         if self.moments == "reset":
@@ -309,7 +230,7 @@ class Run:
         if self.spec.cache:
             kept = state.sketches.link == state.link
             before = lax.cond(kept, lambda: state.sketches.values, drawn)
-        adapted = _named(plans)
+        adapted = by_name(plans)
         new, old = (
             {n: s for plan in plans for n, s in apart(plan, kept[plan.path]).items()}
             for kept in (now.sketches, before)
@@ -321,93 +242,6 @@ class Run:
 
         return in_bases(state.inner_state.lowrank, bases, adapted)
 
-    def inner_init(self, plans: Plans, mode: str) -> OptState:
-        own = _named(plan for plan in plans if plan.mode == mode)
-        start = {
-            path: zeros(plan.trained_shape, plan.wide_dtype, plan.trained_sharding)
-            for path, plan in own.items()
-        }
-        with knowing(own):
-            return jax.tree.map(jnp.asarray, self.inner.init(start))
-
-    def _check(self, state: RacLoraState, plans: Plans) -> None:
-        """Refuses a state that was made for other leaves or another spec."""
-        bare = tuple(with_sharding(plan, None) for plan in plans)
-        want, got = self._expected(bare), _types(state)
-        for where in [*want, *got]:
-            if want.get(where) != got.get(where):
-                raise ValueError(
-                    f"the RAC-LoRA state does not fit this model and spec: at {where} "
-                    f"expected {want.get(where, 'nothing')}, got "
-                    f"{got.get(where, 'nothing')}; restore it with the spec it was "
-                    "written with, or start a new one with tx.init(params)"
-                )
-        check_values(state)
-
-    @functools.lru_cache(maxsize=64)  # noqa: B019, a run is a value
-    def _expected(self, plans: Plans) -> dict[str, str]:
-        return _types(self._abstract(plans))
-
-    def _abstract(self, plans: Plans) -> RacLoraState:
-        """The state before the first update, as shapes."""
-        data = jax.ShapeDtypeStruct((2,), jnp.uint32)
-        master = {
-            plan.path: jax.ShapeDtypeStruct(
-                plan.shape, plan.wide_dtype, sharding=plan.sharding
-            )
-            for plan in plans
-            if self._has_master(plan)
-        }
-        shapes: RacLoraState = jax.eval_shape(
-            lambda *args: self._init(args[0], plans, args[1]), data, master
-        )
-        return shapes
-
-    def _has_master(self, plan: LeafPlan) -> bool:
-        """Whether the state holds a float32 copy of this leaf."""
-        return self.masters and plan.mode != "frozen" and rounding.is_low(plan.dtype)
-
-    def _master_copy(
-        self, plans: dict[str, LeafPlan], leaves: Leaves
-    ) -> dict[str, Array]:
-        """The float32 copies a run starts with."""
-        copies = {}
-        for path, plan in plans.items():
-            if not self._has_master(plan):
-                continue
-            if isinstance(leaves[path], jax.ShapeDtypeStruct):
-                raise TypeError(
-                    f"leaf {paths.show(path)} is abstract, but rounding='master' copies "
-                    "the weights; use jax.eval_shape(tx.init, params)"
-                )
-            copies[path] = jnp.asarray(leaves[path], plan.wide_dtype)
-        return copies
-
-
-def _named(plans: Iterable[LeafPlan]) -> dict[str, LeafPlan]:
-    """The plans of what the inner rule sees, by the names it sees them under."""
-    return {name: one for plan in plans for name, one in named(plan).items()}
-
 
 def _select(chosen: Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda n, o: jnp.where(chosen, same_type(n, o), o), new, old)
-
-
-def _types(tree: PyTree) -> dict[str, str]:
-    return {
-        jax.tree_util.keystr(path): f"{jnp.result_type(leaf)} of shape {jnp.shape(leaf)}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-@functools.cache
-def _placeholder_type() -> type:
-    """The type optax.tree.map_params calls ``init`` with, asked of itself."""
-    seen: list[type] = []
-
-    def init(params: PyTree) -> tuple[()]:
-        seen.append(type(params))
-        return ()
-
-    optax.tree.map_params(init, None, ())
-    return seen[0]

@@ -250,7 +250,8 @@ def change_of_basis(new: Array | Picks, old: Array | Picks, plan: LeafPlan) -> A
     Returns:
       Array ``(batch..., rank, rank)``.
     """
-    if isinstance(new, Picks):
+    if isinstance(new, Picks) or isinstance(old, Picks):
+        assert isinstance(new, Picks)
         assert isinstance(old, Picks)
         same = new.rows[..., :, None] == old.rows[..., None, :]
         return same.astype(plan.wide_dtype)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jax import Array, lax
 from jax.typing import DTypeLike
 
 from raclora_jax._core import select
+from raclora_jax._core.saved import tell_flax
 from raclora_jax._core.select import Selection
 from raclora_jax._core.sharding import auto_axes, product_sharding
 from raclora_jax._core.types import RANK, Label
@@ -33,6 +35,12 @@ class Picks:
 
     index: Array
     chosen: Selection = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, index: Any, chosen: Selection) -> Picks:
+        """Picks of an array, or of what stands for one."""
+        tell_flax(cls, "index")
+        return cls(index, chosen)
 
     @property
     def shape(self) -> tuple[int, ...]:

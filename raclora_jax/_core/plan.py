@@ -149,7 +149,7 @@ class LeafPlan:
 
     def as_sketch(self, array: Any) -> Any:
         """An array, or what stands for one, as what a sketch of this leaf is."""
-        return array if self.selection is None else Picks(array, self.selection)
+        return array if self.selection is None else Picks.of(array, self.selection)
 
     @property
     def sketch_dtype(self) -> jnp.dtype:

@@ -24,7 +24,8 @@ from jax.typing import DTypeLike
 from raclora_jax._core.sharding import auto_axes, without_axis
 
 LAWS = ("block", "coordinate")
-# Shorter runs than this are not worth their place on a mesh.
+# More runs keep a block local on more shards, and cost a slice each. A run below the
+# eight rows of a tile of a TPU's registers is not worth its place.
 _SHORTEST, _MOST = 8, 8
 
 

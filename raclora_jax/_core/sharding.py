@@ -110,7 +110,14 @@ def inherited(
 
     It keeps the leaf's mesh axes. Those of the axes that it lost go, as they stand
     together or else one by one, to a free axis behind the rank that they divide, the
-    longest first; and to one that is sharded already where none is free.
+    longest first; and to one that is sharded already where none is free. On a mesh of
+    fsdp=4, tp=2 the factor (8, n) of a leaf whose rows are sketched is ::
+
+        leaf (512, 640)    spec               factor       its spec
+        rows on fsdp       ("fsdp", "tp")     (8, 640)     (None, ("tp", "fsdp"))
+        columns on fsdp    (None, "fsdp")     (8, 640)     (None, "fsdp")
+        rows on both       (("fsdp", "tp"),)  (8, 640)     (None, ("fsdp", "tp"))
+        leaf (512, 642)    ("fsdp", None)     (8, 642)     (None, None), lacking fsdp
 
     Args:
       sharding: The leaf's.

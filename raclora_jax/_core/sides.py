@@ -93,7 +93,10 @@ def of_factors(plan: LeafPlan, make: Callable[[LeafPlan], Any]) -> Any:
 
 def of_sketches(plan: LeafPlan, make: Callable[[LeafPlan], Any], is_left: Any) -> Any:
     """``of_factors`` for sketches, with what stands for ``is_left`` of two."""
-    return BothSketches(*map(make, plan.sides), is_left) if plan.sides else make(plan)
+    if not plan.sides:
+        return make(plan)
+    left, right = map(make, plan.sides)
+    return BothSketches(left, right, is_left)
 
 
 def shapes(value: Any) -> Any:
@@ -164,6 +167,8 @@ def switched(
     Returns:
       What ``one`` gave.
     """
+    # One branch for a whole case, not one for each leaf: a conditional that is entered a
+    # hundred times keeps the compiler from fusing across it.
     by_chance = {float(plan.side): path for path, plan in plans.items() if plan.sides}
     if not by_chance:
         return one(dict(plans), dict(sketches))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -17,8 +17,10 @@ from raclora_jax._core import paths, rounding
 from raclora_jax._core.factor import check_factor
 from raclora_jax._core.keys import key_data, leaf_key
 from raclora_jax._core.lowrank import lift_leaf
+from raclora_jax._core.merge import merge_leaf
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.planning import plan_leaves
+from raclora_jax._core.saved import tell_flax
 from raclora_jax._core.sides import is_both, shapes, sketch_shapes, zero_trained
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec
@@ -36,21 +38,8 @@ class Stamps:
     @classmethod
     def of(cls, plans: dict[str, LeafPlan]) -> Stamps:
         """The stamps of the adapted leaves."""
-        _tell_flax()
+        tell_flax(cls)
         return cls(tuple((p, plan.stamp) for p, plan in plans.items() if plan.adapted))
-
-
-def _tell_flax() -> None:
-    """Lets ``flax.serialization`` save a chain, in a program that has imported it.
-
-    Stamps hold no array: a state dict has nothing of them, and a restored chain takes
-    those of its template.
-    """
-    serialization = sys.modules.get("flax.serialization")
-    if serialization is not None:
-        serialization.register_serialization_state(
-            Stamps, lambda stamps: {}, lambda stamps, saved: stamps, override=True
-        )
 
 
 class AdapterChain(NamedTuple):
@@ -178,13 +167,7 @@ def merge(
       True
     """
     spec = as_spec(spec)
-    return summed(
-        base_params,
-        factors,
-        chain,
-        spec,
-        lambda plan, exact: settled(plan, exact, chain, spec),
-    )
+    return _merged(matched(base_params, factors, chain, spec), chain, spec)
 
 
 def next_link(
@@ -213,27 +196,50 @@ def next_link(
       1
     """
     spec = as_spec(spec)
-    return merge(base_params, factors, chain, spec), *begun(
-        base_params, factors, chain, spec
-    )
+    found = matched(base_params, factors, chain, spec)
+    merged = _merged(found, chain, spec)
+    return merged, *begun(found.plans, factors, chain, spec)
+
+
+def _merged(found: Matched, chain: AdapterChain, spec: Spec) -> PyTree:
+    sketches = sketches_of(chain, found.plans)
+    _check_sums(found)
+    still = np.zeros(())
+
+    def one(path: str, weight: Leaf) -> Leaf:
+        plan = found.plans[path]
+        if plan.mode == "frozen":
+            return weight
+        if plan.adapted:
+            key = _merge_key(plan, chain) if rounding.is_low(plan.dtype) else None
+            whole = found.values[path], sketches[path], still, plan
+            return merge_leaf(jnp.asarray(weight), *whole, spec.rounding, key)
+        exact = jnp.asarray(weight, plan.wide_dtype) + found.values[path]
+        return settled(plan, exact, chain, spec)
+
+    return paths.unflatten(found.treedef, {p: one(p, w) for p, w in found.leaves.items()})
 
 
 def begun(
-    base_params: PyTree, factors: PyTree, chain: AdapterChain, spec: Spec
+    plans: dict[str, LeafPlan], factors: PyTree, chain: AdapterChain, spec: Spec
 ) -> tuple[Any, AdapterChain]:
     """Factors at zero, and the chain at its next link."""
-    leaves, _ = paths.flatten(base_params, is_leaf=is_quantised)
     link = next_of(chain.link)
-    sketches = _cached(spec, chain.key_data, link, plan_leaves(spec, leaves))
+    sketches = _cached(spec, chain.key_data, link, plans)
     zeros = jax.tree.map(jnp.zeros_like, factors)
     return zeros, chain._replace(link=link, sketches=sketches)
 
 
 def settled(plan: LeafPlan, exact: Array, chain: AdapterChain, spec: Spec) -> Array:
     """A sum brought to the dtype of its weight, as the spec says."""
-    key = leaf_key(chain.key_data, "merge", plan.path)
-    key = jax.random.fold_in(key, chain.link)
+    key = _merge_key(plan, chain)
     return rounding.settle(exact, plan.dtype, spec.rounding, key).astype(plan.dtype)
+
+
+def _merge_key(plan: LeafPlan, chain: AdapterChain) -> Array:
+    """The key by which a weight is rounded at the end of a link."""
+    key = leaf_key(chain.key_data, "merge", plan.path)
+    return jax.random.fold_in(key, chain.link)
 
 
 def is_quantised(node: Leaf) -> bool:
@@ -250,14 +256,11 @@ def summed(
     dequantize: Callable[[Any], Array] | None = None,
 ) -> PyTree:
     """``finish(plan, W + lift(F))`` for every trained leaf; frozen ones as they are."""
-    leaves, treedef, plans, values = matched(base_params, factors, chain, spec)
+    found = matched(base_params, factors, chain, spec)
+    leaves, treedef, plans, values = found
     sketches = sketches_of(chain, plans)
     if dequantize is None:
-        way_out = (
-            "merge with raclora_jax.quantized, which carries the rounding error, or sum "
-            "in full precision with effective_params(..., dequantize=...)"
-        )
-        refuse_quantised(leaves, plans, "merged into", way_out)
+        _check_sums(found)
 
     def one(path: str, weight: Leaf) -> Leaf:
         plan = plans[path]
@@ -266,17 +269,42 @@ def summed(
         if dequantize is not None and is_quantised(weight):
             weight = dequantize(weight)
         delta = values[path]
-        if plan.mode == "lowrank":
+        if plan.adapted:
             delta = lift_leaf(delta, sketches[path], plan)
         return finish(plan, jnp.asarray(weight, plan.wide_dtype) + delta)
 
     return paths.unflatten(treedef, {p: one(p, w) for p, w in leaves.items()})
 
 
+def _check_sums(found: Matched) -> None:
+    """Refuses quantised leaves, to which nothing can be added as they are."""
+    way_out = (
+        "merge with raclora_jax.quantized, which carries the rounding error, or sum "
+        "in full precision with effective_params(..., dequantize=...)"
+    )
+    refuse_quantised(found.leaves, found.plans, "merged into", way_out)
+
+
+class Matched(NamedTuple):
+    """Weights and the factors that belong to them.
+
+    Attributes:
+      leaves: ``{path: weight}``.
+      treedef: How they are a tree again.
+      plans: ``{path: plan}``.
+      values: ``{path: factor}``, and the trained differences of dense leaves.
+    """
+
+    leaves: Leaves
+    treedef: Any
+    plans: dict[str, LeafPlan]
+    values: Leaves
+
+
 def matched(
     base_params: PyTree, factors: PyTree, chain: AdapterChain, spec: Spec
-) -> tuple[Leaves, Any, dict[str, LeafPlan], Leaves]:
-    """Base leaves, their treedef and plans, and the factors that belong to them."""
+) -> Matched:
+    """Base leaves and the factors that belong to them, checked."""
     leaves, treedef = paths.flatten(base_params, is_leaf=is_quantised)
     values, _ = paths.flatten(factors, is_leaf=is_both)
     plans = plan_leaves(spec, leaves)
@@ -285,7 +313,7 @@ def matched(
         if path in plans and plans[path].adapted:
             check_stamp(path, stamp, plans[path].stamp, "this chain")
     _check_factors(values, plans)
-    return leaves, treedef, plans, values
+    return Matched(leaves, treedef, plans, values)
 
 
 def refuse_quantised(

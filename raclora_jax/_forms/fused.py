@@ -168,6 +168,8 @@ class _Fused(NamedTuple):
         run, plans = descent.run, model.plans
         before, sketches = run.entered(model.state, plans)
         once = scanned_once(model.staged.jaxpr)
+        # A drawn side is a branch around the backward pass, and what a scan updates
+        # cannot be in two branches at once: such runs update no leaf on the way.
         drawn = any(plan.sides for plan in plans.values())
         slices = {
             path: Slice.of(run, plan, _gradient_dtype(plan, low_gradients))
@@ -197,6 +199,8 @@ class _Fused(NamedTuple):
         rest, state, inner = self._moved(grads, goes)
         old = self.before.inner_state.lowrank
         for path, one in self.slices.items():
+            # What all leaves share, such as Adam's count, goes on once a step: every
+            # round of every scan reads it as it was before.
             pairs = zip(one.common_after(old), one.parts(old)[1], strict=True)
             common = [jnp.where(goes, new, before) for new, before in pairs]
             inner.append(one.whole(held[path].inner, common))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,12 @@ from raclora_jax._chain.step import Run, Step
 from raclora_jax._core import paths, rounding
 from raclora_jax._core.factor import Factor, Origin, is_factor
 from raclora_jax._core.keys import key_data, leaf_keys
-from raclora_jax._core.lowrank import add_lifted
+from raclora_jax._core.lowrank import lift_leaf
+from raclora_jax._core.merge import merge_leaf
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.spec import Spec, kind
 from raclora_jax._core.types import (
+    Drawn,
     FactorValue,
     KeyLike,
     Leaf,
@@ -90,11 +92,12 @@ def scale_by_raclora(
         rounds = _rounding_keys(step, state.count)
 
         def one(path: str, grad: Leaf) -> Leaf:
+            value, plan = step.directions[path], step.plans[path]
             if is_factor(grad):
-                value, plan = step.directions[path], step.plans[path]
                 origin = Origin.of(plan, step.sketches[path], rounds.get(path), None)
                 return _like(grad, value, np.zeros(()), plan, origin)
-            return step.lifted(path, step.directions[path]).astype(grad.dtype)
+            change = Change(plan, value, np.zeros(()), step.sketches.get(path), None)
+            return change.delta().astype(grad.dtype)
 
         return step.answer({p: one(p, g) for p, g in step.trained.items()}), step.state
 
@@ -231,17 +234,44 @@ class Descent:
         Returns:
           ``{path: update}`` of the leaves that are trained, and the state.
         """
+        changes = self._changes(step, before, weights, decaying)
+        masters = step.state.master
+        master = {p: masters[p] + c.delta() for p, c in changes.items() if p in masters}
+        # Two keys: *rounding* draws the new weight, *landing* the dense update that
+        # optax.apply_updates turns into that weight.
+        rounds = _rounding_keys(step, before.count)
+        dense = [step.plans[p] for p, g in step.grads.items() if not is_factor(g)]
+        lands = _low_keys(before.key_data, "landing", dense, before.count)
+        rounding_rule = self.run.spec.rounding
+
+        def update(path: str, grad: Leaf) -> Leaf:
+            change, key, exact = changes[path], rounds.get(path), master.get(path)
+            if is_factor(grad):
+                origin = Origin.of(change.plan, change.sketch, key, exact)
+                return _like(grad, change.value, change.decay, change.plan, origin)
+            if change.weight is None or not rounding.is_low(change.plan.dtype):
+                return change.delta().astype(grad.dtype)
+            target = change.landed(rounding_rule, rounds[path], exact)
+            return rounding.landing_update(change.weight, target, grad.dtype, lands[path])
+
+        answer = {path: update(path, grad) for path, grad in step.trained.items()}
+        return answer, step.state._replace(master=masters | master)
+
+    def _changes(
+        self,
+        step: Step,
+        before: RacLoraState,
+        weights: Leaves,
+        decaying: Mapping[str, bool | Array],
+    ) -> dict[str, Change]:
+        """What each trained leaf is to change by."""
         rate = self.rate(before.count)
-        shrink: Any = 0.0
+        shrink = None
         if self.decays:
             shrink = jnp.where(step.emitted, rate * self.weight_decay, 0.0)
-        master, descent = dict(step.state.master), -rate
-        dense = [step.plans[p] for p, g in step.grads.items() if not is_factor(g)]
-        rounds = _rounding_keys(step, before.count)
-        lands = _low_keys(before.key_data, "landing", dense, before.count)
 
-        def one(path: str, grad: Leaf) -> Leaf:
-            plan = step.plans[path]
+        def change(path: str) -> Change:
+            plan, descent = step.plans[path], -rate
             value = jax.tree.map(
                 lambda one: (descent * one).astype(plan.wide_dtype),
                 step.directions[path],
@@ -252,31 +282,53 @@ class Descent:
             if decays is not False:
                 decay = jnp.asarray(shrink, plan.wide_dtype)
                 decay = decay if decays is True else jnp.where(decays, decay, 0)
-            weight: Leaf = weights.get(path)
-            if path in master or not is_factor(grad):
-                delta = step.lifted(path, value)
-                if decays is not False:
-                    delta = delta - decay * jnp.asarray(weight, plan.wide_dtype)
-            if path in master:
-                master[path] = master[path] + delta
-            if is_factor(grad):
-                sketch, key = step.sketches[path], rounds.get(path)
-                origin = Origin.of(plan, sketch, key, master.get(path))
-                return _like(grad, value, decay, plan, origin)
-            if weight is None or not rounding.is_low(plan.dtype):
-                return delta.astype(grad.dtype)
-            if path in master:
-                exact = master[path]
-            elif plan.mode == "lowrank":
-                exact = add_lifted(weight, value, step.sketches[path], decay, plan)
-            else:
-                exact = weight.astype(plan.wide_dtype) + delta
-            rule = self.run.spec.rounding
-            target = rounding.settle(exact, weight.dtype, rule, rounds[path])
-            return rounding.landing_update(weight, target, grad.dtype, lands[path])
+            sketch = step.sketches.get(path)
+            return Change(plan, value, decay, sketch, weights.get(path))
 
-        answer = {p: one(p, g) for p, g in step.trained.items()}
-        return answer, step.state._replace(master=master)
+        return {path: change(path) for path in step.trained}
+
+
+class Change(NamedTuple):
+    """What one leaf is to change by: ``lift(value) - decay * W``.
+
+    Attributes:
+      plan: Plan of the leaf.
+      value: The factor, or both, or the difference of a leaf trained in full.
+      decay: Scalar; no JAX array where nothing decays.
+      sketch: The sketch of an adapted leaf.
+      weight: W, or ``None`` where the step does not need it.
+    """
+
+    plan: LeafPlan
+    value: FactorValue
+    decay: Array | np.ndarray
+    sketch: Drawn
+    weight: Leaf
+
+    def delta(self) -> Array:
+        """The change as an array of the leaf's shape, at least float32."""
+        delta: Array = self.value
+        if self.plan.adapted:
+            delta = lift_leaf(self.value, self.sketch, self.plan)
+        if isinstance(self.decay, np.ndarray):
+            return delta
+        return delta - self.decay * jnp.asarray(self.weight, self.plan.wide_dtype)
+
+    def landed(self, rule: str, key: Array, master: Array | None) -> Array:
+        """The new weight, rounded to its grid but still in float32.
+
+        Args:
+          rule: As in ``Spec``.
+          key: Key for rounding.
+          master: The new float32 copy of the weight, where there is one.
+        """
+        if master is None and self.plan.adapted:
+            whole = self.value, self.sketch, self.decay, self.plan
+            merged = merge_leaf(self.weight, *whole, rule, key)
+            return merged.astype(self.plan.wide_dtype)
+        if master is None:
+            master = self.weight.astype(self.plan.wide_dtype) + self.delta()
+        return rounding.settle(master, self.weight.dtype, rule, key)
 
 
 class RacLora(optax.GradientTransformationExtraArgs):  # type: ignore[misc]  # untyped

@@ -221,7 +221,8 @@ def next_link(
     """
     spec = as_spec(spec)
     merged, carried = merge(base_params, error, factors, chain, spec)
-    return merged, carried, *begun(base_params, factors, chain, spec)
+    leaves, _ = paths.flatten(base_params, is_leaf=is_quantised)
+    return merged, carried, *begun(plan_leaves(spec, leaves), factors, chain, spec)
 
 
 def exact_params(base_params: PyTree, error: PyTree) -> Any:
