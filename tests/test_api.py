@@ -133,7 +133,7 @@ import sys
 for name in ("flax", "orbax", "safetensors", "qwix", "tunix", "dp_accounting"):
     sys.modules[name] = None
 import jax.numpy as jnp, raclora_jax as rl
-assert "theory" in dir(rl) and rl.theory.gd_step and rl.federated and rl.methods
+assert "theory" in dir(rl) and rl.theory.Gd and rl.federated and rl.methods
 def said(call, extra):
     try:
         call()

@@ -1,5 +1,6 @@
 """The bounds of ``raclora_jax.theory`` against runs that know nothing of them."""
 
+import dataclasses
 import functools
 import math
 
@@ -84,13 +85,14 @@ def test_gradient_descent_stays_below_its_bounds_and_follows_lambda(law, side, d
         assert lam == rank / dim
         links = math.ceil(12 / lam)
         gaps, squares = walk(projectors(law, side, rank)[:, :links], side, 1 / PROBLEM.L)
-        known = {"gap": GAP, "lam": lam, "gamma": 1 / PROBLEM.L}
-        known["smoothness"] = PROBLEM.L
-        bound = theory.gd_nonconvex(**known, links=links)
+        rate = theory.Gd(smoothness=PROBLEM.L, lam=lam)
+        start = {"gap": GAP, "gamma": rate.largest_step}
+        bound = rate.bound(**start, links=links)
         assert bound / 5 < squares.mean() < bound
         mean = gaps.mean(axis=0)
+        rate = theory.GdPl(smoothness=PROBLEM.L, lam=lam, mu=PROBLEM.mu)
         for after in range(1, links + 1):
-            assert mean[after] < theory.gd_pl(**known, mu=PROBLEM.mu, links=after)
+            assert mean[after] < rate.bound(**start, links=after)
         rates.append(-np.log(mean[-1] / mean[0]) / links / lam)
     assert max(rates) < 1.15 * min(rates)
 
@@ -99,13 +101,15 @@ def test_gradient_descent_stays_below_its_bounds_and_follows_lambda(law, side, d
 def test_cycles_of_blocks_stay_below_theirs(rank, side):
     turns, cycles = (ROWS if side == "left" else COLS) // rank, 12
     H = projectors("block", side, rank)[:, : turns * cycles]
-    gaps, _ = walk(H, side, 1 / PROBLEM.L)
-    known = {"gap": GAP, "gamma": 1 / PROBLEM.L, "mu": PROBLEM.mu, "rank": rank}
-    known |= {"smoothness": PROBLEM.L, "dim": turns * rank}
+    rate = theory.BlockPl(
+        smoothness=PROBLEM.L, mu=PROBLEM.mu, dim=turns * rank, rank=rank
+    )
+    gaps, _ = walk(H, side, rate.largest_step)
+    start = {"gap": GAP, "gamma": rate.largest_step}
     for cycle in range(1, cycles + 1):
         at = gaps[:, cycle * turns]
-        assert at.mean() < theory.block_pl(**known, cycles=cycle)
-        assert at.max() < theory.block_pl(**known, cycles=cycle, sure=True)
+        assert at.mean() < rate.bound(**start, cycles=cycle)
+        assert at.max() < rate.bound(**start, cycles=cycle, sure=True)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 1.0])
@@ -119,12 +123,12 @@ def test_stochastic_steps_stay_below_theirs(sigma, step):
 
     H = projectors("orthonormal", "left", rank)
     gaps, squares = walk(H, "left", step / PROBLEM.L, noisy)
-    known = {"gap": GAP, "lam": lam, "gamma": step / PROBLEM.L, "links": links}
-    known |= {"smoothness": PROBLEM.L, "variance": sigma**2}
-    bound = theory.sgd_nonconvex(**known)
+    known = {"smoothness": PROBLEM.L, "lam": lam, "variance": sigma**2}
+    start = {"gap": GAP, "gamma": step / PROBLEM.L, "links": links}
+    bound = theory.Sgd(**known).bound(**start)
     assert bound / 8 < squares.mean() < bound
     # The floor is in the bound: without it the loud run would break it.
-    late, pl = gaps[:, -40:].mean(), theory.sgd_pl(**known, mu=PROBLEM.mu)
+    late, pl = gaps[:, -40:].mean(), theory.SgdPl(**known, mu=PROBLEM.mu).bound(**start)
     assert pl / 30 < late < pl
 
 
@@ -132,16 +136,15 @@ def test_a_law_that_prefers_directions_needs_lam_max():
     """Rows are kept with their own probabilities, so E[H] is diagonal."""
     rng = np.random.default_rng(0)
     kept = np.linspace(0.2, 0.8, ROWS)
-    known = {"lam": 0.2, "lam_max": 0.8, "smoothness": PROBLEM.L}
-    gamma, links = theory.sgd_step(**known), 150
+    rate = theory.Sgd(smoothness=PROBLEM.L, lam=0.2, lam_max=0.8, variance=1.0)
+    gamma, links = rate.largest_step, 150
     H = (rng.random((SEEDS, links, ROWS)) < kept)[..., None] * np.eye(ROWS)
 
     def noisy(W, G):
         return G + rng.standard_normal(G.shape) / math.sqrt(G[0].size)
 
     _, squares = walk(H, "left", gamma, noisy)
-    bound = theory.sgd_nonconvex(**known, gap=GAP, gamma=gamma, links=links, variance=1.0)
-    assert squares.mean() < bound
+    assert squares.mean() < rate.bound(gap=GAP, gamma=gamma, links=links)
     assert gamma == pytest.approx(0.25 / PROBLEM.L)
 
 
@@ -206,32 +209,31 @@ def test_estimators_stay_below_their_bounds_at_their_largest_step(name):
     tops = [np.linalg.eigvalsh(X.T @ X / len(X))[-1] for X in parts]
     samples = np.sum(PROBLEM.X**2, axis=1)
     own = np.sqrt(np.mean(np.square(samples if name in ("page", "mvr") else tops)))
-    known = {"smoothness": PROBLEM.L, "sample_smoothness": own} | {
-        "page": {"refresh": REFRESH, "batch": BATCH},
-        "mvr": {"weight": WEIGHT},
-        "marina": {
-            "refresh": REFRESH,
-            "compression": size / KEPT - 1,
-            "clients": CLIENTS,
-        },
-        "ef21": {"contraction": KEPT / size},
+    make, known = {
+        "page": (theory.Page, {"refresh": REFRESH, "batch": BATCH}),
+        "mvr": (theory.Mvr, {"weight": WEIGHT, "variance": 0.0}),
+        "marina": (
+            theory.Marina,
+            {"refresh": REFRESH, "compression": size / KEPT - 1, "clients": CLIENTS},
+        ),
+        "ef21": (theory.Ef21, {"contraction": KEPT / size}),
     }[name]
-    gamma = getattr(theory, f"{name}_step")(**known, lam_max=lam)
-    estimator = Estimator(name)
+    rate = make(smoothness=PROBLEM.L, sample_smoothness=own, lam=lam, **known)
+    gamma, estimator = rate.largest_step, Estimator(name)
     H = projectors("orthonormal", "left", 3)[:, :links]
     _, squares = walk(H, "left", gamma, estimator)
     if name == "mvr":
-        known["variance"] = estimator.noise
-    run = {"gap": GAP, "lam": lam, "gamma": gamma, "links": links}
-    bound = getattr(theory, name)(**run, **known)
+        rate = dataclasses.replace(rate, variance=estimator.noise)
+    bound = rate.bound(gap=GAP, gamma=gamma, links=links)
     assert bound / 5 < squares.mean() < bound
     with pytest.raises(ValueError, match="largest step"):
-        getattr(theory, name)(**(run | {"gamma": 1.01 * gamma}), **known)
+        rate.bound(gap=GAP, gamma=1.01 * gamma, links=links)
 
 
 def test_orthogonalised_steps_stay_below_theirs():
     rank, links, lam = 1, 240, 1 / ROWS
-    eta = theory.orthogonal_step(gap=GAP, smoothness=PROBLEM.L, rank=rank, links=links)
+    rate = theory.Orthogonal(smoothness=PROBLEM.L, lam=lam, rank=rank)
+    eta = rate.best_step(gap=GAP, links=links)
     H = projectors("orthonormal", "left", rank)
 
     def nuclear(G):
@@ -243,12 +245,11 @@ def test_orthogonalised_steps_stay_below_theirs():
         seen.append(nuclear(G).mean())
         U, _, V = np.linalg.svd(H[:, link] @ G, full_matrices=False)
         W = W - eta * U[..., :rank] @ V[..., :rank, :]
-    known = {"gap": GAP, "lam": lam, "links": links, "smoothness": PROBLEM.L}
-    bound = theory.orthogonal_nonconvex(**known, rank=rank, eta=eta)
+    bound = rate.bound(gap=GAP, eta=eta, links=links)
     assert bound / 10 < min(seen) < bound
     assert bound == pytest.approx(math.sqrt(2 * PROBLEM.L * rank * GAP / links) / lam)
     for other in (0.5 * eta, 2 * eta):
-        assert theory.orthogonal_nonconvex(**known, rank=rank, eta=other) > bound
+        assert rate.bound(gap=GAP, eta=other, links=links) > bound
 
 
 @pytest.mark.parametrize("local_steps", [1, 5])
@@ -259,7 +260,8 @@ def test_a_federated_link_descends_as_promised(local_steps):
     hessians = np.stack([X.T @ X / len(X) for X in parts])
     optima = rng.standard_normal((4, ROWS, COLS))
     L = np.linalg.eigvalsh(hessians).max()
-    eta = theory.fed_step(smoothness=L, local_steps=local_steps) / 2
+    rate = theory.FedRacLora(smoothness=L, local_steps=local_steps, lam=rank / ROWS)
+    eta = rate.largest_step / 2
 
     def loss(W):
         error = W - optima
@@ -272,12 +274,10 @@ def test_a_federated_link_descends_as_promised(local_steps):
         for _ in range(local_steps):
             local = local - eta * H @ hessians @ (local - optima)
         mean = grads.mean(axis=0)
-        bound = theory.fed_link(
+        bound = rate.link_bound(
             captured=np.sum((H @ mean) ** 2),
             dissimilarity=np.mean(np.sum((H @ (grads - mean)) ** 2, axis=(1, 2))),
             eta=eta,
-            local_steps=local_steps,
-            smoothness=L,
         )
         after = local.mean(axis=0)
         assert loss(after) - loss(W) <= bound
@@ -287,12 +287,14 @@ def test_a_federated_link_descends_as_promised(local_steps):
 
 
 def test_links_for_is_where_the_pl_bound_falls_below_the_target():
-    known = {"gap": 3.0, "lam": 0.1, "gamma": 0.5, "mu": 0.7}
-    links = theory.links_for(**known, target=1e-5)
-    assert theory.gd_pl(**known, links=links) <= 1e-5
-    assert theory.gd_pl(**known, links=links - 1) > 1e-5
-    assert theory.links_for(**known, target=4.0) == 0
-    assert theory.links_for(gap=1, target=0.1, lam=1, gamma=1, mu=1) == 1
+    rate, start = theory.GdPl(smoothness=2.0, lam=0.1, mu=0.7), {"gap": 3.0, "gamma": 0.5}
+    links = rate.links_for(**start, target=1e-5)
+    assert rate.bound(**start, links=links) <= 1e-5
+    assert rate.bound(**start, links=links - 1) > 1e-5
+    assert rate.links_for(**start, target=4.0) == 0
+    assert (
+        theory.GdPl(smoothness=1, lam=1, mu=1).links_for(gap=1, target=0.1, gamma=1) == 1
+    )
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
@@ -384,33 +386,52 @@ def test_gamma_is_what_a_factor_step_does():
     assert theory.gamma_of(learning_rate=0.1, scaling=3.0, steps=5) == 5 * gamma
 
 
-GOOD = {"gap": 1.0, "lam": 0.25, "gamma": 0.1, "links": 10}
-FOR_PAGE = GOOD | {
-    "smoothness": 2.0,
-    "sample_smoothness": 3.0,
-    "refresh": 0.5,
-    "batch": 4,
-}
-FOR_BERNOULLI = {"rows": 8, "cols": 4, "rank": 2, "p": 0.5}
+GD = {"smoothness": 2.0, "lam": 0.25}
+PL = GD | {"mu": 1.0}
+PAGE = GD | {"sample_smoothness": 3.0, "refresh": 0.5, "batch": 4}
+BLOCK = {"smoothness": 2.0, "mu": 1.0, "dim": 6, "rank": 3}
+BERNOULLI = {"rows": 8, "cols": 4, "rank": 2, "p": 0.5}
 BAD = [
-    (theory.gd_nonconvex, GOOD, {"lam": 0.0}, "lam = 0"),
-    (theory.gd_nonconvex, GOOD, {"lam": 1.5}, "lam"),
-    (theory.gd_nonconvex, GOOD, {"gap": math.nan}, "gap"),
-    (theory.gd_nonconvex, GOOD, {"gap": -1.0}, "gap"),
-    (theory.gd_nonconvex, GOOD, {"links": 0}, "links"),
-    (theory.gd_nonconvex, GOOD, {"links": 2.5}, "links"),
-    (theory.gd_nonconvex, GOOD, {"gamma": "0.1"}, "gamma"),
-    (theory.gd_nonconvex, GOOD, {"smoothness": 20.0}, "largest step"),
-    (theory.gd_pl, GOOD | {"mu": 1.0}, {"mu": 20.0}, "largest step"),
-    (theory.gd_pl, GOOD | {"mu": 1.0}, {"smoothness": 0.5}, "no function"),
-    (theory.gd_pl, GOOD | {"mu": 1.0}, {"mu": math.nan}, "mu"),
-    (theory.page, FOR_PAGE, {"gamma": 0.5}, "largest step"),
-    (theory.page, FOR_PAGE, {"refresh": 0.0}, "refresh"),
-    (theory.page, FOR_PAGE, {"sample_smoothness": 1.0}, "sample_smoothness"),
-    (theory.page, FOR_PAGE, {"lam_max": 0.1}, "lam_max"),
-    (theory.bernoulli_lambda, FOR_BERNOULLI, {"p": 1.5}, "p must"),
-    (theory.bernoulli_lambda, FOR_BERNOULLI, {"p": math.nan}, "p must"),
-    (theory.bernoulli_lambda, FOR_BERNOULLI, {"rank": 5}, "rank"),
+    (theory.Gd, GD, {"lam": 0.0}, "lam = 0"),
+    (theory.Gd, GD, {"lam": 1.5}, "lam"),
+    (theory.Gd, GD, {"smoothness": -1.0}, "smoothness must be positive, got -1.0"),
+    (theory.Gd, GD, {"smoothness": None}, "smoothness must be a number, got None"),
+    (theory.GdPl, PL, {"mu": 20.0}, "no function"),
+    (theory.GdPl, PL, {"mu": math.nan}, "mu"),
+    (theory.Sgd, GD | {"variance": 1.0}, {"variance": -1.0}, "variance"),
+    (theory.Sgd, GD | {"variance": 1.0}, {"lam_max": 1.5}, "lam_max"),
+    (theory.Page, PAGE, {"refresh": 0.0}, "refresh"),
+    (theory.Page, PAGE, {"batch": 0.5}, "batch must be an int, got 0.5"),
+    (theory.Page, PAGE, {"sample_smoothness": 1.0}, "sample_smoothness"),
+    (theory.Page, PAGE, {"lam_max": 0.1}, "lam_max"),
+    (theory.FedRacLora, GD | {"local_steps": 2}, {"local_steps": 0}, "local_steps"),
+    (theory.FedRacLora, GD | {"local_steps": 2}, {"lam_max": 0.1}, "lam_max"),
+    (theory.Orthogonal, GD | {"rank": 2}, {"rank": "2"}, "rank must be an int"),
+    (theory.BlockPl, BLOCK, {"rank": 4}, "does not divide"),
+    (theory.bernoulli_lambda, BERNOULLI, {"p": 1.5}, "p must"),
+    (theory.bernoulli_lambda, BERNOULLI, {"p": math.nan}, "p must"),
+    (theory.bernoulli_lambda, BERNOULLI, {"rank": 5}, "rank"),
+]
+BAD_RUNS = [
+    ({"gap": math.nan}, "gap must be finite"),
+    ({"gap": -1.0}, "gap must not be negative"),
+    ({"links": 0}, "links must be at least 1"),
+    ({"links": 2.5}, "links must be an int"),
+    ({"gamma": "0.1"}, "gamma must be a number"),
+    ({"gamma": 0.0}, "gamma must be positive"),
+    ({"gamma": 5.0}, "largest step"),
+]
+MVR = theory.Mvr(**GD, sample_smoothness=3.0, weight=0.5, variance=1.0, start_error=1.0)
+EF21 = theory.Ef21(**GD, sample_smoothness=3.0, contraction=0.5, start_error=1.0)
+RATES = [
+    theory.Gd(**GD),
+    theory.GdPl(**PL),
+    theory.Sgd(**GD, variance=1.0),
+    theory.SgdPl(**PL, variance=1.0),
+    theory.Page(**PAGE),
+    MVR,
+    theory.Marina(**GD, sample_smoothness=3.0, refresh=0.5, compression=9.0, clients=4),
+    EF21,
 ]
 
 
@@ -420,3 +441,21 @@ def test_bad_numbers_are_refused_in_one_line(function, good, bad, says):
     with pytest.raises((ValueError, TypeError), match=says) as refused:
         function(**(good | bad))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("bad", "says"), BAD_RUNS)
+@pytest.mark.parametrize("rate", RATES, ids=lambda rate: type(rate).__name__)
+def test_bad_runs_are_refused_by_every_rate(rate, bad, says):
+    good = {"gap": 1.0, "gamma": 0.1, "links": 10}
+    rate.bound(**good)
+    with pytest.raises((ValueError, TypeError), match=says) as refused:
+        rate.bound(**(good | bad))
+    assert "\n" not in str(refused.value)
+
+
+def test_an_estimate_that_starts_off_raises_its_bound_by_the_weight_of_its_memory():
+    run = {"gap": 1.0, "gamma": 0.1, "links": 10}
+    for rate, memory in ((MVR, 0.5), (EF21, 1 - math.sqrt(0.5))):
+        exact = dataclasses.replace(rate, start_error=0.0).bound(**run)
+        # Of phi the error is gamma lam / (2 memory), and the bound 2 phi / (lam gamma T).
+        assert rate.bound(**run) == pytest.approx(exact + 1 / (memory * 10))

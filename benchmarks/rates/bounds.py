@@ -93,9 +93,10 @@ def against_bounds(
     gaps, grads = runs(
         problem, optax.identity(), spec, learning_rate=gamma, links=links, seeds=seeds
     )
-    known = {"gap": float(gaps[0, 0]), "lam": lam, "gamma": gamma}
+    known = {"smoothness": problem.smoothness, "lam": lam}
+    start = {"gap": float(gaps[0, 0]), "gamma": gamma}
     squares = np.sum(grads**2, axis=(2, 3)).mean(axis=1)
-    bound = theory.gd_nonconvex(**known, links=links, smoothness=problem.smoothness)
+    bound = theory.Gd(**known).bound(**start, links=links)
     row = {
         "study": "bounds",
         "problem": problem.name,
@@ -110,30 +111,19 @@ def against_bounds(
     if problem.mu is None:
         return row, gaps
     mean = gaps.mean(axis=0)
-    pl = [
-        theory.gd_pl(**known, mu=problem.mu, links=t, smoothness=problem.smoothness)
-        for t in range(1, links + 1)
-    ]
+    contracting = theory.GdPl(**known, mu=problem.mu)
+    pl = [contracting.bound(**start, links=t) for t in range(1, links + 1)]
     row["pl_over_bound"] = float(np.max(mean[1:] / pl))
-    rate = np.log(mean[-1] / mean[0]) / np.log(pl[-1] / known["gap"])
+    rate = np.log(mean[-1] / mean[0]) / np.log(pl[-1] / start["gap"])
     row["log_rate_over_bound"] = float(rate)
     if law == "block" and dim % rank == 0:
         turns = dim // rank
         cycles = range(1, links // turns + 1)
+        cycling = theory.BlockPl(
+            smoothness=problem.smoothness, mu=problem.mu, dim=dim, rank=rank
+        )
         whole = [
-            [
-                theory.block_pl(
-                    gap=known["gap"],
-                    gamma=gamma,
-                    mu=problem.mu,
-                    dim=dim,
-                    rank=rank,
-                    smoothness=problem.smoothness,
-                    cycles=cycle,
-                    sure=sure,
-                )
-                for cycle in cycles
-            ]
+            [cycling.bound(**start, cycles=cycle, sure=sure) for cycle in cycles]
             for sure in (False, True)
         ]
         at = gaps[:, [cycle * turns for cycle in cycles]]
@@ -147,8 +137,9 @@ def orthogonal_row(problem: Problem, side: str, seeds: int) -> dict:
     rank, links = 2, ORTHOGONAL_LINKS
     spec = rl.Spec(rank, side=side, resample_every=1, cache=False)
     lam = theory.lambdas(problem.start, spec)[""]
-    known = {"gap": float(problem.gap(problem.start)), "rank": rank, "links": links}
-    eta = theory.orthogonal_step(**known, smoothness=problem.smoothness)
+    rate = theory.Orthogonal(smoothness=problem.smoothness, lam=lam, rank=rank)
+    run = {"gap": float(problem.gap(problem.start)), "links": links}
+    eta = rate.best_step(**run)
     other = problem.start.shape[side == "left"]
     _, grads = runs(
         problem,
@@ -159,9 +150,7 @@ def orthogonal_row(problem: Problem, side: str, seeds: int) -> dict:
         seeds=seeds,
     )
     nuclear = np.linalg.svd(grads, compute_uv=False).sum(axis=2)
-    bound = theory.orthogonal_nonconvex(
-        **known, lam=lam, eta=eta, smoothness=problem.smoothness
-    )
+    bound = rate.bound(**run, eta=eta)
     return {
         "study": "orthogonalised",
         "problem": problem.name,

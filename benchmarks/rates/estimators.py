@@ -7,6 +7,7 @@ their papers; ``raclora_jax`` draws the sketches, projects and lifts.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import NamedTuple
@@ -169,26 +170,22 @@ def constants() -> dict[str, float]:
     }
 
 
-def settings(name: str) -> dict[str, float]:
-    """What the bound of an estimator asks for, beside L."""
-    found = constants()
-    known: dict[str, float] = {"smoothness": found["whole"]}
+def rate_of(
+    name: str, lam: float
+) -> theory.Page | theory.Mvr | theory.Marina | theory.Ef21:
+    """The theory's rate of an estimator."""
+    found, size = constants(), INPUTS * OUTPUTS
     of = "samples" if name in ("PAGE", "MVR") else "clients"
-    known["sample_smoothness"] = found[of]
-    size = INPUTS * OUTPUTS
-    return (
-        known
-        | {
-            "PAGE": {"refresh": REFRESH, "batch": BATCH},
-            "MVR": {"weight": WEIGHT},
-            "MARINA": {
-                "refresh": REFRESH,
-                "compression": size / KEPT - 1,
-                "clients": CLIENTS,
-            },
-            "EF21": {"contraction": KEPT / size},
-        }[name]
-    )
+    known = {"smoothness": found["whole"], "sample_smoothness": found[of], "lam": lam}
+    if name == "PAGE":
+        return theory.Page(**known, refresh=REFRESH, batch=BATCH)
+    if name == "MVR":
+        # The step needs no variance, and the run measures it.
+        return theory.Mvr(**known, weight=WEIGHT, variance=0.0)
+    if name == "MARINA":
+        omega = size / KEPT - 1
+        return theory.Marina(**known, refresh=REFRESH, compression=omega, clients=CLIENTS)
+    return theory.Ef21(**known, contraction=KEPT / size)
 
 
 def measure(seeds: int) -> tuple[list[dict], dict[str, np.ndarray]]:
@@ -217,16 +214,14 @@ def measure(seeds: int) -> tuple[list[dict], dict[str, np.ndarray]]:
 def against_bound(name: str, p: float, seeds: int) -> dict:
     """An estimator at its largest step: what was measured over what is allowed."""
     lam = theory.bernoulli_lambda(rows=INPUTS, cols=OUTPUTS, rank=RANK, p=p)
-    known = settings(name)
-    largest = getattr(theory, f"{name.lower()}_step")
-    gamma = largest(**known, lam_max=lam)
+    rate = rate_of(name, lam)
+    gamma = rate.largest_step
     _, squares, variances = run(name, gamma, p, LINKS, seeds)
     X, Y, start = data()
     gap = float(LeastSquares.of(X, Y).gap(jnp.asarray(start)))
-    noise = {"variance": float(variances.max())} if name == "MVR" else {}
-    bound = getattr(theory, name.lower())(
-        gap=gap, lam=lam, gamma=gamma, links=LINKS, **known, **noise
-    )
+    if isinstance(rate, theory.Mvr):
+        rate = dataclasses.replace(rate, variance=float(variances.max()))
+    bound = rate.bound(gap=gap, gamma=gamma, links=LINKS)
     by_seed = squares.mean(axis=1) / bound
     return {
         "study": "estimators",
@@ -234,7 +229,7 @@ def against_bound(name: str, p: float, seeds: int) -> dict:
         "p": p,
         "lam": lam,
         "links": LINKS,
-        "step_times_L": gamma * known["smoothness"],
+        "step_times_L": gamma * rate.smoothness,
         "over_bound": float(by_seed.mean()),
         "over_bound_worst_seed": float(by_seed.max()),
     }

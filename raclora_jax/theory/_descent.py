@@ -6,18 +6,21 @@ does not know g, smoothness gives
   f(W+) <= f(W) - gamma/2 |H G|^2 - gamma/2 (1 - L gamma) |H g|^2 + gamma/2 |H (g - G)|^2
 
 for ``G = grad f(W)``. The mean over H turns ``|H G|^2`` into at least ``lam |G|^2``.
+
+The fields of a rate are constants of the problem, the law and the estimator; where a run
+starts, its step and its links are arguments of ``bound``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from raclora_jax.theory._numbers import (
     check_count,
-    check_lam,
-    check_not_negative,
-    check_pl,
+    check_order,
     check_positive,
+    check_range,
     check_step,
 )
 
@@ -50,266 +53,217 @@ def gamma_of(*, learning_rate: float, scaling: float = 1.0, steps: int = 1) -> f
     return learning_rate * scaling**2 * steps
 
 
-def gd_step(*, smoothness: float) -> float:
-    """The largest step of ``gd_nonconvex`` and ``gd_pl``, ``1 / L``.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rate:
+    """What every rate has: L, and constants that are checked as it is made."""
+
+    smoothness: float
+
+    def __post_init__(self) -> None:
+        check_range(**vars(self))
+        check_order(vars(self))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gd(Rate):
+    """Gradient descent: the mean squared gradient over the links.
+
+    ``mean_t E |grad f(W_t)|^2 <= 2 gap / (lam gamma links)`` for ``gamma <= 1 / L`` and
+    exact gradients.
 
     Args:
-      smoothness: L, the Lipschitz constant of the gradient.
-
-    Returns:
-      The largest gamma.
-
-    Raises:
-      ValueError: If ``smoothness`` is not positive.
-
-    Example:
-      >>> gd_step(smoothness=4.0)
-      0.25
-    """
-    check_positive(smoothness=smoothness)
-    return 1 / smoothness
-
-
-def gd_nonconvex(
-    *,
-    gap: float,
-    lam: float,
-    gamma: float,
-    links: int,
-    smoothness: float | None = None,
-) -> float:
-    """Bound on the mean squared gradient over the links, for exact gradients.
-
-    ``mean_t E |grad f(W_t)|^2 <= 2 gap / (lam gamma links)`` for ``gamma <= 1 / L``.
-
-    Args:
-      gap: ``f(W_0) - f*``.
+      smoothness: L, the Lipschitz constant of the gradient, in ``f / |W|^2``.
       lam: Smallest eigenvalue of the mean projector, ``rank / dim``.
-      gamma: Step on the projected gradient.
-      links: Links, each with a sketch of its own and one step.
-      smoothness: L; where it is given, a larger step than ``1 / L`` is refused.
-
-    Returns:
-      The bound, in units of ``|grad f|^2``.
 
     Raises:
-      ValueError: If a number is out of range, or gamma is above ``1 / smoothness``.
+      ValueError: If a number is out of range.
+      TypeError: If one is not a number.
 
     Example:
-      >>> gd_nonconvex(gap=1.0, lam=0.25, gamma=0.5, links=160)
+      >>> rate = Gd(smoothness=2.0, lam=0.25)
+      >>> rate.bound(gap=1.0, gamma=rate.largest_step, links=160)
       0.1
 
     References:
       Malinovsky et al., `Randomized Asymmetric Chain of LoRA
       <https://arxiv.org/abs/2410.08305>`_, 2024, Theorem 5.3; the proof behind this
-      function is ours.
+      class is ours.
     """
-    check_not_negative(gap=gap)
-    check_lam(lam)
-    check_count(links=links)
-    check_positive(gamma=gamma)
-    if smoothness is not None:
-        check_step(gamma, gd_step(smoothness=smoothness))
-    return 2 * gap / (lam * gamma * links)
+
+    lam: float
+
+    @property
+    def largest_step(self) -> float:
+        """The largest gamma for which the bound holds, ``1 / L``."""
+        return 1 / self.smoothness
+
+    def bound(self, *, gap: float, gamma: float, links: int) -> float:
+        """The bound after ``links`` links.
+
+        Args:
+          gap: ``f(W_0) - f*``.
+          gamma: Step on the projected gradient, or on the projected estimate of it, at
+            most ``largest_step``; in units of ``|W|^2 / f``.
+          links: Links, each with a sketch of its own and one step.
+
+        Returns:
+          The bound, in units of ``|grad f|^2`` for a mean squared gradient and of f for
+          an optimality gap.
+
+        Raises:
+          ValueError: If a number is out of range, or gamma above the largest step.
+          TypeError: If one is not a number, or ``links`` not an int.
+        """
+        self._check_run(gap, gamma, links)
+        return 2 * gap / (self.lam * gamma * links)
+
+    def _check_run(self, gap: float, gamma: float, links: int) -> None:
+        check_range(gap=gap, links=links)
+        check_step(gamma, self.largest_step)
 
 
-def gd_pl(
-    *,
-    gap: float,
-    lam: float,
-    gamma: float,
-    mu: float,
-    links: int,
-    smoothness: float | None = None,
-) -> float:
-    """Bound on the optimality gap under the Polyak-Lojasiewicz condition.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GdPl(Gd):
+    """Gradient descent under the Polyak-Lojasiewicz condition: the optimality gap.
 
-    ``E f(W_T) - f* <= (1 - gamma mu lam)^links gap`` for ``gamma <= 1 / L`` and
-    ``|grad f|^2 >= 2 mu (f - f*)``.
+    ``E f(W_T) - f* <= (1 - gamma mu lam)^links gap`` for ``gamma <= 1 / L``, exact
+    gradients and ``|grad f|^2 >= 2 mu (f - f*)``.
 
     Args:
-      gap: ``f(W_0) - f*``.
+      smoothness: L, the Lipschitz constant of the gradient, in ``f / |W|^2``.
       lam: Smallest eigenvalue of the mean projector, ``rank / dim``.
-      gamma: Step on the projected gradient.
-      mu: Constant of the condition; at most L.
-      links: Links, each with a sketch of its own and one step.
-      smoothness: L; without it a step above ``1 / mu`` is refused, which none may take.
-
-    Returns:
-      The bound, in units of f.
+      mu: Constant of the condition, in the units of L; at most L.
 
     Raises:
-      ValueError: If a number is out of range, or mu, smoothness and gamma contradict.
+      ValueError: If a number is out of range, or mu above L.
+      TypeError: If one is not a number.
 
     Example:
-      >>> gd_pl(gap=1.0, lam=0.5, gamma=1.0, mu=1.0, links=3)
+      >>> rate = GdPl(smoothness=1.0, lam=0.5, mu=1.0)
+      >>> rate.bound(gap=1.0, gamma=rate.largest_step, links=3)
       0.125
 
     References:
       Malinovsky et al., `Randomized Asymmetric Chain of LoRA
       <https://arxiv.org/abs/2410.08305>`_, 2024, Theorem 5.5; the proof behind this
-      function is ours.
+      class is ours.
     """
-    check_not_negative(gap=gap)
-    check_lam(lam)
-    check_count(links=links)
-    check_pl(gamma, mu, smoothness)
-    return gap * _contraction(gamma, mu, lam) ** links
+
+    mu: float
+
+    def bound(self, *, gap: float, gamma: float, links: int) -> float:
+        self._check_run(gap, gamma, links)
+        return gap * _contraction(gamma, self.mu, self.lam) ** links
+
+    def links_for(self, *, gap: float, target: float, gamma: float) -> int:
+        """Links after which the bound is at most ``target``.
+
+        ``ceil(log(gap / target) / -log(1 - gamma mu lam))``.
+
+        Args:
+          gap: ``f(W_0) - f*``.
+          target: The gap wanted, in units of f.
+          gamma: Step on the projected gradient, at most ``largest_step``.
+
+        Returns:
+          The number of links; 0 if the gap is small enough to begin with.
+
+        Raises:
+          ValueError: If a number is out of range, or gamma above the largest step.
+          TypeError: If one is not a number.
+
+        Example:
+          >>> rate = GdPl(smoothness=1.0, lam=0.5, mu=1.0)
+          >>> rate.links_for(gap=1.0, target=1e-3, gamma=1.0)
+          10
+        """
+        check_range(gap=gap, target=target)
+        check_step(gamma, self.largest_step)
+        if gap <= target:
+            return 0
+        factor = _contraction(gamma, self.mu, self.lam)
+        return math.ceil(math.log(gap / target) / -math.log(factor)) if factor > 0 else 1
 
 
-def links_for(
-    *,
-    gap: float,
-    target: float,
-    lam: float,
-    gamma: float,
-    mu: float,
-    smoothness: float | None = None,
-) -> int:
-    """Links after which ``gd_pl`` is at most ``target``.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inexact(Gd):
+    """What rates on estimates share: errors are projected too, by ``lam_max`` at most."""
 
-    ``ceil(log(gap / target) / -log(1 - gamma mu lam))``.
+    lam_max: float | None = None
+
+    @property
+    def _most(self) -> float:
+        return self.lam if self.lam_max is None else self.lam_max
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sgd(Inexact):
+    """Stochastic gradient descent: the mean squared gradient over the links.
+
+    ``mean_t E |grad f(W_t)|^2 <= 2 gap / (lam gamma links)
+    + L gamma variance lam_max / lam`` for unbiased gradients. The second term is a floor
+    that only a smaller step or a larger batch lowers. Our derivation.
 
     Args:
-      gap: ``f(W_0) - f*``.
-      target: The gap wanted.
-      lam: Smallest eigenvalue of the mean projector, ``rank / dim``.
-      gamma: Step on the projected gradient.
-      mu: Constant of the Polyak-Lojasiewicz condition; at most L.
-      smoothness: L, if known.
-
-    Returns:
-      The number of links; 0 if the gap is small enough to begin with.
-
-    Raises:
-      ValueError: As ``gd_pl``, and if ``target`` is not positive.
-
-    Example:
-      >>> links_for(gap=1.0, target=1e-3, lam=0.5, gamma=1.0, mu=1.0)
-      10
-    """
-    check_not_negative(gap=gap)
-    check_positive(target=target)
-    check_lam(lam)
-    check_pl(gamma, mu, smoothness)
-    if gap <= target:
-        return 0
-    factor = _contraction(gamma, mu, lam)
-    return math.ceil(math.log(gap / target) / -math.log(factor)) if factor > 0 else 1
-
-
-def sgd_step(*, smoothness: float, lam: float, lam_max: float | None = None) -> float:
-    """The largest step of ``sgd_nonconvex`` and ``sgd_pl``, ``lam / (L lam_max)``.
-
-    Args:
-      smoothness: L, the Lipschitz constant of the gradient.
+      smoothness: L, the Lipschitz constant of the gradient, in ``f / |W|^2``.
       lam: Smallest eigenvalue of the mean projector.
-      lam_max: Its largest one; ``lam`` where the law knows no direction, as with the
-        library's own, and then the step is ``1 / L``.
-
-    Returns:
-      The largest gamma.
+      lam_max: Its largest one; ``lam`` by default, as for a law that knows no direction.
+        The library's own know none.
+      variance: ``E |g - grad f|^2`` of the stochastic gradient g, of the whole matrix.
 
     Raises:
       ValueError: If a number is out of range.
+      TypeError: If one is not a number.
 
     Example:
-      >>> sgd_step(smoothness=4.0, lam=0.25)
-      0.25
-    """
-    check_positive(smoothness=smoothness)
-    return lam / (smoothness * check_lam(lam, lam_max))
-
-
-def sgd_nonconvex(
-    *,
-    gap: float,
-    lam: float,
-    gamma: float,
-    links: int,
-    smoothness: float,
-    variance: float,
-    lam_max: float | None = None,
-) -> float:
-    """Bound on the mean squared gradient over the links, for unbiased gradients.
-
-    ``mean_t E |grad f(W_t)|^2 <= 2 gap / (lam gamma links)
-    + L gamma variance lam_max / lam``. The second term is a floor that only a smaller
-    step or a larger batch lowers. Our derivation.
-
-    Args:
-      gap: ``f(W_0) - f*``.
-      lam: Smallest eigenvalue of the mean projector.
-      gamma: Step on the projected gradient, at most ``sgd_step``.
-      links: Links, each with a sketch of its own and one step.
-      smoothness: L, the Lipschitz constant of the gradient.
-      variance: ``E |g - grad f|^2`` of the stochastic gradient g, of the whole matrix.
-      lam_max: Largest eigenvalue of the mean projector; ``lam`` by default.
-
-    Returns:
-      The bound, in units of ``|grad f|^2``.
-
-    Raises:
-      ValueError: If a number is out of range, or gamma above the largest step.
-
-    Example:
-      >>> sgd_nonconvex(
-      ...     gap=1.0, lam=0.5, gamma=0.25, links=16, smoothness=4.0, variance=0.5
-      ... )
+      >>> rate = Sgd(smoothness=4.0, lam=0.5, variance=0.5)
+      >>> rate.bound(gap=1.0, gamma=rate.largest_step, links=16)
       1.5
     """
-    check_not_negative(gap=gap, variance=variance)
-    check_count(links=links)
-    most = check_lam(lam, lam_max)
-    check_step(gamma, sgd_step(smoothness=smoothness, lam=lam, lam_max=most))
-    return 2 * gap / (lam * gamma * links) + smoothness * gamma * variance * most / lam
+
+    variance: float
+
+    @property
+    def largest_step(self) -> float:
+        """The largest gamma for which the bound holds, ``lam / (L lam_max)``."""
+        return self.lam / (self.smoothness * self._most)
+
+    def bound(self, *, gap: float, gamma: float, links: int) -> float:
+        start = super().bound(gap=gap, gamma=gamma, links=links)
+        return start + self.smoothness * gamma * self.variance * self._most / self.lam
 
 
-def sgd_pl(
-    *,
-    gap: float,
-    lam: float,
-    gamma: float,
-    mu: float,
-    links: int,
-    smoothness: float,
-    variance: float,
-    lam_max: float | None = None,
-) -> float:
-    """Bound on the optimality gap under the PL condition, for unbiased gradients.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SgdPl(Sgd):
+    """Stochastic gradient descent under the PL condition: the optimality gap.
 
     ``E f(W_T) - f* <= (1 - gamma mu lam)^links gap
-    + L gamma variance lam_max / (2 mu lam)``. Our derivation.
+    + L gamma variance lam_max / (2 mu lam)`` for unbiased gradients. Our derivation.
 
     Args:
-      gap: ``f(W_0) - f*``.
+      smoothness: L, the Lipschitz constant of the gradient, in ``f / |W|^2``.
       lam: Smallest eigenvalue of the mean projector.
-      gamma: Step on the projected gradient, at most ``sgd_step``.
-      mu: Constant of the Polyak-Lojasiewicz condition; at most L.
-      links: Links, each with a sketch of its own and one step.
-      smoothness: L, the Lipschitz constant of the gradient.
+      lam_max: Its largest one; ``lam`` by default.
       variance: ``E |g - grad f|^2`` of the stochastic gradient g, of the whole matrix.
-      lam_max: Largest eigenvalue of the mean projector; ``lam`` by default.
-
-    Returns:
-      The bound, in units of f.
+      mu: Constant of the Polyak-Lojasiewicz condition, in the units of L; at most L.
 
     Raises:
-      ValueError: If a number is out of range, or mu, smoothness and gamma contradict.
+      ValueError: If a number is out of range, or mu above L.
+      TypeError: If one is not a number.
 
     Example:
-      >>> sgd_pl(
-      ...     gap=1.0, lam=0.5, gamma=0.5, mu=1.0, links=50, smoothness=2.0, variance=0.2
-      ... ).__round__(3)
+      >>> rate = SgdPl(smoothness=2.0, lam=0.5, variance=0.2, mu=1.0)
+      >>> round(rate.bound(gap=1.0, gamma=rate.largest_step, links=50), 3)
       0.1
     """
-    check_not_negative(gap=gap, variance=variance)
-    check_count(links=links)
-    most = check_lam(lam, lam_max)
-    check_pl(gamma, mu, smoothness)
-    check_step(gamma, sgd_step(smoothness=smoothness, lam=lam, lam_max=most))
-    floor = smoothness * gamma * variance * most / (2 * mu * lam)
-    return gap * _contraction(gamma, mu, lam) ** links + floor
+
+    mu: float
+
+    def bound(self, *, gap: float, gamma: float, links: int) -> float:
+        self._check_run(gap, gamma, links)
+        spread = self.smoothness * gamma * self.variance * self._most
+        floor = spread / (2 * self.mu * self.lam)
+        return gap * _contraction(gamma, self.mu, self.lam) ** links + floor
 
 
 def _contraction(gamma: float, mu: float, lam: float) -> float:

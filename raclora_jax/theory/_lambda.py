@@ -31,7 +31,7 @@ def lambdas(params: PyTree, spec: Spec | int) -> dict[str, float]:
 
     ``rank / dim`` with ``dim`` the size of the sketched side: a law that knows no
     direction spreads a trace of ``rank`` evenly. ``"block"`` has it for every single
-    link; the links of a cycle know of each other, see ``block_pl``.
+    link; the links of a cycle know of each other, see ``BlockPl``.
 
     Args:
       params: The weights; shapes are enough.

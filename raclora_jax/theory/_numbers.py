@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # A step computed from the same numbers may round to just above the largest one.
@@ -51,18 +52,19 @@ def check_fraction(**values: float) -> None:
             raise ValueError(f"{name} must be in (0, 1], got {value}")
 
 
-def check_lam(lam: float, lam_max: float | None = None) -> float:
-    """The largest eigenvalue of the mean projector: ``lam`` where none is given."""
+def check_lam(lam: float) -> None:
+    """Refuses a smallest eigenvalue outside (0, 1]."""
     if not 0 < real("lam", lam) <= 1:
         raise ValueError(
             f"lam must be in (0, 1], got {lam}: it is the smallest eigenvalue of the "
             "mean projector, and a law with lam = 0 never trains some direction"
         )
-    if lam_max is None:
-        return lam
-    if not lam <= real("lam_max", lam_max) <= 1:
-        raise ValueError(f"lam_max must be between lam = {lam} and 1, got {lam_max}")
-    return lam_max
+
+
+def check_lam_max(lam_max: float | None) -> None:
+    """Refuses a largest eigenvalue outside (0, 1]; None stands for the smallest one."""
+    if lam_max is not None:
+        check_fraction(lam_max=lam_max)
 
 
 def check_count(**values: int) -> None:
@@ -88,25 +90,39 @@ def check_step(gamma: float, largest: float, name: str = "gamma") -> None:
         )
 
 
-def check_sample_smoothness(smoothness: float, sample_smoothness: float) -> None:
-    """Refuses samples or clients that are smoother than their mean."""
-    check_positive(smoothness=smoothness, sample_smoothness=sample_smoothness)
+# A name means the same in every rate, so its range is said once.
+_NAMES: dict[Callable[..., None], str] = {
+    check_positive: "smoothness sample_smoothness mu target eta",
+    check_not_negative: "gap variance start_error compression captured dissimilarity",
+    check_fraction: "refresh weight contraction",
+    check_lam: "lam",
+    check_lam_max: "lam_max",
+    check_count: "links cycles batch clients local_steps dim rank",
+}
+_CHECKS = {name: check for check, names in _NAMES.items() for name in names.split()}
+
+
+def check_range(**values: Any) -> None:
+    """Refuses numbers of a rate that are outside the range of their name."""
+    for name, value in values.items():
+        _CHECKS[name](**{name: value})
+
+
+def check_order(constants: Mapping[str, Any]) -> None:
+    """Refuses constants of a rate that contradict each other."""
+    lam, lam_max = constants.get("lam"), constants.get("lam_max")
+    if lam_max is not None and lam_max < lam:
+        raise ValueError(f"lam_max must be between lam = {lam} and 1, got {lam_max}")
+    smoothness = constants["smoothness"]
+    mu = constants.get("mu", smoothness)
+    if mu > smoothness * (1 + _ROUNDING):
+        raise ValueError(
+            f"mu = {mu:g} is above smoothness = {smoothness:g}: no function has that"
+        )
+    sample_smoothness = constants.get("sample_smoothness", smoothness)
     if sample_smoothness < smoothness * (1 - _ROUNDING):
         raise ValueError(
             f"sample_smoothness = {sample_smoothness:g} is below smoothness = "
             f"{smoothness:g}: a mean is at least as smooth as the root mean square of "
             "its members"
         )
-
-
-def check_pl(gamma: float, mu: float, smoothness: float | None) -> None:
-    """Refuses mu and L that contradict, and a step above 1 / L or 1 / mu."""
-    check_positive(mu=mu)
-    if smoothness is not None:
-        check_positive(smoothness=smoothness)
-        if mu > smoothness * (1 + _ROUNDING):
-            raise ValueError(
-                f"mu = {mu:g} is above smoothness = {smoothness:g}: no function has that"
-            )
-    # Without L: it is at least mu, so 1 / L is at most 1 / mu.
-    check_step(gamma, 1 / (mu if smoothness is None else smoothness))

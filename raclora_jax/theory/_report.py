@@ -32,8 +32,8 @@ def report(
 
     Args:
       certificates: Those of a run, link by link.
-      bound: Bound on the gap after each link, such as ``gd_pl(..., links=t)`` for
-        ``t = 1, 2, ...``.
+      bound: Bound on the gap after each link, such as ``GdPl(...).bound(..., links=t)``
+        for ``t = 1, 2, ...``.
       optimum: ``f*``, subtracted from the losses.
       out: Where to draw the figure; needs matplotlib. None draws nothing.
 
