@@ -1,0 +1,1 @@
+"""Pretrained models fine-tuned by every method, learning rates tuned alike."""
