@@ -1,9 +1,11 @@
-"""The folders of the bench: each imports only from those it stands on."""
+"""The folders of the bench import one way, and what measures the house counts right."""
 
 import ast
 import pathlib
 
 import pytest
+
+from benchmarks.shared import structure
 
 BENCH = pathlib.Path(__file__).parent.parent / "benchmarks"
 # Floor by floor, what each folder stands on; ``tables`` shows the rows of all.
@@ -54,3 +56,52 @@ def test_folders_import_from_below_alone(folder):
     for path in (BENCH / folder).rglob("*.py"):
         found |= imported_folders(path) - {folder}
     assert found == BELOW[folder]
+
+
+HOUSE = {
+    "rooms/__init__.py": "from rooms.top import first",
+    "rooms/low.py": """
+def last(x: "second"):  # of the chain
+    '''A docstring
+    of two lines.'''
+    return x
+
+class Base:
+    def shared(self):
+        return last(self)
+""",
+    "rooms/top.py": """
+import rooms
+from rooms import low as below
+from rooms.low import Base
+
+# Of its own.
+TABLE = {"lost": below.last}
+
+class Room(Base):
+    def enter(self):  # noqa: F
+        return self.shared(), self.enter()
+
+def first():
+    def inner():
+        return Room.enter, rooms.first
+    return inner()
+""",
+}
+
+
+def test_a_step_is_followed_over_imports_self_and_bases(tmp_path):
+    (tmp_path / "rooms").mkdir()
+    for name, text in HOUSE.items():
+        (tmp_path / name).write_text(text)
+    found = structure.modules(tmp_path, "rooms")
+    names = structure.Names(found)
+    assert structure.walk(names, names.edges(), "rooms.top.first") == {
+        "depth": 4,
+        "functions": 4,
+        "modules": 2,
+        "chain": "first > enter > shared > last",
+    }
+    shape = structure.shape(found)
+    assert shape["lines_a_body"] == [1, 3, 3]
+    assert shape["comments_percent"] == round(100 * 2 / shape["lines"], 2)
