@@ -190,7 +190,7 @@ def test_search_goes_on_until_the_best_is_inside():
 def test_program_saves_its_rows_and_adds_what_is_missing(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(
-        language, "run", lambda options, results: asked.append((options, results))
+        language, "fill", lambda options, results: asked.append((options, results))
     )
     monkeypatch.setenv("XLA_FLAGS", "")
     argv = ["language", "--data-dir", str(DATA), "--quick", "--out", str(tmp_path)]
