@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import pathlib
-import sys
 import tempfile
 from typing import Any, NamedTuple
 
@@ -35,7 +34,6 @@ class Model(NamedTuple):
 
 def models(data: pathlib.Path, scratch: pathlib.Path, start: int) -> list[Model]:
     """All three; the wider two are trained here."""
-    sys.path.insert(0, str(rows.ROOT / "examples"))
     from finetuning import fresh
 
     plays = data / "tinyshakespeare" / "input.txt.gz"

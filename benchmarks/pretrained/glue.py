@@ -121,7 +121,7 @@ class Task:
     def __init__(
         self, data_dir: pathlib.Path, model_dir: pathlib.Path, name: str, table: Table
     ):
-        self.name, self.encoder = name, minilm.load(model_dir)
+        self.name, self.encoder = name, minilm.Encoder(model_dir)
         tokenizer = tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))
         tokenizer.enable_truncation(table.length)
         tokenizer.enable_padding(length=table.length)
@@ -148,7 +148,7 @@ class Task:
 
     def _features(self, layers: Any, rows: Array) -> Array:
         ids, types = jnp.split(rows[:, :-1], 2, axis=1)
-        return minilm.features(layers, self.encoder.rest, ids, self.encoder.config, types)
+        return self.encoder.features(layers, ids, types)
 
     def logits(self, params: Any, rows: Array) -> Array:
         """Two a text."""

@@ -1,4 +1,4 @@
-"""A pretrained BERT encoder in plain JAX, its checkpoint, and labelled phrases.
+"""A pretrained BERT encoder, that of the examples, and labelled phrases.
 
 The checkpoint is a folder with ``config.json``, ``model.safetensors`` and
 ``tokenizer.json``, as Hugging Face keeps BERT models. MiniLM-L6 comes in the package
@@ -10,53 +10,76 @@ from __future__ import annotations
 import argparse
 import gzip
 import importlib.util
-import json
 import pathlib
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from finetuning import bert
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
-from safetensors.numpy import load_file
 
 from benchmarks.shared import timing
+from raclora_jax import flax as rl_flax
 
-# The matrices of a layer that are tuned, by their names in the checkpoint.
+# The matrices of a layer that are tuned, and where the module has them.
 MATRICES = {
-    "query": "attention.self.query",
-    "key": "attention.self.key",
-    "value": "attention.self.value",
-    "output": "attention.output.dense",
-    "up": "intermediate.dense",
-    "down": "output.dense",
+    "query": "attention/query",
+    "key": "attention/key",
+    "value": "attention/value",
+    "output": "attention/output",
+    "up": "up",
+    "down": "down",
 }
-_NORMS = {"attention": "attention.output.LayerNorm", "mlp": "output.LayerNorm"}
 
 Params = dict[str, Any]
 
 
-class Config(NamedTuple):
-    """The sizes that the weights do not tell."""
+class Encoder:
+    """A checkpoint of BERT or RoBERTa.
 
-    layers: int
-    heads: int
-    epsilon: float
-
-
-class Encoder(NamedTuple):
-    """A checkpoint.
+    Args:
+      path: The folder.
 
     Attributes:
-      config: Its sizes.
       layers: ``{"layer_i": {"query": (in, out), ...}}``, the matrices that are tuned.
-      rest: Embeddings, biases and norms.
     """
 
-    config: Config
-    layers: Params
-    rest: Params
+    def __init__(self, path: pathlib.Path):
+        model, _ = bert.load(path, outputs=2, seed=0)  # the head is not used
+        tree, self._restore = rl_flax.to_tree(model)
+        self._leaves = flatten_dict(tree, sep="/")
+        self.layers = {
+            f"layer_{i}": {n: self._leaves[_path(i, n)] for n in MATRICES}
+            for i in range(model.config.layers)
+        }
+
+    def features(self, layers: Params, ids: Array, types: Array | None = None) -> Array:
+        """Mean of the last hidden states over the tokens of each text.
+
+        Args:
+          layers: The matrices.
+          ids: ``(batch, length)`` token ids, padded behind the end.
+          types: 1 for the tokens of the second text of a pair.
+
+        Returns:
+          Array ``(batch, width)``.
+        """
+        tuned = {
+            _path(i, n): layers[f"layer_{i}"][n]
+            for i in range(len(layers))
+            for n in MATRICES
+        }
+        model = self._restore(unflatten_dict(self._leaves | tuned, sep="/"))
+        x = model.hidden(ids, jnp.zeros_like(ids) if types is None else types)
+        mask = ids != model.config.padding
+        return jnp.sum(x * mask[..., None], axis=1) / jnp.sum(mask, axis=1, keepdims=True)
+
+
+def _path(layer: int, name: str) -> str:
+    """Of a matrix in the module."""
+    return f"layers/{layer}/{MATRICES[name]}/kernel"
 
 
 def folder() -> pathlib.Path | None:
@@ -65,99 +88,6 @@ def folder() -> pathlib.Path | None:
     if package is None or package.origin is None:
         return None
     return pathlib.Path(package.origin).parent / "model"
-
-
-def load(path: pathlib.Path) -> Encoder:
-    """Reads a BERT checkpoint.
-
-    Args:
-      path: The folder.
-
-    Returns:
-      The encoder, kernels as ``(in, out)``, float32.
-
-    Raises:
-      ValueError: If the checkpoint is no BERT encoder with GELU, or leaves are missing.
-    """
-    stated = json.loads((path / "config.json").read_text())
-    kind = stated.get("model_type"), stated.get("hidden_act")
-    if kind != ("bert", "gelu"):
-        raise ValueError(f"{path}: expected a BERT encoder with gelu, got {kind}")
-    config = Config(
-        stated["num_hidden_layers"],
-        stated["num_attention_heads"],
-        stated["layer_norm_eps"],
-    )
-    arrays = load_file(path / "model.safetensors")
-
-    def get(name: str) -> np.ndarray:
-        if name not in arrays:
-            raise ValueError(f"{path}: model.safetensors has no {name}")
-        return np.asarray(arrays[name], np.float32)
-
-    def norm(name: str) -> Params:
-        return {"scale": get(f"{name}.weight"), "bias": get(f"{name}.bias")}
-
-    layers, rest = {}, {}
-    for i in range(config.layers):
-        prefix = f"encoder.layer.{i}"
-        names = {ours: f"{prefix}.{theirs}" for ours, theirs in MATRICES.items()}
-        layers[f"layer_{i}"] = {n: get(f"{x}.weight").T for n, x in names.items()}
-        rest[f"layer_{i}"] = {n: get(f"{x}.bias") for n, x in names.items()} | {
-            f"{n}_norm": norm(f"{prefix}.{x}") for n, x in _NORMS.items()
-        }
-    kinds = {"word": "word", "position": "position", "type": "token_type"}
-    rest["embeddings"] = {
-        ours: get(f"embeddings.{theirs}_embeddings.weight")
-        for ours, theirs in kinds.items()
-    } | {"norm": norm("embeddings.LayerNorm")}
-    return Encoder(config, *jax.tree.map(jnp.asarray, (layers, rest)))
-
-
-def features(
-    layers: Params, rest: Params, ids: Array, config: Config, types: Array | int = 0
-) -> Array:
-    """Mean of the last hidden states over the tokens of each text.
-
-    Args:
-      layers: The matrices.
-      rest: Everything else.
-      ids: ``(batch, length)`` token ids, 0 behind the end.
-      config: Sizes.
-      types: 1 for the tokens of the second text of a pair.
-
-    Returns:
-      Array ``(batch, width)``.
-    """
-    tables, mask = rest["embeddings"], ids != 0
-    position = tables["position"][: ids.shape[-1]]
-    x = _norm(
-        tables["word"][ids] + position + tables["type"][types], tables["norm"], config
-    )
-    for name in (f"layer_{i}" for i in range(config.layers)):
-        w, b = layers[name], rest[name]
-        mixed = _attention(w, b, x, mask, config)
-        x = _norm(x + mixed @ w["output"] + b["output"], b["attention_norm"], config)
-        hidden = jax.nn.gelu(x @ w["up"] + b["up"], approximate=False)
-        x = _norm(x + hidden @ w["down"] + b["down"], b["mlp_norm"], config)
-    return jnp.sum(x * mask[..., None], axis=1) / jnp.sum(mask, axis=1, keepdims=True)
-
-
-def _attention(w: Params, b: Params, x: Array, mask: Array, config: Config) -> Array:
-    heads = (*x.shape[:2], config.heads, -1)
-    query, key, value = (
-        (x @ w[name] + b[name]).reshape(heads) for name in ("query", "key", "value")
-    )
-    mixed = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None])
-    return mixed.reshape(x.shape)
-
-
-def _norm(x: Array, norm: Params, config: Config) -> Array:
-    centred = x - jnp.mean(x, axis=-1, keepdims=True)
-    variance = jnp.mean(centred**2, axis=-1, keepdims=True)
-    return (
-        centred * jax.lax.rsqrt(variance + config.epsilon) * norm["scale"] + norm["bias"]
-    )
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:

@@ -54,7 +54,7 @@ class Task:
     """
 
     def __init__(self, data_dir: pathlib.Path, model_dir: pathlib.Path):
-        self.encoder = minilm.load(model_dir)
+        self.encoder = minilm.Encoder(model_dir)
         table = data_dir / "glue_sst2" / "train.tsv.gz"
         everything = minilm.phrases(table, model_dir / "tokenizer.json", LENGTH + 1)
         short = np.flatnonzero(everything.ids[:, -1] == 0)
@@ -68,7 +68,7 @@ class Task:
     def _head(self) -> dict[str, Array]:
         """The logistic regression of the features of some training phrases."""
         rows = self.train[:HELD_OUT]
-        features = jax.jit(self._features)(self.encoder.layers, rows[:, :-1])
+        features = jax.jit(self.encoder.features)(self.encoder.layers, rows[:, :-1])
         fit = LogisticRegression(max_iter=1000).fit(np.asarray(features), rows[:, -1])
         kernel, bias = fit.coef_[0], fit.intercept_[0]
         return {
@@ -76,12 +76,10 @@ class Task:
             "bias": jnp.asarray([-bias / 2, bias / 2], jnp.float32),
         }
 
-    def _features(self, layers: Any, ids: Array) -> Array:
-        return minilm.features(layers, self.encoder.rest, ids, self.encoder.config)
-
     def loss(self, params: Any, rows: Array) -> Array:
         """Mean cross entropy; a row is a phrase and, last, its label."""
-        head, features = params["head"], self._features(params["layers"], rows[:, :-1])
+        head = params["head"]
+        features = self.encoder.features(params["layers"], rows[:, :-1])
         logits = features @ head["kernel"] + head["bias"]
         labels = rows[:, -1]
         return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
