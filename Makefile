@@ -36,17 +36,17 @@ docs: $(VENV)/.installed-docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html $(ARGS)
 
 bench: $(VENV)/.installed-benchmarks
-	$(BIN)/python -m benchmarks.counterexample
-	$(BIN)/python -m benchmarks.linear_regression
+	$(BIN)/python -m benchmarks.rates.counterexample
+	$(BIN)/python -m benchmarks.rates.linear_regression
 	$(BIN)/python -m benchmarks.rates
-	$(BIN)/python -m benchmarks.ntk
-	$(BIN)/python -m benchmarks.step_time
-	$(BIN)/python -m benchmarks.laws
-	$(BIN)/python -m benchmarks.sides
-	$(BIN)/python -m benchmarks.memory
-	$(BIN)/python -m benchmarks.growth
-	$(BIN)/python -m benchmarks.trace_time
-	$(BIN)/python -m benchmarks.inner_loop
+	$(BIN)/python -m benchmarks.rates.ntk
+	$(BIN)/python -m benchmarks.speed.step_time
+	$(BIN)/python -m benchmarks.speed.laws
+	$(BIN)/python -m benchmarks.speed.sides
+	$(BIN)/python -m benchmarks.speed.memory
+	$(BIN)/python -m benchmarks.speed.growth
+	$(BIN)/python -m benchmarks.speed.trace_time
+	$(BIN)/python -m benchmarks.speed.inner_loop
 
 # ARGS="--data-dir DIR", and --quick for a look.
 bench-field: $(VENV)/.installed-benchmarks

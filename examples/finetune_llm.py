@@ -33,8 +33,8 @@ with extra("finetuning", __name__):
 
     import raclora_jax as rl
 
-# Rates by factors of 2 on three models (benchmarks/default_rates.py). Without state 4e-3
-# is the best or 0.006 behind it, and ahead of LoRA's best on each of them.
+# Rates by factors of 2 on three models (benchmarks/pretrained/default_rates.py). Without
+# state 4e-3 is the best or 0.006 behind it, and ahead of LoRA's best on each of them.
 DEFAULTS = asked.Defaults(
     "raclora-orthogonal",
     {"raclora-orthogonal": 4e-3, "raclora": 4e-3, "lora": 8e-3, "full": 2e-3},

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import raclora_jax as rl
-from benchmarks import hlo
+from benchmarks.shared import hlo
 from raclora_jax import methods
 from raclora_jax._core.planning import plan_tree
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import mnist_rules
-from benchmarks.finetune import data, entries, training
+from benchmarks.finetune import data, entries, mnist_rules, training
 from benchmarks.finetune import study as finetune
 from raclora_jax import methods
 

@@ -7,7 +7,7 @@ import traceback
 import pytest
 
 import raclora_jax
-from benchmarks.fuzzing.checkpoints import checkpoint_cases, log_cases
+from benchmarks.pods.fuzzing.checkpoints import checkpoint_cases, log_cases
 from raclora_jax.checkpoint import _checkpointer
 from raclora_jax.checkpoint._meta import opened
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.fuzzing.messages import cases
+from benchmarks.pods.fuzzing.messages import cases
 from raclora_jax.federated import _checks
 
 pytestmark = pytest.mark.usefixtures("quick_draws")

@@ -8,8 +8,10 @@ from jax import lax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import raclora_jax as rl
-from benchmarks import data_parallel, hlo, models, pod_costs, pod_steps, rivals
-from benchmarks.hlo_text import Program
+from benchmarks.pods import pod_costs, pod_steps
+from benchmarks.shared import hlo, models, rivals
+from benchmarks.shared.hlo_text import Program
+from benchmarks.speed import data_parallel
 
 # As a TPU's compiler writes them: no trip counts, layouts with tiles, groups as axes of a
 # mesh, and a gather that is spread over fusions, one of them inside an inner loop.

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import contenders, contest, language, standings, stories
+from benchmarks.pretrained import entries as contenders
+from benchmarks.pretrained import language, stories
+from benchmarks.pretrained import run as contest
+from benchmarks.shared import results as standings
 
 DATA = pathlib.Path(
     os.environ.get("RACLORA_DATA_DIR", pathlib.Path(__file__).parents[2] / "shared/data")
@@ -187,7 +190,7 @@ def test_search_goes_on_until_the_best_is_inside():
 def test_program_saves_its_rows_and_adds_what_is_missing(monkeypatch, tmp_path):
     asked = []
     monkeypatch.setattr(
-        language, "run", lambda options, results: asked.append((options, results))
+        language, "fill", lambda options, results: asked.append((options, results))
     )
     monkeypatch.setenv("XLA_FLAGS", "")
     argv = ["language", "--data-dir", str(DATA), "--quick", "--out", str(tmp_path)]
@@ -211,7 +214,7 @@ def test_program_saves_its_rows_and_adds_what_is_missing(monkeypatch, tmp_path):
 )
 def test_the_study_of_quantised_bases_learns(shallow, contender):
     """And says what it holds: codes of a byte here, packed ones at half of one."""
-    from benchmarks import quantized
+    from benchmarks.pretrained import quantized
 
     runner = quantized.Runner(shallow, quantized.Contender(*contender))
     start = shallow.validation_loss(runner.contender.read(shallow.params))

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import raclora_jax as rl
-from benchmarks import models
+from benchmarks.shared import models
 
 TINY = {"width": 64, "layers": 2, "vocab": 48, "sequences": 2, "length": 12}
 MODELS = {

@@ -12,8 +12,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import raclora_jax as rl
-from benchmarks.fuzz import FAULTS, tally
-from benchmarks.fuzzing import folders
+from benchmarks.pods.fuzz import FAULTS, tally
+from benchmarks.pods.fuzzing import folders
 from raclora_jax import peft
 from raclora_jax.peft import _models
 from raclora_jax.peft._patterns import compiled
@@ -295,7 +295,7 @@ def test_families():
 
 
 def test_damaged_folders(tmp_path):
-    """Each refused by name or read right; ``benchmarks.fuzz`` runs thousands."""
+    """Each refused by name or read right; ``benchmarks.pods.fuzz`` runs thousands."""
     seen = []
     counts = tally("folders", folders.cases(1, 30, tmp_path), seen)
     assert not seen

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import kills
+from benchmarks.pods import kills
 
 pytest.importorskip("grain")
 pytest.importorskip("orbax.checkpoint")

@@ -7,7 +7,7 @@ import re
 import pytest
 
 import raclora_jax as rl
-from benchmarks import tables
+from benchmarks.tables import pages as tables
 from raclora_jax import (
     checkpoint,
     estimators,

@@ -12,7 +12,7 @@ import reference
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import raclora_jax as rl
-from benchmarks import hlo
+from benchmarks.shared import hlo
 from raclora_jax._core import lowrank, merge, select
 from raclora_jax._core.factor import Origin
 from raclora_jax._core.planning import plan_tree

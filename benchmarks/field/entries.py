@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 import raclora_jax as rl
-from benchmarks.contenders import factor_form
+from benchmarks.pretrained.entries import factor_form
 from raclora_jax import methods
 from raclora_jax._core.planning import plan_tree
 from raclora_jax.methods import Method

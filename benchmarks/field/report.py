@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import pathlib
 import statistics
@@ -13,7 +12,7 @@ import scipy.stats
 from matplotlib.figure import Figure
 
 from benchmarks.field.entries import ENTRIES
-from benchmarks.rows import RESULTS
+from benchmarks.shared import rows as result_rows
 
 STUDIES = ("equal steps", "equal bytes", "equal time")
 LANGUAGE = "language model"
@@ -32,7 +31,7 @@ Row = dict[str, Any]
 
 def read() -> list[Row]:
     """All rows."""
-    rows: list[Row] = json.loads((RESULTS / "field.json").read_text())["rows"]
+    rows: list[Row] = result_rows.read("field/field")
     return rows
 
 
@@ -203,7 +202,7 @@ def _number(row: Row | None) -> str:
 
 def ntk() -> str:
     """Where LoRA of each rank ends in the linearised network."""
-    record = json.loads((RESULTS / "ntk.json").read_text())
+    record = result_rows.record("rates/ntk")
     rows = [row for row in record["rows"] if row["study"] == "LoRA"]
     limit = record["settings"]["ended_below"]
     lines = [
@@ -234,7 +233,7 @@ def _settled(row: Row) -> bool:
 
 def ntk_full() -> str:
     """The rank of full fine-tuning's solution beside its bound."""
-    rows = json.loads((RESULTS / "ntk.json").read_text())["rows"]
+    rows = result_rows.read("rates/ntk")
     full = [row for row in rows if row["study"] == "full"]
     lines = [
         "| examples | rank of the solution, each seed | bound | lazy check, mean |",
@@ -250,7 +249,7 @@ def ntk_full() -> str:
 
 def ntk_chain() -> str:
     """Links of a chain by its rank, beside d / r times full descent."""
-    rows = json.loads((RESULTS / "ntk.json").read_text())["rows"]
+    rows = result_rows.read("rates/ntk")
     chain = [row for row in rows if row["study"] == "chain"]
     (whole,) = (row["links"][0] for row in chain if row["rank"] is None)
     lines = [

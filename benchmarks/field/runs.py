@@ -12,9 +12,9 @@ import numpy as np
 import optax
 from jax import Array, lax
 
-from benchmarks.contest import warm_cosine
 from benchmarks.field.entries import Entry, Setting
 from benchmarks.field.tasks import Task
+from benchmarks.pretrained.run import warm_cosine
 from raclora_jax.methods import Method
 
 # Of every method alike, then the double and the half of the best.

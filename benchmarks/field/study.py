@@ -24,11 +24,11 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks import timing
 from benchmarks.field import report, runs
 from benchmarks.field.entries import ENTRIES, Entry
 from benchmarks.field.tasks import NAMES, Task
-from benchmarks.standings import Results, side_by_side, use_one_core
+from benchmarks.shared import timing
+from benchmarks.shared.results import Results, side_by_side, use_one_core
 
 SEEDS = (0, 1, 2)
 REFERENCE = "LoRA"  # whose optimizer memory is the budget
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=tuple(NAMES), default=tuple(NAMES))
     parser.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES)
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")
-    options = timing.parse(parser)
+    options = timing.parse(parser, __file__)
     options.seeds = SEEDS[:1] if options.quick else SEEDS
     options.rounds = 1 if options.quick else 5
     options.part = 20 if options.quick else 1

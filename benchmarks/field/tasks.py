@@ -16,12 +16,13 @@ import numpy as np
 from jax import Array
 
 import raclora_jax as rl
-from benchmarks import models, stories
-from benchmarks.contest import LENGTH
-from benchmarks.contest import Task as Language
-from benchmarks.counterexample import Quadratic
 from benchmarks.finetune import data, study, training
-from benchmarks.linear_regression import LeastSquares
+from benchmarks.pretrained import stories
+from benchmarks.pretrained.run import LENGTH
+from benchmarks.pretrained.run import Task as Language
+from benchmarks.rates.counterexample import Quadratic
+from benchmarks.rates.linear_regression import LeastSquares
+from benchmarks.shared import models
 
 PyTree = Any
 

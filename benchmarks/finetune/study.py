@@ -34,9 +34,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from benchmarks import rows as result_rows
 from benchmarks.finetune import data, entries, report, training
 from benchmarks.finetune.entries import Entry
+from benchmarks.shared import rows as result_rows
 from raclora_jax import methods
 
 # Table by table: its lines and what its title says of them.

@@ -1,1 +1,1 @@
-"""Runs measured against the bounds of ``raclora_jax.theory``."""
+"""The paper's convex problems, and runs against the bounds of ``raclora_jax.theory``."""

@@ -14,9 +14,9 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from benchmarks import rows
 from benchmarks.rates import bounds, certificates, estimators
 from benchmarks.rates.problems import PROBLEMS, least_squares
+from benchmarks.shared import rows
 
 STUDIES = ("bounds", "estimators", "certificates")
 
@@ -67,7 +67,7 @@ def main() -> None:
     """Runs the studies, writes rows and figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("studies", nargs="*", default=STUDIES)
-    parser.add_argument("--out", type=pathlib.Path, default=rows.RESULTS)
+    parser.add_argument("--out", type=pathlib.Path, default=rows.folder(__file__))
     parser.add_argument("--seeds", type=int, default=20)
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)

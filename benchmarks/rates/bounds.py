@@ -11,8 +11,8 @@ import optax
 from jax import Array, lax
 
 import raclora_jax as rl
-from benchmarks import chains
 from benchmarks.rates.problems import FAST_COMPILE, Problem
+from benchmarks.shared import chains
 from raclora_jax import theory
 
 # "gaussian" draws the very sketches of "orthonormal".

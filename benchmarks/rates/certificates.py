@@ -17,8 +17,8 @@ import numpy as np
 from jax import Array, lax
 
 import raclora_jax as rl
-from benchmarks import chains
 from benchmarks.rates.problems import FAST_COMPILE, Problem, least_squares
+from benchmarks.shared import chains
 from raclora_jax import theory
 
 LAWS = ("orthonormal", "rademacher", "coordinate", "block")

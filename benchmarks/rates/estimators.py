@@ -18,9 +18,9 @@ import numpy as np
 from jax import Array, lax
 
 import raclora_jax as rl
-from benchmarks import chains
-from benchmarks.linear_regression import LeastSquares
+from benchmarks.rates.linear_regression import LeastSquares
 from benchmarks.rates.problems import FAST_COMPILE, INPUTS, OUTPUTS, SAMPLES, data
+from benchmarks.shared import chains
 from raclora_jax import theory
 
 RANK, BATCH, CLIENTS = 2, 10, 10

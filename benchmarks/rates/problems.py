@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from benchmarks.counterexample import SIZE, Quadratic
-from benchmarks.linear_regression import LeastSquares
+from benchmarks.rates.counterexample import SIZE, Quadratic
+from benchmarks.rates.linear_regression import LeastSquares
 
 # Compiling is nearly all the time that these small programs take.
 FAST_COMPILE = {"xla_backend_optimization_level": 0}

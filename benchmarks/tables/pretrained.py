@@ -1,0 +1,219 @@
+"""The tables of the language and sentiment studies, from their rows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+from benchmarks.shared import rows as result_rows
+
+
+def losses(name: str, study: str) -> str:
+    """Losses of one study, ordered by optimizer bytes; the same data for each seed."""
+    everything = _rows(name)
+    rows = [row for row in everything if row["study"] == study]
+    full = {r["study"]: r for r in everything if r["method"] == "full Adam"}
+    # Where the study is of more steps, full Adam had the first count of them.
+    base = full["equal steps"]
+    if name == "language" and study not in ("equal steps", "explored"):
+        base = full["long"]
+    if base["method"] not in [row["method"] for row in rows]:
+        rows.append(base)
+    lines = [
+        "| method | trained numbers | optimizer bytes | steps | learning rate "
+        "| validation loss | over full Adam, seed by seed |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in sorted(rows, key=lambda r: (_bytes_class(r), r["loss_mean"])):
+        gaps = [a - b for a, b in zip(row["loss"], base["loss"], strict=True)]
+        cells = (
+            row["method"],
+            f"{row['trained']:,}",
+            f"{row['optimizer_bytes']:,}",
+            f"{row['steps']:,}",
+            f"{row['rate']:g}",
+            f"{row['loss_mean']:.3f} ± {row['loss_std']:.3f}",
+            f"{statistics.mean(gaps):+.3f} ± {statistics.stdev(gaps):.3f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def programs() -> str:
+    """The runs of the decoder's program."""
+    lines = [
+        "| method | optimizer bytes | learning rate | loss on held-out text "
+        "| processor seconds of the command |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for row in _rows("programs"):
+        cells = (
+            row["method"],
+            f"{row['optimizer_bytes']:,}",
+            f"{row['rate']:g}",
+            f"{row['loss_mean']:.3f} ± {row['loss_std']:.3f}",
+            f"{row['cpu_seconds']:.0f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def defaults() -> str:
+    """What both programs take by themselves against LoRA's, on texts and labels."""
+    lines = [
+        "| data | method | optimizer bytes | loss | accuracy, % | loss minus LoRA's |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for row in _rows("defaults"):
+        scored = row["metric"][0] is not None
+        behind = "-"
+        if "minus_lora" in row:
+            behind = f"{row['minus_lora']:+.3f} ± {row['standard_error']:.3f}"
+        cells = (
+            row["task"],
+            row["method"],
+            f"{row['optimizer_bytes']:,}",
+            f"{statistics.mean(row['loss']):.3f} ± {statistics.stdev(row['loss']):.3f}",
+            f"{100 * statistics.mean(row['metric']):.1f}" if scored else "-",
+            behind,
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def glue(study: str) -> str:
+    """The metric of every task that all methods have a row of, and their mean."""
+    kept = [row for row in _rows("glue") if row["study"].endswith(study)]
+    rows = {(row["method"], row["study"].partition(",")[0]): row for row in kept}
+    methods = list(dict.fromkeys(row["method"] for row in kept))
+    names = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2"}
+    tasks = [task for task in names if all((one, task) in rows for one in methods)]
+
+    def means(method: str) -> list[float]:
+        """Of the tasks, one a seed."""
+        scores = [rows[method, task]["score"] for task in tasks]
+        return [statistics.mean(seed) for seed in zip(*scores, strict=True)]
+
+    def cell(values: list[float], sign: str = "") -> str:
+        return f"{statistics.mean(values):{sign}.1f} ± {statistics.stdev(values):.1f}"
+
+    start = [rows[methods[0], task]["start"] for task in tasks]
+    heads = " | ".join(names[task] for task in tasks)
+    lines = [
+        f"| method | optimizer bytes | {heads} | mean | over LoRA, seed by seed |",
+        "|---" + "|---:" * (len(tasks) + 3) + "|",
+        "| before tuning | - | "
+        + " | ".join(f"{score:.1f}" for score in (*start, statistics.mean(start)))
+        + " | - |",
+    ]
+    rival = means("LoRA r8 Adam")
+    for method in methods:
+        mean = means(method)
+        cells = (
+            method,
+            f"{rows[method, tasks[0]]['optimizer_bytes']:,}",
+            *(cell(rows[method, task]["score"]) for task in tasks),
+            cell(mean),
+            cell([a - b for a, b in zip(mean, rival, strict=True)], "+"),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def times(name: str) -> str:
+    """Milliseconds a step, timed in turn."""
+    lines = ["| method | milliseconds a step | over full Adam |", "|---|---:|---:|"]
+    for row in _rows(name):
+        if row["study"] == "time":
+            over = f"{row['milliseconds']:.1f} | {row['over_full_adam']:.2f}"
+            lines.append(f"| {row['method']} | {over} |")
+    return "\n".join(lines)
+
+
+def rates() -> str:
+    """The best rate of every rank, side and rule, and its spread over seeds."""
+    lines = [
+        "| method | best learning rate, each seed | geometric mean | over the least |",
+        "|---|---:|---:|---:|",
+    ]
+    rows = [row for row in _rows("language") if row["study"] == "one rate"]
+    for rule in ("orthogonal", "Adam"):
+        own = [row for row in rows if row["method"].endswith(rule)]
+        own.sort(key=_side_and_rank)
+        least = min((row["rate"] for row in own), default=1.0)
+        for row in own:
+            each = ", ".join(f"{rate:.2g}" for rate in row["fitted_rates"])
+            lines.append(
+                f"| {row['method']} | {each} | {row['rate']:.2g} "
+                f"| {row['rate'] / least:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def _side_and_rank(row: dict) -> tuple[str, int]:
+    """Of a method named like ``RAC r16, side left, Adam``."""
+    rank, side, _ = row["method"].split(", ")
+    return side, int(rank.removeprefix("RAC r"))
+
+
+def polynomials() -> str:
+    """Loss and milliseconds by the polynomials of the polar factor."""
+    rows = _rows("polynomials")
+    loss = {(r["polynomials"], r["rank"]): r for r in rows if r["study"] == "quality"}
+    time = {(r["polynomials"], r["rank"]): r for r in rows if r["study"] == "time"}
+    trained, timed = (sorted({rank for _, rank in cells}) for cells in (loss, time))
+    heads = [f"loss, rank {rank}" for rank in trained]
+    heads += [f"ms, rank {rank}" for rank in timed]
+    lines = ["| polynomials | " + " | ".join(heads) + " |", "|---" + "|---:" * len(heads)]
+    lines[1] += "|"
+    for name in dict.fromkeys(row["polynomials"] for row in rows):
+        cells = [f"{loss[name, rank]['loss_mean']:.4f}" for rank in trained]
+        cells += [f"{time[name, rank]['milliseconds']:.2f}" for rank in timed]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def quantized() -> str:
+    """Losses on bases of codes, those in codes and those with the carried error."""
+    rows = _rows("quantized")
+    float_rows = {row["link"]: row for row in rows if row["base"] == "float32"}
+    lines = [
+        "| method | base, bytes | error, bytes | learning rate | loss in the codes "
+        "| loss with the error | over float32, seed by seed |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+
+    def spread(losses: list[float]) -> str:
+        return f"{statistics.mean(losses):.3f} ± {statistics.stdev(losses):.3f}"
+
+    for row in sorted(rows, key=lambda row: -row["link"]):
+        carries = row["error_bytes"] > 0
+        plain = float_rows.get(row["link"])
+        gaps = (
+            [a - b for a, b in zip(row["loss"], plain["loss"], strict=True)]
+            if plain
+            else []
+        )
+        cells = (
+            row["method"],
+            f"{row['base_bytes_packed']:,}",
+            f"{row['error_bytes']:,}" if carries else "-",
+            f"{row['rate']:g}",
+            spread(row["loss"]),
+            spread(row["loss_exact"]) if carries else "-",
+            f"{statistics.mean(gaps):+.3f} ± {statistics.stdev(gaps):.3f}"
+            if gaps
+            else "-",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _bytes_class(row: dict) -> int:
+    """Optimizer bytes, those within a few per cent of each other alike."""
+    return round(15 * math.log(max(row["optimizer_bytes"], 1000)))
+
+
+def _rows(name: str) -> list[dict]:
+    rows: list[dict] = result_rows.read(f"pretrained/{name}")
+    return rows
