@@ -373,7 +373,7 @@ def test_bad_options():
     for make in (methods.galore, golore):
         with pytest.raises(ValueError, match="carries a learning rate"):
             make(0.1, spec(), inner=optax.adam(0.1))
-    with pytest.raises(ValueError, match="random_from must be a step from 0 on, got -1"):
+    with pytest.raises(ValueError, match="random_from must be at least 0, got -1"):
         methods.golore(0.1, 2, random_from=-1, key=0)
     with pytest.raises(ValueError, match="momentum must be at least 0 and below 1"):
         methods.flora(0.1, 2, momentum=1.0, key=0)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from raclora_jax._core import checks
 from raclora_jax._core.keys import folded, key_data
 from raclora_jax._core.types import KeyLike, OptState
 from raclora_jax._forms.factor_rules import restart
@@ -43,8 +44,7 @@ def sample_clients(clients: int, take: int, *, round: Array | int, key: KeyLike)
       >>> sample_clients(100, 10, round=0, key=0).shape
       (10,)
     """
-    if not 1 <= take <= clients:
-        raise ValueError(f"take must be from 1 to clients={clients}, got {take}")
+    checks.count("take", take, most=clients, way_out=f"there are {clients} clients")
     check_range("round", round, LARGEST_COUNT)
     words = jnp.asarray([[round]], jnp.uint32)
     own = folded(key_data(key), words)[0]

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import jax
 from jax import Array, lax
 
+from raclora_jax._core import checks
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.select import LAWS
 from raclora_jax._core.spec import Rule, Spec, as_spec
@@ -83,11 +84,8 @@ def raclora(spec: Spec | int, *, rounds_per_link: int = 1) -> Strategy:
       Malinovsky et al., `Randomized Asymmetric Chain of LoRA
       <https://arxiv.org/abs/2410.08305>`_, 2024.
     """
-    if isinstance(rounds_per_link, bool) or not isinstance(rounds_per_link, int):
-        raise TypeError(f"rounds_per_link must be an int, got {rounds_per_link!r}")
-    if rounds_per_link < 1:
-        raise ValueError(f"rounds_per_link must be at least 1, got {rounds_per_link}")
-    return Strategy("raclora", as_spec(spec), mean_rule, rounds_per_link, pair=False)
+    rounds = checks.count("rounds_per_link", rounds_per_link)
+    return Strategy("raclora", as_spec(spec), mean_rule, rounds, pair=False)
 
 
 def fedavg(spec: Spec | int) -> Strategy:

@@ -2,80 +2,54 @@
 
 from __future__ import annotations
 
-import math
-import operator
-from typing import Any
+from raclora_jax._core import checks
 
 # A step computed from the same numbers may round to just above the largest one.
 _ROUNDING = 1e-9
 
 
-def real(name: str, value: Any) -> float:
-    """A value as a finite float, refused by name if it is none."""
-    try:
-        number = float(operator.pos(value))  # which, unlike float, refuses text
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{name} must be a number, got {value!r} of type {type(value).__name__}"
-        ) from None
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
-    return number
-
-
 def check_positive(**values: float) -> None:
     """Refuses what is not above zero."""
     for name, value in values.items():
-        if real(name, value) <= 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+        checks.number(name, value, checks.POSITIVE)
 
 
 def check_not_negative(**values: float) -> None:
     """Refuses what is below zero."""
     for name, value in values.items():
-        if real(name, value) < 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
+        checks.number(name, value, checks.NOT_NEGATIVE)
 
 
 def check_probability(**values: float) -> None:
     """Refuses what is outside [0, 1]."""
     for name, value in values.items():
-        if not 0 <= real(name, value) <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
+        checks.number(name, value, checks.PROBABILITY)
 
 
 def check_fraction(**values: float) -> None:
     """Refuses what is outside (0, 1]."""
     for name, value in values.items():
-        if not 0 < real(name, value) <= 1:
-            raise ValueError(f"{name} must be in (0, 1], got {value}")
+        checks.number(name, value, checks.SHARE)
 
 
 def check_lam(lam: float, lam_max: float | None = None) -> float:
     """The largest eigenvalue of the mean projector: ``lam`` where none is given."""
-    if not 0 < real("lam", lam) <= 1:
-        raise ValueError(
-            f"lam must be in (0, 1], got {lam}: it is the smallest eigenvalue of the "
-            "mean projector, and a law with lam = 0 never trains some direction"
-        )
+    way_out = (
+        "it is the smallest eigenvalue of the mean projector, and a law with lam = 0 "
+        "never trains some direction"
+    )
+    checks.number("lam", lam, checks.SHARE, way_out=way_out)
     if lam_max is None:
         return lam
-    if not lam <= real("lam_max", lam_max) <= 1:
-        raise ValueError(f"lam_max must be between lam = {lam} and 1, got {lam_max}")
+    between = checks.Range(f"between lam = {lam} and 1", lambda x: lam <= x <= 1)
+    checks.number("lam_max", lam_max, between)
     return lam_max
 
 
 def check_count(**values: int) -> None:
     """Refuses what is no int of at least 1."""
     for name, value in values.items():
-        try:
-            number = operator.index(value)
-        except TypeError:
-            raise TypeError(
-                f"{name} must be an int, got {value!r} of type {type(value).__name__}"
-            ) from None
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+        checks.count(name, value)
 
 
 def check_step(gamma: float, largest: float, name: str = "gamma") -> None:
