@@ -102,3 +102,25 @@ def test_every_module_says_it_alike(call):
         call()
     wording = r"([^:]+: )?\w+ must be [^;]+, got [^;]+(; .+)?"
     assert re.fullmatch(wording, str(refused.value)), refused.value
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda spec: methods.lora(0.1, spec, key=0),
+        lambda spec: methods.galore(0.1, spec),
+        federated.raclora,
+    ],
+)
+@pytest.mark.parametrize(
+    ("where", "spec"),
+    [
+        ("Spec", rl.Spec(2, side=0.5)),
+        ("Rule('x')", rl.Spec(2, rules=[rl.Rule("x", side=0.5), rl.Rule("x")])),
+    ],
+)
+def test_a_side_that_is_drawn_is_refused_alike(make, where, spec):
+    with pytest.raises(ValueError, match="draws the side for each link") as refused:
+        make(spec)
+    assert str(refused.value).startswith(f"{where}: side=0.5 ")
+    assert str(refused.value).endswith("; give side='left', 'right' or 'auto'")

@@ -658,7 +658,7 @@ def private_fedex():
     ("words", "make_it"),
     [
         ("rounds_per_link", lambda: fed.raclora(2, rounds_per_link=0)),
-        ("draws a side", lambda: fed.raclora(rl.Spec(2, side=0.5))),
+        ("draws the side", lambda: fed.raclora(rl.Spec(2, side=0.5))),
         (
             r"Rule\('kernel'\): side=0.5",
             lambda: fed.fedit(rl.Spec(2, rules=[rl.Rule("kernel", side=0.5)])),

@@ -322,6 +322,25 @@ def check_rules_win(spec: Spec, names: Sequence[str]) -> None:
             )
 
 
+def check_side_is_fixed(spec: Spec, why: str) -> None:
+    """Refuses a spec that draws the side of a sketch.
+
+    Args:
+      spec: The spec.
+      why: What has no place for a side that changes.
+
+    Raises:
+      ValueError: If the side is drawn, in the spec or in a rule.
+    """
+    rules = ((f"Rule({rule.path!r})", rule.side) for rule in spec.rules)
+    for where, side in (("Spec", spec.side), *rules):
+        if isinstance(side, float):
+            raise ValueError(
+                f"{where}: side={side} draws the side for each link, but {why}; give "
+                "side='left', 'right' or 'auto'"
+            )
+
+
 def _check_rank(where: str, rank: object) -> int:
     way_out = "it fixes shapes: write a static int, such as rank=8"
     return checks.count(f"{where}: rank", rank, way_out=way_out)

@@ -21,7 +21,7 @@ from raclora_jax._core.keys import key_data, leaf_key
 from raclora_jax._core.lowrank import formed, lift_leaf
 from raclora_jax._core.plan import LeafPlan, plan_tree
 from raclora_jax._core.sketch import draw_all
-from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.spec import Spec, as_spec, check_side_is_fixed
 from raclora_jax._core.types import KeyLike, LossFn, PyTree
 from raclora_jax._forms.unmerged import unmerged
 from raclora_jax.methods._method import Method, nbytes, rate_at, size
@@ -50,13 +50,9 @@ def pair_method(
       or a leaf does not suit the method.
     """
     spec, data = as_spec(spec), key_data(key)
-    for side in (spec.side, *(rule.side for rule in spec.rules)):
-        if isinstance(side, float):
-            raise ValueError(
-                f"side={side} draws the side for each link, but a pair has one "
-                "drawn and one zero factor for good; give side='left' or 'right', or "
-                "use methods.raclora"
-            )
+    check_side_is_fixed(
+        spec, "a pair, unlike methods.raclora, has one drawn and one zero factor for good"
+    )
     made = _PairMethod(learning_rate, spec, data, pieces)
     return Method(made.init, made.step, made.params, made.trained, made.optimizer_bytes)
 
