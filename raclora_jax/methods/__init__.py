@@ -9,19 +9,17 @@ their state in a low-rank basis. The library's own ``raclora`` stands beside the
 """
 
 from raclora_jax.methods._allora import allora
-from raclora_jax.methods._asymmetric import asymmetric
-from raclora_jax.methods._cola import cola
 from raclora_jax.methods._dora import dora
 from raclora_jax.methods._flora import flora
 from raclora_jax.methods._full import full
 from raclora_jax.methods._galore import galore
 from raclora_jax.methods._golore import golore
 from raclora_jax.methods._heterolora import heterolora
-from raclora_jax.methods._lora import lora
 from raclora_jax.methods._lora_fa import lora_fa
 from raclora_jax.methods._lora_pro import lora_pro
 from raclora_jax.methods._lora_rite import lora_rite
 from raclora_jax.methods._method import Method
+from raclora_jax.methods._plain import asymmetric, cola, lora
 from raclora_jax.methods._published import published_raclora
 from raclora_jax.methods._raclora import raclora
 from raclora_jax.methods._rslora import rslora
