@@ -8,6 +8,8 @@ from raclora_jax._chain.orthogonal import orthogonal
 from raclora_jax._chain.separable import per_matrix
 from raclora_jax._chain.state import RacLoraState
 from raclora_jax._core.factor import Factor
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.plan import plan_tree as plan
 from raclora_jax._core.spec import Rule, Spec
 from raclora_jax._forms.adapter import (
     AdapterChain,
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterChain",
     "Factor",
+    "LeafPlan",
     "RacLoraState",
     "Rule",
     "Spec",
@@ -49,6 +52,7 @@ __all__ = [
     "next_link",
     "orthogonal",
     "per_matrix",
+    "plan",
     "planned",
     "project",
     "raclora",

@@ -13,7 +13,6 @@ from reference import Adam
 import raclora_jax as rl
 from raclora_jax import methods
 from raclora_jax._core.lowrank import lift_leaf, project_leaf
-from raclora_jax._core.plan import plan_tree
 from raclora_jax.methods import _projected
 
 PARAMS = {
@@ -126,7 +125,7 @@ def test_every_direction_with_plain_descent_is_plain_descent():
 @pytest.mark.parametrize("law", ["leading", "random"])
 def test_a_basis_of_the_smaller_side_loses_nothing(law):
     """Rank min(m, n), which a spec hands to the inner rule as it is."""
-    plan = dataclasses.replace(plan_tree(4, PARAMS)["kernel"], sketch="", rank=5)
+    plan = dataclasses.replace(rl.plan(4, PARAMS)["kernel"], sketch="", rank=5)
     grads = {"kernel": jnp.asarray(grads_of(PARAMS)["kernel"], jnp.float32)}
     if law == "leading":
         basis = _projected.top_directions(grads, {"kernel": plan})

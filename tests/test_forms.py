@@ -19,7 +19,6 @@ import reference
 
 import raclora_jax as rl
 from raclora_jax._chain.orthogonal import POLYNOMIALS
-from raclora_jax._core.plan import plan_tree
 
 # Most of the time here would go into compiling well what runs for microseconds.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -218,7 +217,7 @@ def adapter_run(rule, spec, loss, params, seed, targets):
 
 
 def oracle(spec, seed, maker, params, gradient, sketches, **settings):
-    flat, plans = by_path(sketches), plan_tree(spec, params)
+    flat, plans = by_path(sketches), rl.plan(spec, params)
     links = [
         {p: reference.explicit(s[k], plans[p]) for p, s in flat.items()}
         for k in range(LINKS)

@@ -30,7 +30,7 @@ class LeafPlan:
       path: Canonical path.
       shape: Shape of the leaf.
       dtype: Name of the leaf's dtype.
-      mode: One of ``MODES``.
+      mode: ``"lowrank"``, ``"full"``, ``"dense"`` or ``"frozen"``.
       rows: Axes the model contracts over.
       cols: The other matrix axes.
       batch: Axes that stack matrices.
@@ -201,8 +201,8 @@ def plan_tree(spec: Spec | int, tree: PyTree) -> dict[str, LeafPlan]:
       ValueError: If a rule, a rank or a leaf does not fit; the message names the leaf.
 
     Example:
-      >>> import jax
-      >>> plans = plan_tree(2, {"kernel": jax.ShapeDtypeStruct((6, 4), "float32")})
+      >>> import jax, raclora_jax as rl
+      >>> plans = rl.plan(2, {"kernel": jax.ShapeDtypeStruct((6, 4), "float32")})
       >>> plans["kernel"].side, plans["kernel"].factor_shape
       ('right', (2, 6))
     """
