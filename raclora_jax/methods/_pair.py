@@ -36,18 +36,32 @@ def pair_method(
     *,
     key: KeyLike,
 ) -> Method:
-    """A method with the pair ``W + scaling * drawn * zero``.
+    """A method that trains a pair of factors beside frozen weights, made of pieces.
+
+    The weight is ``W + scaling * drawn * zero``. Of each adapted leaf one factor is drawn
+    by the spec's law and the other starts at zero; forward pass beside the weight, links
+    of a chain, leaves trained in full and the bytes of moments are taken care of.
 
     Args:
       learning_rate: A float or a schedule of the steps.
       spec: Which leaves, ranks, scaling, law of the drawn factor and length of a link.
-      pieces: What the method does with the pair.
+      pieces: Where the method departs from LoRA.
       key: Typed threefry key, raw key data, or int seed.
 
     Returns:
       A ``Method``. With a subset its trained numbers are those of the largest leaves
       that may be chosen together. ``init`` raises ``ValueError`` if no leaf has a pair,
       or a leaf does not suit the method.
+
+    Raises:
+      ValueError: If the spec draws the side.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> signs = Pieces(inner=optax.scale_by_sign(), train_drawn=False)
+      >>> method = pair_method(1e-3, Spec(2), signs, key=0)
+      >>> method.trained({"kernel": jnp.zeros((6, 4))})
+      12
     """
     spec, data = as_spec(spec), key_data(key)
     check_side_is_fixed(
