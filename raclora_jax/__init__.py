@@ -19,7 +19,7 @@ from raclora_jax._forms.adapter import (
     next_link,
 )
 from raclora_jax._forms.apply import apply_updates
-from raclora_jax._forms.factor_rules import factor_labels, planned, restart
+from raclora_jax._forms.factor_rules import factor_labels, reset_moments, with_plans
 from raclora_jax._forms.fused import fused_step
 from raclora_jax._forms.gradient import grad, value_and_grad
 from raclora_jax._forms.optimizer import raclora, scale_by_raclora
@@ -53,15 +53,15 @@ __all__ = [
     "orthogonal",
     "per_matrix",
     "plan",
-    "planned",
     "project",
     "raclora",
-    "restart",
+    "reset_moments",
     "sample_sketch",
     "scale_by_raclora",
     "summary",
     "trace_spec",
     "value_and_grad",
+    "with_plans",
 ]
 
 _MODULES = (

@@ -268,7 +268,9 @@ def oracle(spec, params, stream, maker):
 def adapter_run(spec, params, stream, rule):
     one = optax.chain(rule, optax.scale(-RATE))
     labels = rl.factor_labels(params, spec)
-    tx = rl.planned(optax.partition({"lowrank": one, "dense": one}, labels), params, spec)
+    tx = rl.with_plans(
+        optax.partition({"lowrank": one, "dense": one}, labels), params, spec
+    )
     base, (factors, chain) = params, rl.init_adapter(params, spec, key=SEED)
     opt_state, history = tx.init(factors), []
     grad_fn = jit(jax.grad(rl.adapted(loss, spec)))
@@ -282,7 +284,7 @@ def adapter_run(spec, params, stream, rule):
         history.append(summed(base, factors, chain))
         if (step + 1) % EVERY == 0:
             base, factors, chain = renew(base, factors, chain)
-            opt_state = rl.restart(opt_state, tx, factors)
+            opt_state = rl.reset_moments(opt_state, tx, factors)
     assert grad_fn._cache_size() == 1
     return history
 

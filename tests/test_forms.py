@@ -189,7 +189,7 @@ def adapter_run(rule, spec, loss, params, seed, targets):
     factors, chain = jit(lambda base: rl.init_adapter(base, spec, key=seed))(base)
     one = optax.chain(rule, optax.scale(-RATE))
     tx = optax.partition({"lowrank": one, "dense": one}, rl.factor_labels(base, spec))
-    tx = rl.planned(tx, base, spec)
+    tx = rl.with_plans(tx, base, spec)
     opt_state = tx.init(factors)
     adapted_loss = rl.adapted(loss, spec)
 
@@ -212,7 +212,7 @@ def adapter_run(rule, spec, loss, params, seed, targets):
         (factors, opt_state), seen = one_link(base, factors, chain, opt_state, part)
         history.append(seen)
         base, factors, chain = renew(base, factors, chain)
-        opt_state = rl.restart(opt_state, tx, factors)
+        opt_state = rl.reset_moments(opt_state, tx, factors)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *history), base
 
 

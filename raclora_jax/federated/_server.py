@@ -12,7 +12,7 @@ from jax import Array
 from raclora_jax._core import checks
 from raclora_jax._core.keys import folded, key_data
 from raclora_jax._core.types import KeyLike, OptState
-from raclora_jax._forms.factor_rules import restart
+from raclora_jax._forms.factor_rules import reset_moments
 from raclora_jax.federated._checks import check_range, check_step
 from raclora_jax.federated._messages import LARGEST_COUNT, State, Step
 from raclora_jax.federated._state import (
@@ -134,7 +134,7 @@ def server_step(
         step = Step(moved, step.residual, step.round, step.stamp)
     after = _moved(strategy, state, step)
     if tx is not None and strategy.rounds_per_link is not None:
-        fresh = restart(
+        fresh = reset_moments(
             opt_state, rule_of(strategy, state, tx), start_of(strategy, after)
         )
         new_link = after.chain.link != state.chain.link
