@@ -54,7 +54,7 @@ for _ in range(16):  # links
         updates, opt_state = tx.update(grads, opt_state, factors)
         factors = optax.apply_updates(factors, updates)
     base_params, factors, chain = next_link(base_params, factors, chain, spec)
-    opt_state = rl.restart(opt_state, tx, factors)
+    opt_state = rl.reset_moments(opt_state, tx, factors)
 print(f"after: {accuracy(base_params):.3f}")
 
 # The export is the base's own tree: nothing of the chain is left to load.

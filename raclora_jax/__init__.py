@@ -8,6 +8,8 @@ from raclora_jax._chain.orthogonal import orthogonal
 from raclora_jax._chain.separable import per_matrix
 from raclora_jax._chain.state import RacLoraState
 from raclora_jax._core.factor import Factor
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_tree as plan
 from raclora_jax._core.spec import Rule, Spec
 from raclora_jax._forms.adapter import (
     AdapterChain,
@@ -17,7 +19,7 @@ from raclora_jax._forms.adapter import (
     next_link,
 )
 from raclora_jax._forms.apply import apply_updates
-from raclora_jax._forms.factor_rules import factor_labels, planned, restart
+from raclora_jax._forms.factor_rules import factor_labels, reset_moments, with_plans
 from raclora_jax._forms.fused import fused_step
 from raclora_jax._forms.gradient import grad, value_and_grad
 from raclora_jax._forms.optimizer import raclora, scale_by_raclora
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdapterChain",
     "Factor",
+    "LeafPlan",
     "RacLoraState",
     "Rule",
     "Spec",
@@ -49,15 +52,16 @@ __all__ = [
     "next_link",
     "orthogonal",
     "per_matrix",
-    "planned",
+    "plan",
     "project",
     "raclora",
-    "restart",
+    "reset_moments",
     "sample_sketch",
     "scale_by_raclora",
     "summary",
     "trace_spec",
     "value_and_grad",
+    "with_plans",
 ]
 
 _MODULES = (

@@ -10,7 +10,6 @@ every link, so no factor could hold one. Gradients must therefore be dense, thos
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,9 +18,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from raclora_jax._core import keys, paths
+from raclora_jax._core import checks, keys, paths
 from raclora_jax._core.factor import is_factor
-from raclora_jax._core.spec import kind
 from raclora_jax._core.types import KeyLike, Leaf, OptState, PyTree, widened
 
 __all__ = ["MvrState", "PageState", "mvr", "next_is_full", "page"]
@@ -105,7 +103,7 @@ def page(
       Li et al., `PAGE <https://arxiv.org/abs/2008.10898>`_, 2021. Sokolov et al.,
       `Bernoulli-LoRA <https://arxiv.org/abs/2508.03820>`_, 2025.
     """
-    _check_share("page: probability", probability)
+    checks.scalar("page: probability", probability, checks.SHARE)
     data = keys.key_data(key)
 
     def init(params: PyTree) -> PageState:
@@ -203,7 +201,7 @@ def mvr(weight: float | Array) -> optax.GradientTransformationExtraArgs:
       <https://arxiv.org/abs/1905.10018>`_, 2019. Sokolov et al., `Bernoulli-LoRA
       <https://arxiv.org/abs/2508.03820>`_, 2025.
     """
-    _check_share("mvr: weight", weight)
+    checks.scalar("mvr: weight", weight, checks.SHARE)
 
     def init(params: PyTree) -> MvrState:
         return MvrState(jnp.asarray(False), _zeros(params))
@@ -291,14 +289,3 @@ def _estimated(
     return paths.unflatten(treedef, answer), paths.unflatten(
         structure, {path: wide.get(path, old) for path, old in olds.items()}
     )
-
-
-def _check_share(what: str, share: object) -> None:
-    """Refuses a number outside (0, 1]; one that is traced cannot be looked at."""
-    if isinstance(share, jax.core.Tracer):
-        return
-    is_scalar = hasattr(share, "dtype") and jnp.shape(share) == ()  # type: ignore[arg-type]
-    if isinstance(share, bool) or not (is_scalar or isinstance(share, numbers.Real)):
-        raise TypeError(f"{what} must be a number, got {kind(share)}")
-    if not 0 < float(share) <= 1:  # type: ignore[arg-type]
-        raise ValueError(f"{what} must be above 0 and at most 1, got {share}")

@@ -48,6 +48,10 @@ class Row(NamedTuple):
     subset: bool = False
 
 
+# What ``methods`` has beside the methods: what they are made of.
+PARTS = {"Joint", "Method", "Pieces", "Subset", "from_transform", "pair_method"}
+
+
 def pair(name: str, **options: Any) -> Callable[..., methods.Method]:
     """A method of ``raclora_jax.methods`` that takes a rate, a spec and a key."""
     made = getattr(methods, name)

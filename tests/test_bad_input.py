@@ -58,7 +58,10 @@ def factor(*shape):
         ({"resample_every": 0}, ["resample_every", "at least 1", "got 0"]),
         ({"resample_every": 1.5}, ["resample_every", "an int", "1.5"]),
         ({"resample_every": False}, ["resample_every", "an int", "False"]),
-        ({"resample_every": 10**10}, ["resample_every", "below 2**31", "10000000000"]),
+        (
+            {"resample_every": 10**10},
+            ["resample_every", "at most 2147483647", "10000000000"],
+        ),
         ({"alpha": 0.0}, ["alpha", "positive", "got 0.0"]),
         ({"alpha": float("nan")}, ["alpha", "finite", "nan"]),
         ({"alpha": "8"}, ["alpha", "a number", "None for scaling 1", "'8'"]),

@@ -13,7 +13,6 @@ import reference
 
 import raclora_jax as rl
 import raclora_jax.methods
-from raclora_jax._core.planning import plan_tree
 
 # Most of the time here would go into compiling well what runs for microseconds.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -166,7 +165,7 @@ def test_the_mean_projector(chance, sketch):
     links, like = 4000, jnp.zeros((6, 4))
     spec = rl.Spec(2, side=chance, sketch=sketch)
     lam = chance * 2 / 6 + (1 - chance) * 2 / 4
-    (plan,) = plan_tree(spec, like).values()
+    (plan,) = rl.plan(spec, like).values()
     assert plan.lam == pytest.approx(lam)
     assert rl.summary(like, spec).rows[0].lam == plan.lam
 
@@ -269,7 +268,9 @@ def oracle(spec, params, stream, maker):
 def adapter_run(spec, params, stream, rule):
     one = optax.chain(rule, optax.scale(-RATE))
     labels = rl.factor_labels(params, spec)
-    tx = rl.planned(optax.partition({"lowrank": one, "dense": one}, labels), params, spec)
+    tx = rl.with_plans(
+        optax.partition({"lowrank": one, "dense": one}, labels), params, spec
+    )
     base, (factors, chain) = params, rl.init_adapter(params, spec, key=SEED)
     opt_state, history = tx.init(factors), []
     grad_fn = jit(jax.grad(rl.adapted(loss, spec)))
@@ -283,7 +284,7 @@ def adapter_run(spec, params, stream, rule):
         history.append(summed(base, factors, chain))
         if (step + 1) % EVERY == 0:
             base, factors, chain = renew(base, factors, chain)
-            opt_state = rl.restart(opt_state, tx, factors)
+            opt_state = rl.reset_moments(opt_state, tx, factors)
     assert grad_fn._cache_size() == 1
     return history
 
@@ -452,7 +453,7 @@ def test_a_sharded_leaf():
             ["Rule('x')", "side=0.5", "mode='dense'", "leave out"],
         ),
         (
-            lambda: plan_tree(
+            lambda: rl.plan(
                 rl.Spec(2, side=0.5, rules=[rl.Rule("w", rank=4)]),
                 {"w": jnp.zeros((6, 4))},
             ),

@@ -10,7 +10,6 @@ from jax import lax
 
 import raclora_jax as rl
 from raclora_jax import theory
-from raclora_jax._core.planning import plan_tree
 
 LAWS = ("orthonormal", "rademacher", "coordinate", "block")
 FAST_COMPILE = {"xla_backend_optimization_level": 0}
@@ -36,7 +35,7 @@ def test_shares_have_the_mean_and_the_variance_that_is_said(law, view):
     shape, spec = VIEWS[view]
     spec = rl.Spec(spec.rank, side=spec.side, rules=spec.rules, sketch=law)
     G = gradient(shape)
-    (plan,) = plan_tree(spec, G).values()
+    (plan,) = rl.plan(spec, G).values()
 
     def one(link):
         S, Q = (rl.sample_sketch(G, spec, key=key, link=link) for key in (3, 4))

@@ -15,7 +15,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import raclora_jax as rl
 from benchmarks.shared import hlo
 from raclora_jax import methods
-from raclora_jax._core.planning import plan_tree
 
 # Numbers that cannot be taken for one another: 7 sequences of 20 tokens.
 BATCH, LENGTH, VOCABULARY, WIDTH, HEADS, SIZE, HIDDEN, LAYERS = (
@@ -134,7 +133,7 @@ def dense_step(tx):
 
 
 def adapted_shapes(params, spec):
-    plans = plan_tree(spec, params)
+    plans = rl.plan(spec, params)
     return {p: plan.shape for p, plan in plans.items() if plan.mode == "lowrank"}
 
 

@@ -13,7 +13,6 @@ import reference
 
 import raclora_jax as rl
 from raclora_jax import federated as fed
-from raclora_jax._core.planning import plan_tree
 from raclora_jax.federated._batches import reshuffled
 
 CLIENTS, ROWS = 8, 12
@@ -93,7 +92,7 @@ def lifted(factor, sketch, side):
 
 
 def sketches_of(strategy, state):
-    plans = plan_tree(strategy.spec, state.base_params)
+    plans = rl.plan(strategy.spec, state.base_params)
     return {
         path: reference.explicit(sketch, plans[path])
         for path, sketch in state.chain.sketches.items()
@@ -626,7 +625,7 @@ def test_fedavg_freezes_what_the_rules_freeze():
     rules = (rl.Rule("head/kernel", rows=0), rl.Rule("head/.*", mode="frozen"))
     whole = (rl.Rule(".*kernel"), rl.Rule(".*", mode="frozen"))
     for given in (rules, whole):
-        plans = plan_tree(fed.fedavg(rl.Spec(2, rules=given)).spec, head)
+        plans = rl.plan(fed.fedavg(rl.Spec(2, rules=given)).spec, head)
         modes = {path: plan.mode for path, plan in plans.items()}
         assert modes == {"head/kernel": "dense", "head/bias": "frozen"}
     with pytest.raises(ValueError, match="goes by the shape of a leaf"):
@@ -658,7 +657,7 @@ def private_fedex():
     ("words", "make_it"),
     [
         ("rounds_per_link", lambda: fed.raclora(2, rounds_per_link=0)),
-        ("draws a side", lambda: fed.raclora(rl.Spec(2, side=0.5))),
+        ("draws the side", lambda: fed.raclora(rl.Spec(2, side=0.5))),
         (
             r"Rule\('kernel'\): side=0.5",
             lambda: fed.fedit(rl.Spec(2, rules=[rl.Rule("kernel", side=0.5)])),

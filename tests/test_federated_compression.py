@@ -171,9 +171,9 @@ def test_marina_and_ef21_have_no_floor():
 
 @pytest.mark.parametrize("share", [0.0, 1.5, float("nan")])
 def test_shares_are_checked(share):
-    with pytest.raises(ValueError, match="share must be in"):
+    with pytest.raises(ValueError, match="share must be above 0 and at most 1"):
         fed.qgd(share)
-    with pytest.raises(ValueError, match="probability must be in"):
+    with pytest.raises(ValueError, match="probability must be above 0 and at most 1"):
         fed.marina(0.1, probability=share)
 
 

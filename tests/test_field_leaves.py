@@ -338,7 +338,7 @@ BAD_ARGUMENTS = {
     ),
     "eta of zero": (
         lambda: methods.allora(0.1, 2, eta=0.0, key=0),
-        ["eta", "above 0"],
+        ["eta", "positive"],
     ),
     "no alpha to root": (
         lambda: methods.rslora(0.1, 2, key=0),

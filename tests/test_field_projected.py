@@ -13,7 +13,6 @@ from reference import Adam
 import raclora_jax as rl
 from raclora_jax import methods
 from raclora_jax._core.lowrank import lift_leaf, project_leaf
-from raclora_jax._core.planning import plan_tree
 from raclora_jax.methods import _projected
 
 PARAMS = {
@@ -126,7 +125,7 @@ def test_every_direction_with_plain_descent_is_plain_descent():
 @pytest.mark.parametrize("law", ["leading", "random"])
 def test_a_basis_of_the_smaller_side_loses_nothing(law):
     """Rank min(m, n), which a spec hands to the inner rule as it is."""
-    plan = dataclasses.replace(plan_tree(4, PARAMS)["kernel"], sketch="", rank=5)
+    plan = dataclasses.replace(rl.plan(4, PARAMS)["kernel"], sketch="", rank=5)
     grads = {"kernel": jnp.asarray(grads_of(PARAMS)["kernel"], jnp.float32)}
     if law == "leading":
         basis = _projected.top_directions(grads, {"kernel": plan})
@@ -373,7 +372,7 @@ def test_bad_options():
     for make in (methods.galore, golore):
         with pytest.raises(ValueError, match="carries a learning rate"):
             make(0.1, spec(), inner=optax.adam(0.1))
-    with pytest.raises(ValueError, match="random_from must be a step from 0 on, got -1"):
+    with pytest.raises(ValueError, match="random_from must be at least 0, got -1"):
         methods.golore(0.1, 2, random_from=-1, key=0)
     with pytest.raises(ValueError, match="momentum must be at least 0 and below 1"):
         methods.flora(0.1, 2, momentum=1.0, key=0)

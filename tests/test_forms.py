@@ -19,7 +19,6 @@ import reference
 
 import raclora_jax as rl
 from raclora_jax._chain.orthogonal import POLYNOMIALS
-from raclora_jax._core.planning import plan_tree
 
 # Most of the time here would go into compiling well what runs for microseconds.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
@@ -190,7 +189,7 @@ def adapter_run(rule, spec, loss, params, seed, targets):
     factors, chain = jit(lambda base: rl.init_adapter(base, spec, key=seed))(base)
     one = optax.chain(rule, optax.scale(-RATE))
     tx = optax.partition({"lowrank": one, "dense": one}, rl.factor_labels(base, spec))
-    tx = rl.planned(tx, base, spec)
+    tx = rl.with_plans(tx, base, spec)
     opt_state = tx.init(factors)
     adapted_loss = rl.adapted(loss, spec)
 
@@ -213,12 +212,12 @@ def adapter_run(rule, spec, loss, params, seed, targets):
         (factors, opt_state), seen = one_link(base, factors, chain, opt_state, part)
         history.append(seen)
         base, factors, chain = renew(base, factors, chain)
-        opt_state = rl.restart(opt_state, tx, factors)
+        opt_state = rl.reset_moments(opt_state, tx, factors)
     return jax.tree.map(lambda *parts: jnp.concatenate(parts), *history), base
 
 
 def oracle(spec, seed, maker, params, gradient, sketches, **settings):
-    flat, plans = by_path(sketches), plan_tree(spec, params)
+    flat, plans = by_path(sketches), rl.plan(spec, params)
     links = [
         {p: reference.explicit(s[k], plans[p]) for p, s in flat.items()}
         for k in range(LINKS)

@@ -26,7 +26,6 @@ from agreement import (
 from cases import CASES
 
 import raclora_jax as rl
-from raclora_jax._core.planning import plan_tree
 
 pytestmark = pytest.mark.usefixtures("quick_draws")
 
@@ -173,8 +172,8 @@ def test_a_model_is_traced(name):
     params, args = case.inputs()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        plans = plan_tree(rl.trace_spec(case.loss, params, *args, rank=2), params)
-    for path, plan in plan_tree(case.spec(2, "auto"), params).items():
+        plans = rl.plan(rl.trace_spec(case.loss, params, *args, rank=2), params)
+    for path, plan in rl.plan(case.spec(2, "auto"), params).items():
         seen = plans[path]
         assert (seen.mode, seen.rows, seen.batch) == (plan.mode, plan.rows, plan.batch), (
             path

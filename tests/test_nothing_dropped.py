@@ -13,7 +13,6 @@ from agreement import fallbacks
 from jax import lax
 
 import raclora_jax as rl
-from raclora_jax._core.planning import plan_tree
 
 X = jax.ShapeDtypeStruct((6, 8), "float32")
 SQUARE = jax.ShapeDtypeStruct((8, 8), "float32")
@@ -27,7 +26,7 @@ def traced(fn, params, *args, **fields):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         spec = rl.trace_spec(fn, params, *args, rank=2, **fields)
-    plans = plan_tree(spec, params)
+    plans = rl.plan(spec, params)
     return {
         path: (plan.rows, plan.batch) if plan.mode == "lowrank" else plan.mode
         for path, plan in plans.items()
@@ -203,11 +202,11 @@ def test_a_use_that_cannot_be_read_is_said():
     assert len(messages) == 1
     for piece in ("'deep/v'", "reshape", "Rule('deep/v', rows=(0,))"):
         assert piece in messages[0]
-    assert plan_tree(spec, SCRAMBLED)["deep/v"].mode == "dense"
+    assert rl.plan(spec, SCRAMBLED)["deep/v"].mode == "dense"
     rules = [rl.Rule("deep/v", rows=(0,))]
     spec, messages = fallbacks(lambda: trace(rules=rules))
     assert messages == []
-    assert plan_tree(spec, SCRAMBLED)["deep/v"].mode == "lowrank"
+    assert rl.plan(spec, SCRAMBLED)["deep/v"].mode == "lowrank"
 
 
 def test_a_matrix_is_not_frozen_unseen():

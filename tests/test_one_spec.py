@@ -185,7 +185,7 @@ def test_a_compiled_step_draws_once(cache):
     def draw(data, link):
         return draw_all(data, link, tuple(plans))
 
-    plans = [rl._core.plan.plan_tree(spec, W)["kernel"]]
+    plans = [rl.plan(spec, W)["kernel"]]
     whole = jax.jit(step).lower(W, state, X).compile().as_text()
     alone = jax.jit(draw).lower(state.key_data, state.link).compile().as_text()
 

@@ -9,7 +9,6 @@ import reference
 
 import raclora_jax as rl
 from raclora_jax._chain.orthogonal import polar_factor
-from raclora_jax._core.planning import plan_tree
 
 # Where the docstring says that singular values end.
 WITHIN = 0.013
@@ -138,7 +137,7 @@ def test_the_mean_captured_nuclear_norm():
                     )
                 )
             )
-            (plan,) = plan_tree(spec, jnp.zeros((16, 24))).values()
+            (plan,) = rl.plan(spec, jnp.zeros((16, 24))).values()
             sketches = reference.explicit(draw(jnp.arange(400)), plan)
             kept = np.linalg.svd(sketches @ gradient, compute_uv=False).sum(axis=1)
             error = kept.std() / np.sqrt(len(kept))
@@ -195,7 +194,7 @@ def test_one_rate_for_all_ranks():
     for side in ("left", "right"):
         for rank in (1, 3, 12):
             spec = rl.Spec(rank, side=side, alpha="dim")
-            plan = plan_tree(spec, params)["kernel"]
+            plan = rl.plan(spec, params)["kernel"]
             assert plan.scaling == np.sqrt(plan.dim / rank)
             tx = rl.raclora(0.01, spec, inner=rl.orthogonal(), key=0)
             updates, _ = tx.update(grads, tx.init(params), params)
@@ -208,7 +207,7 @@ def test_a_rules_own_alpha_wins():
         2, alpha="dim", rules=[rl.Rule("a", alpha=6.0), rl.Rule("b", alpha="dim")]
     )
     shapes = {name: jax.ShapeDtypeStruct((8, 32), "float32") for name in "abc"}
-    plans = plan_tree(spec, shapes)
+    plans = rl.plan(spec, shapes)
     assert [plans[name].scaling for name in "abc"] == [3.0, 2.0, 2.0]
     assert rl.Spec.from_json(spec.to_json()) == spec
     for wrong in ("dims", "", True):

@@ -10,7 +10,6 @@ import optax
 import pytest
 
 import raclora_jax as rl
-from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.spec import as_spec
 
 
@@ -19,7 +18,7 @@ def shape(*sizes, dtype="float32"):
 
 
 def plan_of(spec, *sizes, path="kernel"):
-    return plan_tree(spec, {path: shape(*sizes)})[path]
+    return rl.plan(spec, {path: shape(*sizes)})[path]
 
 
 # name: (shape, rule fields, rows, cols, batch, side, sketch shape, factor shape)
@@ -212,7 +211,7 @@ def test_what_is_no_matrix_is_trained_in_full_or_frozen():
         "temperature": shape(),
     }
     for rest in ("dense", "frozen"):
-        plans = plan_tree(rl.Spec(2, rules=rules, rest=rest), params)
+        plans = rl.plan(rl.Spec(2, rules=rules, rest=rest), params)
         assert list(plans) == [
             "block/conv/bias",
             "block/conv/kernel",
@@ -245,7 +244,7 @@ def test_the_first_rule_that_matches_the_whole_path_wins():
         rl.Rule(".*kernel", rank=5, side="left"),
         rl.Rule("(?i:BODY)/bias", mode="frozen"),
     ]
-    plans = plan_tree(rl.Spec(2, rules=rules), params)
+    plans = rl.plan(rl.Spec(2, rules=rules), params)
     found = {p: (x.mode, x.rank, x.side, x.sketch) for p, x in plans.items()}
     assert found == {
         "body/bias": ("frozen", 0, "", ""),
@@ -255,25 +254,25 @@ def test_the_first_rule_that_matches_the_whole_path_wins():
     }
     # "kernel" alone is part of the path, not the whole.
     with pytest.raises(ValueError, match=r"'kernel'.*wins no leaf"):
-        plan_tree(rl.Spec(2, rules=[rl.Rule("kernel", mode="frozen")]), params)
+        rl.plan(rl.Spec(2, rules=[rl.Rule("kernel", mode="frozen")]), params)
 
 
 def test_a_leaf_too_small_for_the_rank_is_trained_in_full_and_says_why():
     params = {"big": shape(9, 7), "small": shape(9, 4)}
-    plans = plan_tree(4, params)
+    plans = rl.plan(4, params)
     assert [plans[path].mode for path in params] == ["lowrank", "dense"]
     assert plans["small"].reason == "rank 4 >= sketched side 4"
     # The sketched side decides, not the smaller one.
-    plans = plan_tree(rl.Spec(4, side="left"), params)
+    plans = rl.plan(rl.Spec(4, side="left"), params)
     assert [plan.mode for plan in plans.values()] == ["lowrank", "lowrank"]
 
 
 def test_a_one_leaf_tree_and_a_frozen_model():
-    assert list(plan_tree(2, shape(9, 7))) == [""]
+    assert list(rl.plan(2, shape(9, 7))) == [""]
     spec = rl.Spec(2, rules=[rl.Rule(".*", mode="frozen")])
-    plans = plan_tree(spec, {"steps": shape(3, dtype="int32"), "w": shape(9, 7)})
+    plans = rl.plan(spec, {"steps": shape(3, dtype="int32"), "w": shape(9, 7)})
     assert {plan.mode for plan in plans.values()} == {"frozen"}
-    assert plan_tree(spec, {}) == {}
+    assert rl.plan(spec, {}) == {}
 
 
 def test_a_partial_tree_lets_rules_rest():
@@ -282,9 +281,9 @@ def test_a_partial_tree_lets_rules_rest():
     spec = rl.Spec(2, rules=rules)
     body = {"kernel": shape(9, 7)}
     partial = {"body": body, "head": optax.MaskedNode()}
-    assert plan_tree(spec, partial)["body/kernel"].rank == 3
+    assert rl.plan(spec, partial)["body/kernel"].rank == 3
     with pytest.raises(ValueError, match=r"'head/\.\*'.*wins no leaf"):
-        plan_tree(spec, {"body": body})
+        rl.plan(spec, {"body": body})
     # Sketches are those of the whole tree.
     whole = {"body": {"kernel": jnp.ones((9, 7))}, "head": {"kernel": jnp.ones((8, 6))}}
     half = {"body": whole["body"], "head": optax.MaskedNode()}

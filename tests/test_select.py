@@ -15,7 +15,6 @@ import raclora_jax as rl
 from benchmarks.shared import hlo
 from raclora_jax._core import lowrank, merge, select
 from raclora_jax._core.factor import Origin
-from raclora_jax._core.planning import plan_tree
 
 LAWS = ("block", "coordinate")
 
@@ -27,7 +26,7 @@ def normal(seed, *shape):
 def picked_rows(spec, shape, links, key=0):
     """The rows that each link picks of one leaf, by the oracle."""
     like = {"w": jax.ShapeDtypeStruct(shape, "float32")}
-    plan = plan_tree(spec, like)["w"]
+    plan = rl.plan(spec, like)["w"]
     draw = jax.jit(
         jax.vmap(lambda link: rl.sample_sketch(like, spec, key=key, link=link)["w"])
     )
@@ -62,7 +61,7 @@ def test_a_matrix_of_a_stack_moves_in_place_as_it_does_alone(rank, side, dtype):
     rules = [rl.Rule("w", batch=0, rows=1)]
     spec = rl.Spec(rank, side=side, sketch="block", rules=rules)
     stack = jnp.asarray(normal(0, 3, 64, 80), dtype)
-    plan = plan_tree(spec, {"w": stack})["w"].of_slice
+    plan = rl.plan(spec, {"w": stack})["w"].of_slice
     assert plan.selection.runs == {4: 1, 16: 2}[rank]
     value = jnp.asarray(normal(1, *plan.factor_shape), "float32") / 50
     key = jax.random.key(2) if dtype == "bfloat16" else None
@@ -100,7 +99,7 @@ def test_runs_lie_alike_in_equal_parts():
     ]:
         rule = rl.Rule("w", rows=rows)
         spec = rl.Spec(rank, side="left", sketch="block", rules=[rule])
-        plan = plan_tree(spec, {"w": jax.ShapeDtypeStruct(shape, "float32")})["w"]
+        plan = rl.plan(spec, {"w": jax.ShapeDtypeStruct(shape, "float32")})["w"]
         assert plan.selection.runs == runs
         for picks in picked_rows(spec, shape, 5):
             part = plan.dim // runs
@@ -131,8 +130,8 @@ def test_picking_is_what_a_product_with_the_sketch_is(name, rank, law):
     rule = rl.Rule("w", **{"side": "left", **fields})
     spec = rl.Spec(rank, sketch=law, alpha=3.0 * rank, rules=[rule])
     params = {"w": jnp.asarray(normal(1, *shape), jnp.float32)}
-    plan = plan_tree(spec, params)["w"]
-    arrays = plan_tree(
+    plan = rl.plan(spec, params)["w"]
+    arrays = rl.plan(
         rl.Spec(rank, alpha=3.0 * rank, rules=[rl.Rule("w", **rule_fields(rule))]), params
     )["w"]
     sketches = [rl.sample_sketch(params, spec, key=0, link=i)["w"] for i in (0, 1)]
@@ -185,7 +184,7 @@ def test_other_rows_keep_their_bits(name, law, dtype):
     if dtype == "bfloat16":
         np.testing.assert_array_equal(ours, dense)
     np.testing.assert_allclose(np.float32(ours), np.float32(dense), rtol=1e-6)
-    plan = plan_tree(spec, start)["w"]
+    plan = rl.plan(spec, start)["w"]
     S = rl.sample_sketch(start, spec, key=0)["w"]
     ones = jnp.ones(plan.factor_shape)
     touched = np.asarray(lowrank.lift_leaf(ones, S, plan)) != 0
@@ -259,7 +258,7 @@ def is_square(product, rank):
 
 def update_of(params, value, state, spec):
     """The update of one leaf with a given factor, on the sketch that a state holds."""
-    plan = plan_tree(spec, params)["w"]
+    plan = rl.plan(spec, params)["w"]
     origin = Origin.of(plan, state.sketches.values["w"], None, None)
     return {"w": rl.Factor(value, np.zeros(()), plan.stamp, origin)}
 

@@ -17,7 +17,6 @@ from jax import lax
 import raclora_jax as rl
 from raclora_jax._core import keys, select, sketch
 from raclora_jax._core.cholesky import inverse_cholesky
-from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.spec import SKETCHES
 
 PROJECTORS = tuple(name for name in SKETCHES if name != "gaussian_raw")
@@ -51,7 +50,7 @@ def projectors(sketches):
 
 def explicit(sketches, spec, params):
     """The sketches as arrays, also where rows are picked."""
-    plans = plan_tree(spec, params)
+    plans = rl.plan(spec, params)
     return {path: reference.explicit(s, plans[path]) for path, s in sketches.items()}
 
 
@@ -155,7 +154,7 @@ def test_drawn_together_or_alone(name):
     params = {f"layer_{i}": jnp.zeros((40, 64)) for i in range(3)}
     params |= {"stack": jnp.zeros((2, 64, 40)), "other": jnp.zeros((9, 5))}
     spec = spec_of(name, rules=[rl.Rule("stack", batch=0)])
-    plans = plan_tree(spec, params)
+    plans = rl.plan(spec, params)
     data = keys.key_data(4)
     together = sketch.draw_all(data, 2, plans.values())
     assert list(together) == list(plans)

@@ -14,7 +14,6 @@ from flax import nnx
 from jax import lax
 
 import raclora_jax as rl
-from raclora_jax._core.planning import plan_tree
 from raclora_jax.flax import to_tree
 
 RANK = 2
@@ -22,7 +21,7 @@ RANK = 2
 
 def views(spec, params):
     """``{path: (mode, rows, cols, batch)}``: what a plan says of a leaf's view."""
-    plans = plan_tree(spec, params)
+    plans = rl.plan(spec, params)
     return {p: (x.mode, x.rows, x.cols, x.batch) for p, x in plans.items()}
 
 
@@ -33,7 +32,7 @@ def assert_traced(fn, params, *args, rules=(), **fields):
     assert views(traced, params) == views(by_hand, params)
     assert not any(
         plan.assumed_view
-        for plan in plan_tree(traced, params).values()
+        for plan in rl.plan(traced, params).values()
         if plan.mode == "lowrank"
     )
     # Plain data, and the same spec from shapes alone.
@@ -357,7 +356,7 @@ def test_linen_scan(axis, remat):
         rl.Rule(".*/(scale|bias)", mode="dense"),
     ]
     traced = assert_traced(loss, params, normal(2, 5, 8), rules=rules)
-    norm = plan_tree(traced, params)["layers/norm/scale"]
+    norm = rl.plan(traced, params)["layers/norm/scale"]
     assert (norm.shape, norm.mode) == ((8, 3) if axis else (3, 8), "dense")
 
 
@@ -478,7 +477,7 @@ def test_the_rest_is_the_users_to_choose():
     """What is no matrix joins the rest, whichever that is."""
     for rest in ("dense", "frozen"):
         spec = rl.trace_spec(use, PARAMS, X, rank=RANK, rest=rest)
-        plans = plan_tree(spec, PARAMS)
+        plans = rl.plan(spec, PARAMS)
         assert {p: plan.mode for p, plan in plans.items()} == {
             "query": "lowrank",
             "norms": rest,
@@ -495,7 +494,7 @@ def test_fields_and_rules_of_the_user_stay():
     spec = rl.trace_spec(use, PARAMS, X, rank=RANK, rules=rules, **fields)
     assert spec.rank == RANK
     assert {name: getattr(spec, name) for name in fields} == fields
-    plans = plan_tree(spec, PARAMS)
+    plans = rl.plan(spec, PARAMS)
     query = plans["query"]
     assert (query.rows, query.cols, query.rank, query.side) == ((0,), (1, 2), 3, "left")
     assert query.sketch == "coordinate"
@@ -503,7 +502,7 @@ def test_fields_and_rules_of_the_user_stay():
     # A view that a rule names is the user's, whatever the model does.
     rules = [rl.Rule("query", rows=(0, 1))]
     spec = rl.trace_spec(use, PARAMS, X, rank=RANK, rules=rules)
-    assert plan_tree(spec, PARAMS)["query"].rows == (0, 1)
+    assert rl.plan(spec, PARAMS)["query"].rows == (0, 1)
     with pytest.raises(ValueError, match=r"'tail'.*wins no leaf"):
         rl.trace_spec(use, PARAMS, X, rank=RANK, rules=[rl.Rule("tail", rank=3)])
 
@@ -514,7 +513,7 @@ def test_a_leaf_that_is_never_used():
         rl.trace_spec(use, params, X, rank=RANK)
     frozen = [rl.Rule("spare", mode="frozen")]
     spec = rl.trace_spec(use, params, X, rank=RANK, rules=frozen)
-    assert plan_tree(spec, params)["spare"].mode == "frozen"
+    assert rl.plan(spec, params)["spare"].mode == "frozen"
 
 
 def test_integers_must_be_frozen():

@@ -104,7 +104,7 @@ class Contender(NamedTuple):
         def init(params: Any) -> State:
             base, error = self.codes(params)
             factors, chain = rl.init_adapter(base, spec, key=key)
-            opt_state = rl.planned(rule, base, spec).init(factors)
+            opt_state = rl.with_plans(rule, base, spec).init(factors)
             return State(base, error, factors, chain, opt_state, jax.numpy.int32(0))
 
         def step(state: State, loss_fn: Any, *args: Any) -> tuple[State, Array]:
@@ -117,7 +117,7 @@ class Contender(NamedTuple):
             loss, grads = jax.value_and_grad(adapted)(
                 state.factors, state.base, state.chain, *args
             )
-            tx = rl.planned(rule, state.base, spec)
+            tx = rl.with_plans(rule, state.base, spec)
             updates, opt_state = tx.update(grads, state.opt_state, state.factors)
             factors = optax.apply_updates(state.factors, updates)
             state = state._replace(factors=factors, opt_state=opt_state)

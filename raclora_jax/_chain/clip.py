@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +12,8 @@ from jax import Array
 
 from raclora_jax._chain.inner import known_plans
 from raclora_jax._chain.separable import PerMatrix, per_matrix
-from raclora_jax._core import paths
+from raclora_jax._core import checks, paths
 from raclora_jax._core.plan import LeafPlan
-from raclora_jax._core.spec import kind
 from raclora_jax._core.types import PyTree, Scalar
 
 # Groups of leaves, each ``{name: array}``.
@@ -74,7 +72,7 @@ def clip_by_matrix_norm(max_norm: float) -> PerMatrix:
 
     Raises:
       TypeError: If ``max_norm`` is no number.
-      ValueError: If it is not positive.
+      ValueError: If it is not positive and finite.
 
     Example:
       >>> import jax.numpy as jnp, optax, raclora_jax as rl
@@ -83,10 +81,7 @@ def clip_by_matrix_norm(max_norm: float) -> PerMatrix:
       >>> tx.init(jnp.zeros((6, 4))).skipped.item()
       0
     """
-    if isinstance(max_norm, bool) or not isinstance(max_norm, numbers.Real):
-        raise TypeError(f"max_norm must be a number, got {kind(max_norm)}")
-    if not max_norm > 0:
-        raise ValueError(f"max_norm must be positive, got {max_norm}")
+    checks.number("max_norm", max_norm, checks.POSITIVE)
 
     def update(
         updates: PyTree,

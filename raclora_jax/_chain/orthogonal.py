@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,11 +11,10 @@ from jax import Array, lax
 
 from raclora_jax._chain.inner import ADAM, OrthogonalState, known_plans
 from raclora_jax._chain.separable import per_matrix
-from raclora_jax._core import paths
+from raclora_jax._core import checks, paths
 from raclora_jax._core.parts import cut
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.sharding import auto_axes, sharding_of
-from raclora_jax._core.spec import kind
 from raclora_jax._core.types import Leaves, PyTree
 
 # Odd polynomials a x + b x^3 + c x^5 that together take [0.01, 1] to [0.987, 1.013], the
@@ -76,12 +74,8 @@ def orthogonal(
       al., `The Polar Express <https://arxiv.org/abs/2505.16932>`_, 2025. Li et al.,
       `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025.
     """
-    if isinstance(momentum, bool) or not isinstance(momentum, numbers.Real):
-        raise TypeError(f"momentum must be a number, got {kind(momentum)}")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
-    if not isinstance(second_moment, bool):
-        raise TypeError(f"second_moment must be a bool, got {kind(second_moment)}")
+    checks.number("momentum", momentum, checks.DECAY)
+    checks.flag("second_moment", second_moment)
 
     def init(params: PyTree) -> OrthogonalState:
         leaves, _ = paths.flatten(params)

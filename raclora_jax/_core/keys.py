@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from raclora_jax._core.checks import kind
 from raclora_jax._core.parts import cut
 
 _IMPL = "threefry2x32"
@@ -37,8 +38,8 @@ def key_data(key: Any) -> Array:
     is_array, is_int = hasattr(key, "dtype"), hasattr(key, "__index__")
     if isinstance(key, bool) or not (is_array or is_int):
         raise TypeError(
-            f"key must be a jax key or an int seed, got {key!r} of type "
-            f"{type(key).__name__}; pass key=jax.random.key(0)"
+            f"key must be a jax key or an int seed, got {kind(key)}; pass "
+            "key=jax.random.key(0)"
         )
     if not is_array:
         return _seed(operator.index(key))

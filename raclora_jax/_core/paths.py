@@ -7,9 +7,9 @@ from typing import Any
 
 import jax
 import optax
-from jax.tree_util import DictKey, FlattenedIndexKey, GetAttrKey, SequenceKey
+from jax.tree_util import GetAttrKey
 
-from raclora_jax._core.types import KeyLike, Leaf, Leaves, PyTree, TreeDef
+from raclora_jax._core.types import Leaf, Leaves, PyTree, TreeDef
 
 KeyPath = tuple[Any, ...]
 
@@ -30,7 +30,7 @@ def canonical(keypath: KeyPath) -> str:
       >>> canonical(path)
       'a/0'
     """
-    return "/".join(_name(key) for key in keypath)
+    return jax.tree_util.keystr(keypath, simple=True, separator="/")
 
 
 def _unboxed(keypaths: Iterable[KeyPath]) -> Callable[[KeyPath], KeyPath]:
@@ -58,24 +58,13 @@ def _is_hidden(node: Leaf) -> bool:
     return node is None or isinstance(node, optax.MaskedNode)
 
 
-def _name(key: KeyLike) -> str:
-    match key:
-        case DictKey(key=name) | FlattenedIndexKey(key=name):
-            return str(name)
-        case SequenceKey(idx=name):
-            return str(name)
-        case GetAttrKey(name=name):
-            return str(name)
-    return str(key)
-
-
 def flatten(
     tree: PyTree, is_leaf: Callable[[Any], bool] | None = None
 ) -> tuple[Leaves, Any]:
     """Flattens a tree into ``{path: leaf}``, in tree order, and its structure.
 
     Args:
-      tree: PyTree pytree.
+      tree: Any pytree.
       is_leaf: As in ``jax.tree.flatten``.
 
     Returns:

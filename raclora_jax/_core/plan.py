@@ -31,7 +31,7 @@ class LeafPlan:
       path: Canonical path.
       shape: Shape of the leaf.
       dtype: Name of the leaf's dtype.
-      mode: One of ``MODES``.
+      mode: ``"lowrank"``, ``"full"``, ``"dense"`` or ``"frozen"``.
       rows: Axes the model contracts over.
       cols: The other matrix axes.
       batch: Axes that stack matrices.

@@ -36,8 +36,8 @@ def plan_tree(spec: Spec | int, tree: PyTree) -> dict[str, LeafPlan]:
       ValueError: If a rule, a rank or a leaf does not fit; the message names the leaf.
 
     Example:
-      >>> import jax
-      >>> plans = plan_tree(2, {"kernel": jax.ShapeDtypeStruct((6, 4), "float32")})
+      >>> import jax, raclora_jax as rl
+      >>> plans = rl.plan(2, {"kernel": jax.ShapeDtypeStruct((6, 4), "float32")})
       >>> plans["kernel"].side, plans["kernel"].factor_shape
       ('right', (2, 6))
     """

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import numbers
-import operator
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, cast, get_args
 
 import jax
 
-from raclora_jax._core import paths
+from raclora_jax._core import checks, paths
+from raclora_jax._core.checks import kind as kind  # plan.py takes it from here
 from raclora_jax._core.select import LAWS
 from raclora_jax._core.types import (
     Alpha,
@@ -83,9 +81,9 @@ class Rule:
                 f"{where}: path is not a regular expression ({error}); escape literal "
                 "characters with re.escape"
             ) from error
-        _check_choice(where, "mode", self.mode, MODES)
+        checks.choice(f"{where}: mode", self.mode, MODES)
         if self.rank is not None:
-            object.__setattr__(self, "rank", _check_count(where, "rank", self.rank))
+            object.__setattr__(self, "rank", _check_rank(where, self.rank))
         object.__setattr__(self, "alpha", _check_alpha(where, self.alpha))
         if self.side is not None:
             object.__setattr__(self, "side", _check_side(where, self.side))
@@ -95,7 +93,7 @@ class Rule:
                     f"mode={self.mode!r} has none; leave out one of the two"
                 )
         if self.sketch is not None:
-            _check_choice(where, "sketch", self.sketch, SKETCHES)
+            checks.choice(f"{where}: sketch", self.sketch, SKETCHES)
         if self.mode == "full":
             self._check_full(where)
         if self.rows is not None:
@@ -173,21 +171,21 @@ class Spec:
     rest: Rest = "dense"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", _check_count("Spec", "rank", self.rank))
+        object.__setattr__(self, "rank", _check_rank("Spec", self.rank))
         object.__setattr__(self, "alpha", _check_alpha("Spec", self.alpha))
         object.__setattr__(self, "side", _check_side("Spec", self.side))
-        _check_choice("Spec", "sketch", self.sketch, SKETCHES)
-        every = _check_count("Spec", "resample_every", self.resample_every)
-        if every >= 2**31:
-            raise ValueError(
-                f"Spec: resample_every must be below 2**31, got {every}; 2**31 - 1, as "
-                "far as steps are counted, never ends a link"
-            )
+        checks.choice("Spec: sketch", self.sketch, SKETCHES)
+        every = checks.count(
+            "Spec: resample_every",
+            self.resample_every,
+            most=2**31 - 1,
+            way_out="write an int, such as resample_every=100; 2**31 - 1, as far as "
+            "steps are counted, never ends a link",
+        )
         object.__setattr__(self, "resample_every", every)
-        _check_choice("Spec", "rounding", self.rounding, ROUNDINGS)
-        if not isinstance(self.cache, bool):
-            raise TypeError(f"Spec: cache must be a bool, got {kind(self.cache)}")
-        _check_choice("Spec", "rest", self.rest, RESTS)
+        checks.choice("Spec: rounding", self.rounding, ROUNDINGS)
+        checks.flag("Spec: cache", self.cache)
+        checks.choice("Spec: rest", self.rest, RESTS)
         if isinstance(self.rules, Rule) or not isinstance(self.rules, Iterable):
             raise TypeError(
                 f"Spec: rules must be a sequence of Rule, got {kind(self.rules)}; "
@@ -296,7 +294,7 @@ def as_spec(spec: Spec | int) -> Spec:
             "spec must be static, got a traced value; under optax.inject_hyperparams "
             'pass a Spec, or static_args=("spec",)'
         )
-    rank = None if isinstance(spec, bool) else _as_int(spec)
+    rank = checks.as_int(spec)
     if rank is None:
         raise TypeError(
             f"spec must be a Spec or an int rank, got {kind(spec)}; write Spec(rank=8)"
@@ -324,76 +322,63 @@ def check_rules_win(spec: Spec, names: Sequence[str]) -> None:
             )
 
 
-def kind(value: object) -> str:
-    """A value and its type, for messages."""
-    return f"{value!r} of type {type(value).__name__}"
+def check_side_is_fixed(spec: Spec, why: str) -> None:
+    """Refuses a spec that draws the side of a sketch.
+
+    Args:
+      spec: The spec.
+      why: What has no place for a side that changes.
+
+    Raises:
+      ValueError: If the side is drawn, in the spec or in a rule.
+    """
+    rules = ((f"Rule({rule.path!r})", rule.side) for rule in spec.rules)
+    for where, side in (("Spec", spec.side), *rules):
+        if isinstance(side, float):
+            raise ValueError(
+                f"{where}: side={side} draws the side for each link, but {why}; give "
+                "side='left', 'right' or 'auto'"
+            )
 
 
-def _check_count(where: str, name: str, value: object) -> int:
-    count = None if isinstance(value, bool) else _as_int(value)
-    if count is None:
-        raise TypeError(
-            f"{where}: {name} must be an int, got {kind(value)}; it fixes shapes, so "
-            f"write a static one, such as {name}=8"
-        )
-    if count < 1:
-        raise ValueError(f"{where}: {name} must be at least 1, got {count}")
-    return count
-
-
-def _as_int(value: Any) -> int | None:
-    """The int that a value is, if it is one and not traced."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
+def _check_rank(where: str, rank: object) -> int:
+    way_out = "it fixes shapes: write a static int, such as rank=8"
+    return checks.count(f"{where}: rank", rank, way_out=way_out)
 
 
 def _check_alpha(where: str, alpha: object) -> Alpha:
     if alpha is None or alpha == "dim":
         return alpha
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
-        raise TypeError(
-            f"{where}: alpha must be a number, 'dim' for a scaling of sqrt(dim / rank), "
-            f"or None for scaling 1, got {kind(alpha)}"
-        )
-    number = float(alpha)
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{where}: alpha must be positive and finite, got {number}")
-    return number
+    return checks.number(
+        f"{where}: alpha",
+        alpha,
+        checks.POSITIVE,
+        expected="a number, 'dim' or None",
+        way_out="'dim' is for a scaling of sqrt(dim / rank), None for scaling 1",
+    )
 
 
 def _check_side(where: str, side: object) -> SideOrChance:
     """A side by its name, or the chance of the left one; a certain one has its name."""
+    name = f"{where}: side"
     if isinstance(side, str):
-        _check_choice(where, "side", side, SIDES)
+        checks.choice(name, side, SIDES)
         return cast(Side, side)
-    if isinstance(side, bool) or not isinstance(side, numbers.Real):
-        raise TypeError(
-            f"{where}: side must be one of {', '.join(map(repr, SIDES))}, or the "
-            f"probability of the left one, got {kind(side)}; write for example side=0.5"
-        )
-    chance = float(side)
-    if not 0 <= chance <= 1:
-        raise ValueError(
-            f"{where}: side as a number is the probability of the left one, between 0 "
-            f"and 1, got {chance}"
-        )
+    chance = checks.number(
+        name,
+        side,
+        checks.PROBABILITY,
+        expected=f"one of {', '.join(map(repr, SIDES))}, or a number",
+        way_out="a number, such as side=0.5, is the probability of the left one",
+    )
     if chance in (0, 1):
         return "left" if chance else "right"
     return chance
 
 
-def _check_choice(where: str, name: str, value: object, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(
-            f"{where}: {name} must be one of {', '.join(map(repr, known))}, got {value!r}"
-        )
-
-
 def _axes_tuple(where: str, name: str, axes: object) -> tuple[int, ...]:
     parts = axes if isinstance(axes, (tuple, list)) else (axes,)
-    found = [None if isinstance(axis, bool) else _as_int(axis) for axis in parts]
+    found = [checks.as_int(axis) for axis in parts]
     if None in found:
         raise TypeError(
             f"{where}: {name} must be an int or a tuple of ints, got {kind(axes)}"

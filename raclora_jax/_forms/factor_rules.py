@@ -20,7 +20,7 @@ def factor_labels(base_params: PyTree, spec: Spec | int) -> PyTree:
     """The mode of every leaf of ``factors``, as labels for ``optax.partition``.
 
     A rule that keeps one state for the factors and one for the dense leaves can start
-    the first again at a new link and let the second go on; see ``restart``.
+    the first again at a new link and let the second go on; see ``reset_moments``.
 
     Args:
       base_params: The weights; shapes are enough.
@@ -44,10 +44,10 @@ def factor_labels(base_params: PyTree, spec: Spec | int) -> PyTree:
     return paths.unflatten(treedef, {p: label(plan) for p, plan in plans.items()})
 
 
-def planned(
+def with_plans(
     tx: optax.GradientTransformation, base_params: PyTree, spec: Spec | int
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation of ``factors`` that is told how each of them is laid out.
+    """Tells the rules inside a transformation of ``factors`` the plan of each leaf.
 
     ``raclora`` hands the plans of the leaves to its inner rule; in the adapter form the
     rule is yours, and this hands them over: ``orthogonal`` needs them to tell a rank
@@ -59,16 +59,14 @@ def planned(
       spec: The spec of the run.
 
     Returns:
-      The transformation, its ``update`` called with ``plans={path: plan}``. A plan has
-      the fields ``rank``, ``batch`` (its length says where the rank axis stands),
-      ``trained`` and ``adapted``.
+      The transformation, its ``update`` called with ``plans={path: LeafPlan}``.
 
     Example:
       >>> import jax.numpy as jnp, optax, raclora_jax as rl
       >>> W = {"kernel": jnp.ones((6, 4)), "bias": jnp.ones(4)}
       >>> factors, chain = rl.init_adapter(W, 2, key=0)
       >>> rule = optax.chain(rl.orthogonal(), optax.scale_by_learning_rate(1e-2))
-      >>> opt_state = planned(rule, W, 2).init(factors)
+      >>> opt_state = with_plans(rule, W, 2).init(factors)
     """
     leaves, _ = paths.flatten(base_params, is_leaf=is_quantised)
     whole = plan_leaves(as_spec(spec), leaves, whole=True)
@@ -88,7 +86,7 @@ def planned(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def restart(
+def reset_moments(
     opt_state: PyTree, tx: optax.GradientTransformation, factors: PyTree
 ) -> PyTree:
     """Starts the moments of the factors again; those of dense leaves go on.
@@ -108,7 +106,7 @@ def restart(
       >>> factors, chain = rl.init_adapter(W, 2, key=0)
       >>> rules = {"lowrank": optax.adam(1e-3), "dense": optax.adam(1e-3)}
       >>> tx = optax.partition(rules, factor_labels(W, 2))
-      >>> opt_state = restart(tx.init(factors), tx, factors)
+      >>> opt_state = reset_moments(tx.init(factors), tx, factors)
     """
     fresh = tx.init(factors)
     if not isinstance(opt_state, optax.PartitionState):

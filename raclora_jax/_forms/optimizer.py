@@ -16,13 +16,13 @@ from jax import Array
 from raclora_jax._chain.boxes import keeping_boxes
 from raclora_jax._chain.state import RacLoraState
 from raclora_jax._chain.step import Run, Step
-from raclora_jax._core import paths, rounding
+from raclora_jax._core import checks, paths, rounding
 from raclora_jax._core.factor import Factor, Origin, is_factor
 from raclora_jax._core.keys import key_data, leaf_keys
 from raclora_jax._core.lowrank import lift_leaf
 from raclora_jax._core.merge import merge_leaf
 from raclora_jax._core.plan import LeafPlan
-from raclora_jax._core.spec import Spec, kind
+from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import (
     Drawn,
     FactorValue,
@@ -346,35 +346,29 @@ class RacLora(optax.GradientTransformationExtraArgs):  # type: ignore[misc]  # u
 
 
 def _check_rate(rate: object) -> None:
-    if not (callable(rate) or _is_scalar(rate)):
-        raise TypeError(
-            f"learning_rate must be a number or a schedule, got {kind(rate)}; write for "
-            "example 1e-3 or optax.cosine_decay_schedule(1e-3, steps)"
+    if not callable(rate):
+        checks.scalar(
+            "learning_rate",
+            rate,
+            expected="a number or a schedule",
+            way_out="write for example 1e-3 or optax.cosine_decay_schedule(1e-3, steps)",
         )
 
 
 def _check_decay(decay: object) -> None:
-    if not _is_scalar(decay):
-        raise TypeError(
-            f"weight_decay must be a number, got {kind(decay)}; for a schedule wrap "
-            "raclora in optax.inject_hyperparams"
-        )
+    way_out = "for a schedule wrap raclora in optax.inject_hyperparams"
+    checks.scalar("weight_decay", decay, way_out=way_out)
 
 
 def _check_clip(norm: object) -> None:
-    if norm is None:
-        return
-    if not _is_scalar(norm) or isinstance(norm, bool):
-        raise TypeError(
-            f"clip_norm must be a number or None, got {kind(norm)}; write for example 1.0"
+    if norm is not None:
+        checks.scalar(
+            "clip_norm",
+            norm,
+            checks.POSITIVE,
+            expected="a number or None",
+            way_out="write for example 1.0; None clips nothing",
         )
-    if isinstance(norm, int | float) and not norm > 0:
-        raise ValueError(f"clip_norm must be positive, got {norm}; None clips nothing")
-
-
-def _is_scalar(value: Any) -> bool:
-    array = hasattr(value, "dtype") and jnp.shape(value) == ()
-    return array or isinstance(value, int | float)
 
 
 def _weights(updates: PyTree, params: PyTree, decays: bool) -> dict[str, Array]:

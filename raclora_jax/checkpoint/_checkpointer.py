@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from raclora_jax._core import paths
+from raclora_jax._core import checks, paths
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaves, PyTree
 from raclora_jax._extras import extra
@@ -22,7 +22,7 @@ from raclora_jax.checkpoint._disk import flush_all
 from raclora_jax.checkpoint._everyone import agreed, attempt, everyone, one_line
 from raclora_jax.checkpoint._leaves import is_empty, loaded, stored, target, zeros
 from raclora_jax.checkpoint._meta import check_format, opened, sealed
-from raclora_jax.checkpoint._position import as_text, own, whole_number
+from raclora_jax.checkpoint._position import as_text, own
 from raclora_jax.checkpoint._state import (
     Restored,
     check_table,
@@ -74,7 +74,7 @@ class Checkpointer:
         self, directory: str | os.PathLike[str], spec: Spec | int, *, keep: int = 3
     ) -> None:
         self._spec = as_spec(spec)
-        self._keep = whole_number("keep", keep, least=1)
+        self._keep = checks.count("keep", keep)
         self._orbax, epath = _orbax()
         where = os.fsdecode(directory)
         self._local = "://" not in where
@@ -102,7 +102,7 @@ class Checkpointer:
           OSError: If the directory cannot be written to, or the save before this one
             failed. The checkpoints that are whole stay as they are.
         """
-        step = whole_number("step", step, least=0)
+        step = checks.count("step", step, least=0)
         self.wait()
         last = self.latest()
         if last is not None and step <= last:
@@ -163,7 +163,7 @@ class Checkpointer:
         """
         self.wait()
         steps = self.steps()
-        step = step if step is None else whole_number("step", step, least=0)
+        step = step if step is None else checks.count("step", step, least=0)
         if step is not None and step not in steps:
             said = ", ".join(map(str, steps)) or "none"
             raise FileNotFoundError(

@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from raclora_jax._core import paths
+from raclora_jax._core import checks, paths
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaf, Leaves, PyTree
 from raclora_jax._forms.adapter import AdapterChain, init_adapter, next_link
 from raclora_jax.checkpoint._digest import digests
 from raclora_jax.checkpoint._disk import write
 from raclora_jax.checkpoint._everyone import one_line
-from raclora_jax.checkpoint._position import whole_number
 
 _FORMAT = "raclora_jax chain log 1"
 _NAME = re.compile(r"link-(\d{8,})")
@@ -181,7 +180,7 @@ class ChainLog:
         found = self.links()
         if not found:
             raise FileNotFoundError(f"no record in {self._directory}")
-        if links is not None and whole_number("links", links, least=1) > len(found):
+        if links is not None and checks.count("links", links) > len(found):
             raise FileNotFoundError(
                 f"{self._directory} holds {len(found)} records, links {found[0]} to "
                 f"{found[-1]}, and {links} were asked for; bring the others back, or ask "

@@ -4,23 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-import operator
 from typing import Any
 
 import jax
 
-from raclora_jax._core.spec import kind
-
-
-def whole_number(name: str, value: Any, *, least: int) -> int:
-    """The int that a value is, of at least some size."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, got {kind(value)}") from None
-    if number < least:
-        raise ValueError(f"{name} must be at least {least}, got {number}")
-    return number
+from raclora_jax._core.checks import kind
 
 
 def as_text(data: Any) -> str:

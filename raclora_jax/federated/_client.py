@@ -11,6 +11,7 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
+from raclora_jax._core import checks
 from raclora_jax._core.keys import folded, key_data
 from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.types import KeyLike, LossFn
@@ -240,8 +241,8 @@ def _steps(local: Local, rows: int) -> int:
         )
     for name in ("batch_size", "steps", "epochs"):
         value = getattr(local, name)
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"Local: {name} must be a positive int, got {value!r}")
+        if value is not None:
+            checks.count(f"Local: {name}", value)
     if local.steps is not None:
         return local.steps
     assert local.epochs is not None

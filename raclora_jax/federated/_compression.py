@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from raclora_jax._core import paths
+from raclora_jax._core import checks, paths
 from raclora_jax._core.keys import folded, key_data, leaf_key
 from raclora_jax._core.types import KeyLike, PyTree
 
@@ -51,9 +51,7 @@ class Compression:
 
     def __post_init__(self) -> None:
         for field in ("share", "probability"):
-            value = getattr(self, field)
-            if not 0 < value <= 1:
-                raise ValueError(f"{self.name}: {field} must be in (0, 1], got {value}")
+            checks.number(f"{self.name}: {field}", getattr(self, field), checks.SHARE)
 
 
 def qgd(share: float) -> Compression:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import optax
 from jax import Array
 from optax import contrib
 
+from raclora_jax._core import checks
 from raclora_jax._core.keys import folded, key_data
 from raclora_jax._core.types import KeyLike, PyTree
 from raclora_jax._extras import extra
@@ -31,6 +31,7 @@ class Privacy:
     Raises:
       ValueError: If ``clip`` or ``take`` is not positive, the noise is negative, or one
         of them is not finite.
+      TypeError: If one of them is no number, or ``take`` no int.
     """
 
     clip: float
@@ -39,14 +40,10 @@ class Privacy:
     key: KeyLike
 
     def __post_init__(self) -> None:
-        sizes = self.clip, self.take, self.noise_multiplier
-        positive = self.clip > 0 and self.take >= 1 and self.noise_multiplier >= 0
-        if not (positive and all(map(math.isfinite, sizes))):
-            raise ValueError(
-                "Privacy: clip and take must be positive and noise_multiplier not "
-                f"negative, all of them finite, got clip={self.clip}, take={self.take}, "
-                f"noise_multiplier={self.noise_multiplier}"
-            )
+        noise = self.noise_multiplier
+        checks.number("Privacy: clip", self.clip, checks.POSITIVE)
+        checks.number("Privacy: noise_multiplier", noise, checks.NOT_NEGATIVE)
+        checks.count("Privacy: take", self.take)
 
 
 def private_mean(moved: Trained, privacy: Privacy, round: Array | int) -> PyTree:

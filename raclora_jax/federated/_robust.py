@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from raclora_jax._core import checks
 from raclora_jax.federated._messages import Trained
 from raclora_jax.federated._strategies import Strategy, mean_rule
 
@@ -104,11 +104,7 @@ def trimmed_mean(forged: int) -> Robust:
       Yin et al., `Byzantine-Robust Distributed Learning
       <https://arxiv.org/abs/1803.01498>`_, 2018.
     """
-    if isinstance(forged, bool) or not isinstance(forged, int):
-        raise TypeError(f"trimmed_mean: forged must be an int, got {forged!r}")
-    if forged < 1:
-        raise ValueError(f"trimmed_mean: forged must be at least 1, got {forged}")
-    return Robust("trimmed_mean", forged)
+    return Robust("trimmed_mean", checks.count("trimmed_mean: forged", forged))
 
 
 def median() -> Robust:
@@ -155,11 +151,8 @@ def bounded_mean(norm: float) -> Robust:
       Sun et al., `Can You Really Backdoor Federated Learning?
       <https://arxiv.org/abs/1911.07963>`_, 2019.
     """
-    if isinstance(norm, bool) or not isinstance(norm, (int, float)):
-        raise TypeError(f"bounded_mean: norm must be a number, got {norm!r}")
-    if not (math.isfinite(norm) and norm > 0):
-        raise ValueError(f"bounded_mean: norm must be positive and finite, got {norm}")
-    return Robust("bounded_mean", float(norm))
+    limit = checks.number("bounded_mean: norm", norm, checks.POSITIVE)
+    return Robust("bounded_mean", limit)
 
 
 def clipped(moved: Trained, norm: float) -> Trained:

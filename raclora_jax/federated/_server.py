@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from raclora_jax._core import checks
 from raclora_jax._core.keys import folded, key_data
 from raclora_jax._core.types import KeyLike, OptState
-from raclora_jax._forms.factor_rules import restart
+from raclora_jax._forms.factor_rules import reset_moments
 from raclora_jax.federated._checks import check_range, check_step
 from raclora_jax.federated._messages import LARGEST_COUNT, State, Step
 from raclora_jax.federated._state import (
@@ -43,8 +44,7 @@ def sample_clients(clients: int, take: int, *, round: Array | int, key: KeyLike)
       >>> sample_clients(100, 10, round=0, key=0).shape
       (10,)
     """
-    if not 1 <= take <= clients:
-        raise ValueError(f"take must be from 1 to clients={clients}, got {take}")
+    checks.count("take", take, most=clients, way_out=f"there are {clients} clients")
     check_range("round", round, LARGEST_COUNT)
     words = jnp.asarray([[round]], jnp.uint32)
     own = folded(key_data(key), words)[0]
@@ -134,7 +134,7 @@ def server_step(
         step = Step(moved, step.residual, step.round, step.stamp)
     after = _moved(strategy, state, step)
     if tx is not None and strategy.rounds_per_link is not None:
-        fresh = restart(
+        fresh = reset_moments(
             opt_state, rule_of(strategy, state, tx), start_of(strategy, after)
         )
         new_link = after.chain.link != state.chain.link

@@ -18,7 +18,7 @@ from raclora_jax._core.keys import leaf_key
 from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.types import KeyLike, LossFn, OptState, PyTree
 from raclora_jax._forms.adapter import init_adapter, is_quantised, merge, next_link
-from raclora_jax._forms.factor_rules import planned
+from raclora_jax._forms.factor_rules import with_plans
 from raclora_jax._forms.unmerged import adapted
 from raclora_jax.federated._messages import Arrays, State, Step, Trained
 from raclora_jax.federated._pairs import spread
@@ -113,7 +113,7 @@ def rule_of(
     """
     if strategy.pair:
         return as_rule(tx)
-    rule = planned(tx, state.base_params, strategy.spec)
+    rule = with_plans(tx, state.base_params, strategy.spec)
     leaves, treedef = paths.flatten(state.base_params, is_leaf=is_quantised)
 
     def tree(trained: Trained) -> PyTree:

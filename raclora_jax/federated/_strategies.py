@@ -8,9 +8,10 @@ from collections.abc import Callable
 import jax
 from jax import Array, lax
 
+from raclora_jax._core import checks
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.select import LAWS
-from raclora_jax._core.spec import Rule, Spec, as_spec
+from raclora_jax._core.spec import Rule, Spec, as_spec, check_side_is_fixed
 from raclora_jax.federated._messages import Arrays, Trained
 from raclora_jax.federated._pairs import residual, truncated
 
@@ -44,16 +45,7 @@ class Strategy:
     any_rank: bool = False
 
     def __post_init__(self) -> None:
-        for where, side in (
-            ("Spec", self.spec.side),
-            *((f"Rule({rule.path!r})", rule.side) for rule in self.spec.rules),
-        ):
-            if isinstance(side, float):
-                raise ValueError(
-                    f"{where}: side={side} draws a side each link and holds the factors "
-                    "of both, and a message carries one a leaf; use side='left', "
-                    "'right' or 'auto'"
-                )
+        check_side_is_fixed(self.spec, "a message carries one factor a leaf")
 
 
 def raclora(spec: Spec | int, *, rounds_per_link: int = 1) -> Strategy:
@@ -83,11 +75,8 @@ def raclora(spec: Spec | int, *, rounds_per_link: int = 1) -> Strategy:
       Malinovsky et al., `Randomized Asymmetric Chain of LoRA
       <https://arxiv.org/abs/2410.08305>`_, 2024.
     """
-    if isinstance(rounds_per_link, bool) or not isinstance(rounds_per_link, int):
-        raise TypeError(f"rounds_per_link must be an int, got {rounds_per_link!r}")
-    if rounds_per_link < 1:
-        raise ValueError(f"rounds_per_link must be at least 1, got {rounds_per_link}")
-    return Strategy("raclora", as_spec(spec), mean_rule, rounds_per_link, pair=False)
+    rounds = checks.count("rounds_per_link", rounds_per_link)
+    return Strategy("raclora", as_spec(spec), mean_rule, rounds, pair=False)
 
 
 def fedavg(spec: Spec | int) -> Strategy:

@@ -6,22 +6,25 @@ Each is a ``Method`` with the same five functions, so that one loop trains them 
 ``lora_rite``, ``allora`` and ``heterolora``, and in a chain by ``cola``, ``xgblora`` and
 ``published_raclora``. ``galore``, ``golore`` and ``flora`` form the gradient and keep
 their state in a low-rank basis. The library's own ``raclora`` stands beside them.
+
+A method of your own is ``pair_method`` of ``Pieces``, or ``from_transform`` of an optax
+transformation.
 """
 
 from raclora_jax.methods._allora import allora
-from raclora_jax.methods._asymmetric import asymmetric
-from raclora_jax.methods._cola import cola
 from raclora_jax.methods._dora import dora
 from raclora_jax.methods._flora import flora
 from raclora_jax.methods._full import full
 from raclora_jax.methods._galore import galore
 from raclora_jax.methods._golore import golore
 from raclora_jax.methods._heterolora import heterolora
-from raclora_jax.methods._lora import lora
 from raclora_jax.methods._lora_fa import lora_fa
 from raclora_jax.methods._lora_pro import lora_pro
 from raclora_jax.methods._lora_rite import lora_rite
-from raclora_jax.methods._method import Method
+from raclora_jax.methods._method import Method, from_transform
+from raclora_jax.methods._pair import pair_method
+from raclora_jax.methods._pieces import Joint, Pieces, Subset
+from raclora_jax.methods._plain import asymmetric, cola, lora
 from raclora_jax.methods._published import published_raclora
 from raclora_jax.methods._raclora import raclora
 from raclora_jax.methods._rslora import rslora
@@ -29,12 +32,16 @@ from raclora_jax.methods._sora import sora
 from raclora_jax.methods._xgblora import xgblora
 
 __all__ = [
+    "Joint",
     "Method",
+    "Pieces",
+    "Subset",
     "allora",
     "asymmetric",
     "cola",
     "dora",
     "flora",
+    "from_transform",
     "full",
     "galore",
     "golore",
@@ -43,6 +50,7 @@ __all__ = [
     "lora_fa",
     "lora_pro",
     "lora_rite",
+    "pair_method",
     "published_raclora",
     "raclora",
     "rslora",

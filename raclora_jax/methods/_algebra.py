@@ -1,9 +1,6 @@
-"""Small linear algebra and checks that methods of pairs share."""
+"""Small linear algebra and a check that methods of pairs share."""
 
 from __future__ import annotations
-
-import math
-import numbers
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +8,6 @@ from jax import Array
 
 from raclora_jax._core import paths
 from raclora_jax._core.plan import LeafPlan
-from raclora_jax._core.spec import kind
 
 # What keeps the Gram matrix of a factor that is still zero from being singular.
 _RIDGE = 1e-8
@@ -62,21 +58,3 @@ def check_full_rank(plan: LeafPlan) -> None:
             f"above a side of {side}, where no factor has full rank; lower the rank, or "
             "train the leaf in full with Rule(..., mode='dense')"
         )
-
-
-def check_number(name: str, value: object, *, positive: bool = False) -> None:
-    """Refuses what is no finite number of at least 0, or above it."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name} must be a number, got {kind(value)}")
-    number = float(value)
-    if not math.isfinite(number) or number < 0 or (positive and number == 0):
-        bound = "above 0" if positive else "at least 0"
-        raise ValueError(f"{name} must be finite and {bound}, got {value}")
-
-
-def check_count(name: str, value: object) -> None:
-    """Refuses what is no int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an int, got {kind(value)}")
-    if int(value) < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")

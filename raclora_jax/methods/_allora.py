@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from raclora_jax._core import paths
+from raclora_jax._core import checks, paths
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import KeyLike
-from raclora_jax.methods._algebra import check_number, gram, matrix, product
+from raclora_jax.methods._algebra import gram, matrix, product
 from raclora_jax.methods._method import Method
 from raclora_jax.methods._pair import pair_method
 from raclora_jax.methods._pieces import Pair, Pieces
@@ -59,7 +59,7 @@ def allora(
       Huang and Balestriero, `ALLoRA: Adaptive Learning Rate Mitigates LoRA Fatal Flaws
       <https://arxiv.org/abs/2410.09692>`_, 2024.
     """
-    check_number("eta", eta, positive=True)
+    checks.number("eta", eta, checks.POSITIVE)
 
     def beside(plan: LeafPlan, pair: Pair) -> tuple[Array, Array]:
         held = {name: jax.lax.stop_gradient(factor) for name, factor in pair.items()}

@@ -11,7 +11,7 @@ import optax
 from jax import Array, lax
 
 from raclora_jax._chain.inner import as_rule
-from raclora_jax._core import paths
+from raclora_jax._core import checks, paths
 from raclora_jax._core.keys import key_data
 from raclora_jax._core.lowrank import change_of_basis, in_basis, lift_leaf
 from raclora_jax._core.spec import Spec
@@ -90,8 +90,7 @@ def flora(
       <https://arxiv.org/abs/2402.03293>`_, 2024.
     """
     spec, data = of_one_side(spec), key_data(key)
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be at least 0 and below 1, got {momentum}")
+    checks.number("momentum", momentum, checks.DECAY)
     for alpha in (spec.alpha, *(rule.alpha for rule in spec.rules)):
         if alpha is not None:
             raise ValueError(

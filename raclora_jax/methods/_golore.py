@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import operator
-
 import optax
 from jax import Array, lax
 
+from raclora_jax._core import checks
 from raclora_jax._core.keys import key_data
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import KeyLike, Leaves
@@ -62,8 +61,7 @@ def golore(
       Guarantees <https://arxiv.org/abs/2410.11289>`_, 2024.
     """
     spec, data = of_one_side(spec), key_data(key)
-    if operator.index(random_from) < 0:
-        raise ValueError(f"random_from must be a step from 0 on, got {random_from}")
+    checks.count("random_from", random_from, least=0)
 
     def choose(grads: Leaves, plans: Plans, count: Array) -> dict[str, Array]:
         link = count // spec.resample_every

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from raclora_jax._core import checks
 from raclora_jax._core.keys import key_data, leaf_key
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import KeyLike, PyTree
-from raclora_jax.methods._algebra import check_count, check_number
 from raclora_jax.methods._method import Method
 from raclora_jax.methods._pair import pair_method
 from raclora_jax.methods._pieces import Pair, Pieces, Subset
@@ -77,14 +77,11 @@ def heterolora(
       <https://arxiv.org/abs/2406.14956>`_, 2024.
     """
     data = key_data(key)
-    if score not in _SCORES:
-        raise ValueError(f"score must be one of {', '.join(_SCORES)}, got {score!r}")
-    check_number("budget", budget, positive=True)
-    if budget > 1:
-        raise ValueError(f"budget is a part of the leaves, at most 1, got {budget}")
-    check_count("search", search)
+    checks.choice("score", score, _SCORES)
+    checks.number("budget", budget, checks.SHARE, way_out="it is a part of the leaves")
+    checks.count("search", search)
     if every is not None:
-        check_count("every", every)
+        checks.count("every", every)
     if score == "snip" and search < 2:
         raise ValueError(
             "search=1 sees the start only, where snip is 0 for every leaf; search for 2 "

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from raclora_jax._core import checks
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import KeyLike, PyTree
@@ -69,12 +70,11 @@ def lora_pro(
       Wang et al., `LoRA-Pro: Are Low-Rank Adapters Properly Optimized?
       <https://arxiv.org/abs/2407.18242>`_, 2024.
     """
+    checks.choice("form", form, ("adam", "sgd"))
     if form == "sgd":
         pieces = Pieces(inner=optax.identity(), gradient=adjusted, check=check_full_rank)
-    elif form == "adam":
-        pieces = Pieces(joint=Joint(_init, _update), check=check_full_rank)
     else:
-        raise ValueError(f"form must be 'adam' or 'sgd', got {form!r}")
+        pieces = Pieces(joint=Joint(_init, _update), check=check_full_rank)
     return pair_method(learning_rate, spec, pieces, key=key)
 
 

@@ -53,12 +53,23 @@ def from_transform(
     """The method that feeds dense gradients to an optax transformation.
 
     Args:
-      tx: Any optax transformation.
-      trained: How many numbers it trains, from the params.
-      moments: The part of its state that counts as optimizer memory.
+      tx: Any optax transformation, with its learning rate.
+      trained: ``trained(params) -> int``, how many numbers it trains.
+      moments: ``moments(opt_state) -> tree``, the part of its state that counts as
+        optimizer memory.
 
     Returns:
       A ``Method``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> method = from_transform(
+      ...     optax.lion(1e-4),
+      ...     trained=lambda params: sum(leaf.size for leaf in params.values()),
+      ...     moments=lambda opt_state: opt_state,
+      ... )
+      >>> method.trained({"kernel": jnp.zeros((6, 4))})
+      24
     """
 
     def init(params: PyTree) -> DenseState:

@@ -22,7 +22,7 @@ from raclora_jax._core.lowrank import formed, lift_leaf
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.sketch import draw_all
-from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.spec import Spec, as_spec, check_side_is_fixed
 from raclora_jax._core.types import KeyLike, LossFn, PyTree
 from raclora_jax._forms.unmerged import unmerged
 from raclora_jax.methods._method import Method, nbytes, rate_at, size
@@ -37,27 +37,37 @@ def pair_method(
     *,
     key: KeyLike,
 ) -> Method:
-    """A method with the pair ``W + scaling * drawn * zero``.
+    """A method that trains a pair of factors beside frozen weights, made of pieces.
+
+    The weight is ``W + scaling * drawn * zero``. Of each adapted leaf one factor is drawn
+    by the spec's law and the other starts at zero; forward pass beside the weight, links
+    of a chain, leaves trained in full and the bytes of moments are taken care of.
 
     Args:
       learning_rate: A float or a schedule of the steps.
       spec: Which leaves, ranks, scaling, law of the drawn factor and length of a link.
-      pieces: What the method does with the pair.
+      pieces: Where the method departs from LoRA.
       key: Typed threefry key, raw key data, or int seed.
 
     Returns:
       A ``Method``. With a subset its trained numbers are those of the largest leaves
       that may be chosen together. ``init`` raises ``ValueError`` if no leaf has a pair,
       or a leaf does not suit the method.
+
+    Raises:
+      ValueError: If the spec draws the side.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> signs = Pieces(inner=optax.scale_by_sign(), train_drawn=False)
+      >>> method = pair_method(1e-3, Spec(2), signs, key=0)
+      >>> method.trained({"kernel": jnp.zeros((6, 4))})
+      12
     """
     spec, data = as_spec(spec), key_data(key)
-    for side in (spec.side, *(rule.side for rule in spec.rules)):
-        if isinstance(side, float):
-            raise ValueError(
-                f"side={side} draws the side for each link, but a pair has one "
-                "drawn and one zero factor for good; give side='left' or 'right', or "
-                "use methods.raclora"
-            )
+    check_side_is_fixed(
+        spec, "a pair, unlike methods.raclora, has one drawn and one zero factor for good"
+    )
     made = _PairMethod(learning_rate, spec, data, pieces)
     return Method(made.init, made.step, made.params, made.trained, made.optimizer_bytes)
 

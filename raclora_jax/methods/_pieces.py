@@ -1,12 +1,4 @@
-"""The pieces a method of pairs is put together from.
-
-Each piece is a function of one adapted leaf: its plan, and its ``Pair``, the arrays that
-are trained for it by name. ``"drawn"`` is the factor that starts random, ``(batch...,
-rank, *axes of the sketched side)``, and ``"zero"`` the one that starts at zero,
-``(batch..., rank, *axes of the other side)``; a method adds arrays of its own, such as a
-gate. On paper ``W`` is (out, in), ``A`` the drawn and ``B`` the zero factor: with
-``side="left"`` on a kernel (in, out) they are ``drawn`` and ``zero`` transposed.
-"""
+"""The pieces a method of pairs is put together from."""
 
 from __future__ import annotations
 
@@ -20,6 +12,7 @@ from jax import Array
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.types import PyTree
 
+# The arrays that are trained for a leaf, by name.
 Pair: TypeAlias = dict[str, Array]
 
 
@@ -30,6 +23,14 @@ class Joint(NamedTuple):
       init: ``init(plan, pair) -> state``.
       update: ``update(plan, gradients, state, pair) -> (directions, state)``, what the
         learning rate multiplies, for both factors.
+
+    Example:
+      >>> import optax
+      >>> adam = optax.scale_by_adam()
+      >>> def faster_zero(plan, gradients, state, pair):
+      ...     directions, state = adam.update(gradients, state)
+      ...     return directions | {"zero": 16 * directions["zero"]}, state
+      >>> pieces = Pieces(joint=Joint(lambda plan, pair: adam.init(pair), faster_zero))
     """
 
     init: Callable[[LeafPlan, Pair], PyTree]
@@ -43,7 +44,13 @@ class Subset(NamedTuple):
       size: ``size(leaves) -> int``, how many of so many leaves train at once.
       init: ``init(leaves) -> state`` for so many leaves.
       update: ``update(state, count, gradients, pairs) -> (live, state)`` before each
-        step, of ``{path: Pair}``; ``live`` is bool, one for each of ``pairs`` in order.
+        step, of ``{path: pair}``; ``live`` is bool, one for each of ``pairs`` in order.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def in_turn(state, count, gradients, pairs):
+      ...     return jnp.arange(len(pairs)) == count % len(pairs), state
+      >>> pieces = Pieces(subset=Subset(lambda leaves: 1, lambda leaves: (), in_turn))
     """
 
     size: Callable[[int], int]
@@ -57,6 +64,14 @@ class Subset(NamedTuple):
 class Pieces:
     """What a method of pairs is; the defaults are those of LoRA.
 
+    Each piece is a function of one adapted leaf: its ``LeafPlan``, and its ``pair``, a
+    dict of the arrays that are trained for it. ``"drawn"`` is the factor that starts
+    random, ``(batch..., rank, *axes of the sketched side)``, and ``"zero"`` the one that
+    starts at zero, ``(batch..., rank, *axes of the other side)``; a method adds arrays of
+    its own, such as a gate. On paper ``W`` is (out, in), ``A`` the drawn and ``B`` the
+    zero factor: with ``side="left"`` on a kernel (in, out) they are ``drawn`` and
+    ``zero`` transposed.
+
     Args:
       inner: Preconditioner without learning rate; Adam by default.
       rules: ``{name: preconditioner}`` for arrays that have one of their own; the leaves
@@ -65,7 +80,7 @@ class Pieces:
       train_drawn: Whether the drawn factor is trained too.
       chain: Whether the pair is merged and begun anew every ``spec.resample_every``.
       restart: Whether the moments of the pair start again with it.
-      extra: ``extra(plan, weight, key) -> Pair``, what is trained beside the factors.
+      extra: ``extra(plan, weight, key) -> pair``, what is trained beside the factors.
       beside: ``beside(plan, pair) -> (drawn, factor)``, the two factors of the change as
         the model sees it; the forward pass keeps it beside the weight.
       weight: ``weight(plan, weight, pair) -> Array``, the weight as the model sees it,
@@ -75,6 +90,12 @@ class Pieces:
       subset: Which leaves are trained.
       check: ``check(plan)`` of every adapted leaf, before any compute; raises
         ``ValueError`` for a leaf that the method cannot take.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> def clipped(plan, pair):
+      ...     return {name: jnp.clip(array, -1, 1) for name, array in pair.items()}
+      >>> pieces = Pieces(train_drawn=False, settle=clipped)
     """
 
     inner: optax.GradientTransformation | None = None

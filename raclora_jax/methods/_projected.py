@@ -21,7 +21,7 @@ from raclora_jax._core.lowrank import change_of_basis, lift_leaf, project_leaf
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.sketch import draw_all
-from raclora_jax._core.spec import Spec, as_spec
+from raclora_jax._core.spec import Spec, as_spec, check_side_is_fixed
 from raclora_jax._core.types import Leaves, PyTree
 from raclora_jax.methods._method import Method, from_transform
 
@@ -135,13 +135,9 @@ def projected_method(
 def of_one_side(spec: Spec | int) -> Spec:
     """The spec, refused where it draws the side: moments live on one side for good."""
     spec = as_spec(spec)
-    for side in (spec.side, *(rule.side for rule in spec.rules)):
-        if isinstance(side, float):
-            raise ValueError(
-                f"side={side} draws the side for each link, but the moments of this "
-                "method stay on one; give side='auto', 'left' or 'right', or use "
-                "methods.raclora"
-            )
+    check_side_is_fixed(
+        spec, "the moments of this method, unlike those of methods.raclora, stay on one"
+    )
     return spec
 
 

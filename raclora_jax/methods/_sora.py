@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from raclora_jax._core import checks
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import KeyLike
-from raclora_jax.methods._algebra import check_number
 from raclora_jax.methods._method import Method
 from raclora_jax.methods._pair import pair_method
 from raclora_jax.methods._pieces import Pair, Pieces
@@ -55,8 +55,8 @@ def sora(
       Ding et al., `Sparse Low-rank Adaptation of Pre-trained Language Models
       <https://arxiv.org/abs/2311.11696>`_, 2023; numbers as their code has them.
     """
-    check_number("threshold", threshold)
-    check_number("weight_decay", weight_decay)
+    checks.number("threshold", threshold, checks.NOT_NEGATIVE)
+    checks.number("weight_decay", weight_decay, checks.NOT_NEGATIVE)
 
     def settle(plan: LeafPlan, pair: Pair) -> Pair:
         del plan

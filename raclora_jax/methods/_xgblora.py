@@ -8,10 +8,10 @@ import jax
 import optax
 from jax import Array
 
+from raclora_jax._core import checks
 from raclora_jax._core.keys import key_data, leaf_key
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import KeyLike, PyTree
-from raclora_jax.methods._algebra import check_count
 from raclora_jax.methods._method import Method
 from raclora_jax.methods._pair import pair_method
 from raclora_jax.methods._pieces import Pair, Pieces, Subset
@@ -66,7 +66,7 @@ def xgblora(
     """
     spec, data = as_spec(spec), key_data(key)
     for name, value in (("boosters", boosters), ("steps", steps), ("leaves", leaves)):
-        check_count(name, value)
+        checks.count(name, value)
     if steps % boosters:
         raise ValueError(
             f"boosters={boosters} does not divide steps={steps}; each booster has the "

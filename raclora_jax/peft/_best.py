@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from raclora_jax._core import paths
+from raclora_jax._core import checks, paths
 from raclora_jax._core.keys import key_data, leaf_key
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.planning import plan_tree
@@ -83,10 +83,10 @@ def best(
     """
     if (rank is None) == (energy is None):
         raise ValueError(f"give rank or energy, got rank={rank} and energy={energy}")
-    if rank is not None and rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy must be above 0 and at most 1, got {energy}")
+    if rank is not None:
+        checks.count("rank", rank)
+    if energy is not None:
+        checks.number("energy", energy, checks.SHARE)
     plans = plan_tree(spec, base_params)
     before, _ = paths.flatten(base_params)
     after, _ = paths.flatten(params)

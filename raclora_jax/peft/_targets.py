@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-from raclora_jax._core import paths
+from raclora_jax._core import checks, paths
 from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import PyTree
@@ -60,11 +60,7 @@ class Target:
     tied: str | Literal[False] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(
-                f"{self.name}: kind must be one of {', '.join(get_args(Kind))}, got "
-                f"{self.kind!r}"
-            )
+        checks.choice(f"{self.name}: kind", self.kind, get_args(Kind))
         if self.kind not in ("plain", "experts") and not self.name.endswith(".weight"):
             raise ValueError(
                 f"{self.name}: a {self.kind} parameter is named '<module>.weight'; name "

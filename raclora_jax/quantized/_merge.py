@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +9,11 @@ import jax.numpy as jnp
 import qwix
 from jax import Array
 
-from raclora_jax._core import paths
+from raclora_jax._core import checks, paths
 from raclora_jax._core.keys import leaf_key
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.planning import plan_leaves
-from raclora_jax._core.spec import Spec, as_spec, kind
+from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaf, PyTree
 from raclora_jax._forms.adapter import (
     AdapterChain,
@@ -84,10 +83,9 @@ def quantize(
       >>> bool(abs(exact - W["kernel"]).max() < 0.01)
       True
     """
-    if qtype not in QTYPES:
-        raise ValueError(f"qtype must be one of {', '.join(QTYPES)}, got {qtype!r}")
-    if block is not None and not (isinstance(block, numbers.Integral) and block >= 1):
-        raise ValueError(f"block must be an int of at least 1, got {kind(block)}")
+    checks.choice("qtype", qtype, QTYPES)
+    if block is not None:
+        checks.count("block", block)
     leaves, treedef = paths.flatten(params, is_leaf=is_quantised)
     plans = plan_leaves(as_spec(spec), leaves, whole=True)
     adapted = {path: plan for path, plan in plans.items() if plan.adapted}
@@ -292,7 +290,8 @@ def held(base_params: PyTree, error: PyTree, factors: PyTree) -> Held:
             return int(jnp.asarray(leaf).on_device_size_in_bytes())
         except (TypeError, AttributeError) as error:
             raise TypeError(
-                f"leaf {paths.show(path)} must be an array on a device, got {kind(leaf)}"
+                f"leaf {paths.show(path)} must be an array on a device, got "
+                f"{checks.kind(leaf)}"
             ) from error
 
     def total(tree: PyTree) -> int:

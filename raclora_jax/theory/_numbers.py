@@ -2,63 +2,46 @@
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from raclora_jax._core import checks
 
 # A step computed from the same numbers may round to just above the largest one.
 _ROUNDING = 1e-9
 
 
-def real(name: str, value: Any) -> float:
-    """A value as a finite float, refused by name if it is none."""
-    try:
-        number = float(operator.pos(value))  # which, unlike float, refuses text
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{name} must be a number, got {value!r} of type {type(value).__name__}"
-        ) from None
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, got {number}")
-    return number
-
-
 def check_positive(**values: float) -> None:
     """Refuses what is not above zero."""
     for name, value in values.items():
-        if real(name, value) <= 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+        checks.number(name, value, checks.POSITIVE)
 
 
 def check_not_negative(**values: float) -> None:
     """Refuses what is below zero."""
     for name, value in values.items():
-        if real(name, value) < 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
+        checks.number(name, value, checks.NOT_NEGATIVE)
 
 
 def check_probability(**values: float) -> None:
     """Refuses what is outside [0, 1]."""
     for name, value in values.items():
-        if not 0 <= real(name, value) <= 1:
-            raise ValueError(f"{name} must be in [0, 1], got {value}")
+        checks.number(name, value, checks.PROBABILITY)
 
 
 def check_fraction(**values: float) -> None:
     """Refuses what is outside (0, 1]."""
     for name, value in values.items():
-        if not 0 < real(name, value) <= 1:
-            raise ValueError(f"{name} must be in (0, 1], got {value}")
+        checks.number(name, value, checks.SHARE)
 
 
 def check_lam(lam: float) -> None:
     """Refuses a smallest eigenvalue outside (0, 1]."""
-    if not 0 < real("lam", lam) <= 1:
-        raise ValueError(
-            f"lam must be in (0, 1], got {lam}: it is the smallest eigenvalue of the "
-            "mean projector, and a law with lam = 0 never trains some direction"
-        )
+    way_out = (
+        "it is the smallest eigenvalue of the mean projector, and a law with lam = 0 "
+        "never trains some direction"
+    )
+    checks.number("lam", lam, checks.SHARE, way_out=way_out)
 
 
 def check_lam_max(lam_max: float | None) -> None:
@@ -70,14 +53,7 @@ def check_lam_max(lam_max: float | None) -> None:
 def check_count(**values: int) -> None:
     """Refuses what is no int of at least 1."""
     for name, value in values.items():
-        try:
-            number = operator.index(value)
-        except TypeError:
-            raise TypeError(
-                f"{name} must be an int, got {value!r} of type {type(value).__name__}"
-            ) from None
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1, got {number}")
+        checks.count(name, value)
 
 
 def check_step(gamma: float, largest: float, name: str = "gamma") -> None:
