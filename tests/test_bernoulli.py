@@ -153,8 +153,9 @@ def test_sketches_are_those_of_the_fixed_sides(sketch):
         return jit(lambda links: jax.lax.map(one, links))(jnp.arange(4))
 
     both = drawn(0.5)
-    np.testing.assert_array_equal(both.left, drawn("left"))
-    np.testing.assert_array_equal(both.right, drawn("right"))
+    for side in ("left", "right"):
+        want = drawn(side)
+        jax.tree.map(np.testing.assert_array_equal, getattr(both, side), want)
 
 
 @pytest.mark.parametrize(
