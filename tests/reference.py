@@ -112,12 +112,12 @@ def explicit(sketch, plan):
     2, 4 or 8 of at least 8 rows each. Where the rank does not divide the side it is one
     run that may go on at the start.
     """
-    sizes, rank = [plan.shape[axis] for axis in plan.sketched], plan.rank
-    if plan.sketch not in ("block", "coordinate"):
+    sizes, rank = [plan.shape[axis] for axis in plan.sketched_axes], plan.rank
+    if plan.law not in ("block", "coordinate"):
         return np.asarray(sketch)
     dim, leading = math.prod(sizes), math.prod(sizes[:-1])
     picks = np.asarray(sketch.index)
-    if plan.sketch == "coordinate":
+    if plan.law == "coordinate":
         rows = picks
     else:
         runs = 1

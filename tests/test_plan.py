@@ -138,7 +138,7 @@ def test_views(name):
     F = rl.project({"kernel": G}, {"kernel": S}, spec)["kernel"].value
     D = rl.lift({"kernel": F}, {"kernel": S}, {"kernel": G}, spec)["kernel"]
     assert (S.shape, F.shape, D.shape) == (sketch_shape, factor_shape, sizes)
-    order = (*batch, *plan.sketched, *plan.trained)
+    order = (*batch, *plan.sketched_axes, *plan.kept_axes)
     count = int(np.prod(plan.batch_shape))
     dense = np.transpose(np.asarray(G), order).reshape(count, plan.dim, -1)
     basis = np.asarray(S).reshape(count, 2, plan.dim)
@@ -245,7 +245,7 @@ def test_the_first_rule_that_matches_the_whole_path_wins():
         rl.Rule("(?i:BODY)/bias", mode="frozen"),
     ]
     plans = rl.plan(rl.Spec(2, rules=rules), params)
-    found = {p: (x.mode, x.rank, x.side, x.sketch) for p, x in plans.items()}
+    found = {p: (x.mode, x.rank, x.side, x.law) for p, x in plans.items()}
     assert found == {
         "body/bias": ("frozen", 0, "", ""),
         "body/kernel": ("lowrank", 5, "left", "orthonormal"),
@@ -302,7 +302,7 @@ FULL = rl.Spec(
     cache=False,
     rest="frozen",
     rules=[
-        rl.Rule("a/.*", rank=4, alpha=2.0, side="right", sketch="gaussian"),
+        rl.Rule("a/.*", rank=4, alpha=2.0, side="right", sketch="rademacher"),
         rl.Rule(r"b/\d+/(q|k)", rows=(0, -1), batch=1),
         rl.Rule(r"ünïcode\\.", mode="frozen"),
     ],

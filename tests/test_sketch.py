@@ -20,8 +20,6 @@ from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.spec import SKETCHES
 
 PROJECTORS = tuple(name for name in SKETCHES if name != "gaussian_raw")
-# A Gaussian made orthonormal is "orthonormal": one function under two names.
-DISTINCT = tuple(name for name in SKETCHES if name != "gaussian")
 MAX_Z = 5.0
 # What a float32 draw may differ by when the compiler orders its sums in another way.
 COMPILED = 1e-5
@@ -60,14 +58,11 @@ def held(sketch):
     return np.asarray(array)
 
 
-def test_the_registry_has_exactly_the_named_distributions():
-    assert set(sketch._DISTRIBUTIONS) == set(SKETCHES) - {"block"}
-    assert {sketch._DISTRIBUTIONS[name] for name in DISTINCT if name != "block"} == set(
-        sketch._DISTRIBUTIONS.values()
-    )
+def test_the_registry_has_exactly_the_named_laws():
+    assert set(sketch._LAWS) == set(SKETCHES) - {"block"}
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", SKETCHES)
 def test_other_leaves_and_tree_order_do_not_enter(name):
     leaves = [("head", (9, 5)), ("body", (6, 11)), ("other", (4, 7)), ("bias", (11,))]
 
@@ -94,7 +89,7 @@ def test_other_leaves_and_tree_order_do_not_enter(name):
         assert np.abs(held(other) - held(first["head"])).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", SKETCHES)
 def test_the_process_and_its_transformations_do_not_enter(name):
     def drawn():
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree())
@@ -113,7 +108,7 @@ def test_the_process_and_its_transformations_do_not_enter(name):
         jax.tree.map(np.testing.assert_array_equal, drawn(), want)
     with jax.enable_x64(True):
         with_x64 = drawn()
-    dtype = "int32" if name in select.LAWS else "float32"
+    dtype = "int32" if name in select.PICKING_LAWS else "float32"
     assert {leaf.dtype for leaf in jax.tree.leaves(with_x64)} == {jnp.dtype(dtype)}
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=COMPILED)  # noqa: E731
     jax.tree.map(close, with_x64, want)
@@ -129,7 +124,7 @@ def test_a_float64_leaf_is_drawn_in_float64():
         np.testing.assert_allclose(S @ S.T, np.eye(5), rtol=0, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", SKETCHES)
 def test_a_slice_of_a_stack_depends_on_its_index_only(name):
     def drawn(layers, axis):
         shape = [6, 9]
@@ -148,7 +143,7 @@ def test_a_slice_of_a_stack_depends_on_its_index_only(name):
     assert (max if name == "block" else min)(gaps) > 1e-2
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+@pytest.mark.parametrize("name", SKETCHES)
 def test_drawn_together_or_alone(name):
     """Leaves of one kind are drawn as one stack, which enters none of their values."""
     params = {f"layer_{i}": jnp.zeros((40, 64)) for i in range(3)}

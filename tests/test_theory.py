@@ -20,7 +20,7 @@ from jax import lax
 import raclora_jax as rl
 from raclora_jax._core.planning import plan_tree
 
-PROJECTORS = ("orthonormal", "gaussian", "rademacher", "coordinate", "block")
+PROJECTORS = ("orthonormal", "rademacher", "coordinate", "block")
 SIDES = ("left", "right")
 SEEDS = 16
 # Compiling is nearly all the time these small programs take.

@@ -34,7 +34,6 @@ def explored() -> list[Entry]:
         by_leaf(f"{name}, ranks 28 attention, 10 feed-forward", 28, 10),
         by_leaf(f"{name}, ranks 6 attention, 21 feed-forward", 6, 21),
         ours(f"{name}, coordinates", 16, sketch="coordinate"),
-        ours(f"{name}, gaussian", 16, sketch="gaussian"),
     ]
     for link in (25, 50, 100):
         entries.append(

@@ -15,7 +15,6 @@ from benchmarks.rates.problems import FAST_COMPILE, Problem
 from benchmarks.shared import chains
 from raclora_jax import theory
 
-# "gaussian" draws the very sketches of "orthonormal".
 LAWS = ("orthonormal", "rademacher", "coordinate", "block")
 SIDES = ("left", "right")
 # Cases whose mean gaps are kept for the figure.

@@ -156,7 +156,7 @@ METHODS = (
     Method("RAC Eq. 4, right, 1 step", sketched("orthonormal", 1), 1),
     Method("RAC, 20 raw GD, Gaussian", sketched("gaussian_raw")),
     Method("RAC, 20 raw GD, orthonormal", sketched("orthonormal")),
-    Method("RAC, 20, Gaussian + Gram", sketched("gaussian")),
+    Method("RAC, 20, Gaussian + Gram", sketched("orthonormal")),
     Method("RAC, 20, Rademacher + Gram", sketched("rademacher")),
     Method("RAC, 20, coordinate", sketched("coordinate")),
 )

@@ -27,7 +27,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "side left": {"side": "left"},
     "side right": {"side": "right"},
-    "gaussian": {"sketch": "gaussian"},
     "rademacher": {"sketch": "rademacher"},
     "coordinate": {"sketch": "coordinate"},
     "gaussian_raw": {"sketch": "gaussian_raw"},

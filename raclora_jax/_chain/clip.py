@@ -52,7 +52,7 @@ def _seen(plan: LeafPlan) -> float:
     """The mean of ``|F|^2 / |G|^2``; one for a leaf trained in full."""
     if not plan.adapted:
         return 1.0
-    share = plan.rank if plan.sketch == "gaussian_raw" else plan.lam
+    share = plan.rank if plan.law == "gaussian_raw" else plan.lam
     return plan.scaling**2 * share
 
 

@@ -37,7 +37,7 @@ PROBE = LeafPlan(
     cols=(1,),
     side="left",
     rank=2,
-    sketch="orthonormal",
+    law="orthonormal",
 )
 
 # ``update`` hands plans over as an extra argument, which ``init`` of optax has not, and

@@ -101,7 +101,7 @@ def sketches_now(state: RacLoraState, plans: Iterable[LeafPlan], spec: Spec) -> 
     """The link that the next update belongs to, and its sketches.
 
     A link ends once it has had ``spec.resample_every`` updates. Its sketches are those
-    the state keeps, or are drawn again. A run resumed with another distribution goes on
+    the state keeps, or are drawn again. A run resumed with another law goes on
     with the ones kept; where none are, they cannot be drawn again and a link begins.
 
     Every door calls this with the same arrays, so a compiled step draws once.
@@ -158,9 +158,9 @@ def adapted_plans(plans: Iterable[LeafPlan]) -> Plans:
 
 @functools.lru_cache(maxsize=64)
 def _law_word(plans: Plans) -> int:
-    """32 bits that tell which distribution each sketch is drawn from."""
+    """32 bits that tell which law each sketch is drawn from."""
     said = "\n".join(
-        f"{plan.path} {plan.sketch}" + (f" {plan.side}" if plan.sides else "")
+        f"{plan.path} {plan.law}" + ("" if plan.chance is None else f" {plan.chance}")
         for plan in plans
         if plan.adapted
     )

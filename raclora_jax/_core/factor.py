@@ -269,19 +269,19 @@ def _stamped(path: str, stamp: Stamp, shape: tuple[int, ...], dtype: str) -> Lea
         rows=stamp.rows,
         cols=tuple(axis for axis in range(len(shape)) if axis not in taken),
         batch=stamp.batch,
-        side=stamp.side,
         rank=stamp.rank,
-        sketch=stamp.sketch,
+        law=stamp.law,
         resample_every=stamp.resample_every,
         rounding=stamp.rounding,
     )
     if not isinstance(stamp.scaling, tuple):
-        return dataclasses.replace(plan, scaling=stamp.scaling)
+        return dataclasses.replace(plan, side=str(stamp.side), scaling=stamp.scaling)
     sides = tuple(
         dataclasses.replace(plan, side=side, scaling=scaling)
         for side, scaling in zip(("left", "right"), stamp.scaling, strict=True)
     )
-    return dataclasses.replace(plan, scaling=sides[0].scaling, sides=sides)
+    chance = float(stamp.side)
+    return dataclasses.replace(plan, chance=chance, scaling=sides[0].scaling, sides=sides)
 
 
 def _check_origin(update: Factor, plan: LeafPlan) -> None:

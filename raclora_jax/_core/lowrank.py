@@ -62,8 +62,8 @@ def project_leaf(dense: Array, sketch: Drawn, plan: LeafPlan) -> FactorValue:
         return in_use(both, sketch.is_left)
     axes, wide = range(dense.ndim), plan.wide_dtype
     if isinstance(sketch, Picks):
-        rows = sketch.taken(dense, axes, plan.sketched, plan.batch)
-        names = picked_axes(axes, plan.sketched)
+        rows = sketch.taken(dense, axes, plan.sketched_axes, plan.batch)
+        names = picked_axes(axes, plan.sketched_axes)
         factor = lax.transpose(rows, [names.index(name) for name in plan.factor_axes])
         return (plan.scaling * factor.astype(wide)).astype(wide)
     factor = contract(
@@ -138,7 +138,9 @@ def formed(sketch: Array | Picks, plan: LeafPlan) -> Array:
     """The sketch as an array ``(batch..., rank, *axes of the sketched side)``."""
     if not isinstance(sketch, Picks):
         return sketch
-    return sketch.formed([plan.shape[axis] for axis in plan.sketched], plan.wide_dtype)
+    return sketch.formed(
+        [plan.shape[axis] for axis in plan.sketched_axes], plan.wide_dtype
+    )
 
 
 @auto_axes(lambda weight, factor, sketch, decay, plan: plan.sharding)
@@ -255,7 +257,7 @@ def change_of_basis(new: Array | Picks, old: Array | Picks, plan: LeafPlan) -> A
         assert isinstance(old, Picks)
         same = new.rows[..., :, None] == old.rows[..., None, :]
         return same.astype(plan.wide_dtype)
-    if plan.sketch != "gaussian_raw":
+    if plan.law != "gaussian_raw":
         return _cross(new, old, plan)
     inverse = inverse_cholesky(_cross(new, new, plan))
     # (L L^T)^-1 = L^-T L^-1.
@@ -267,7 +269,7 @@ def _cross(new: Array, old: Array, plan: LeafPlan) -> Array:
     """``S' S^T`` of each matrix."""
 
     def axes(rank: str) -> tuple[Label, ...]:
-        return (*plan.batch, rank, *plan.sketched)
+        return (*plan.batch, rank, *plan.sketched_axes)
 
     out = (*plan.batch, "new", "old")
     return contract(new, axes("new"), old, axes("old"), out, precision=_HIGHEST)
@@ -278,6 +280,6 @@ def in_basis(basis: Array, factor: Array, plan: LeafPlan) -> Array:
     """Applies ``change_of_basis`` to a factor-shaped array, dtype kept."""
     product = contract(
         basis, (*plan.batch, "new", RANK), factor.astype(basis.dtype), plan.factor_axes,
-        (*plan.batch, "new", *plan.trained), precision=_HIGHEST,
+        (*plan.batch, "new", *plan.kept_axes), precision=_HIGHEST,
     )  # fmt: skip
     return product.astype(factor.dtype)

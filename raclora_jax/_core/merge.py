@@ -84,7 +84,7 @@ def merge_in_stack(
     Returns:
       The stack.
     """
-    (axis,), step = plan.sketched, _as_rows(factor, plan)
+    (axis,), step = plan.sketched_axes, _as_rows(factor, plan)
     places = _places(plan.shape, start)
     # Each run is read where it is written, so that the stack changes in place.
     for starts, sizes, own in runs_of(sketch.index, sketch.chosen, axis, plan.shape):
@@ -113,7 +113,7 @@ def _rows_merged(
     start: Array | None,
 ) -> Array:
     """The weight with the step in its picked rows, the others as they were."""
-    labels = range(weight.ndim), plan.sketched, plan.batch
+    labels = range(weight.ndim), plan.sketched_axes, plan.batch
     places = _places(weight.shape, start)
     rows, positions = (sketch.taken(array, *labels) for array in (weight, places))
     exact = rows.astype(plan.wide_dtype) + _as_rows(factor, plan)
@@ -135,7 +135,7 @@ def _settled(
 
 def _as_rows(factor: Array, plan: LeafPlan) -> Array:
     """A factor as what is added to the rows that a sketch picks."""
-    names = picked_axes(range(len(plan.shape)), plan.sketched)
+    names = picked_axes(range(len(plan.shape)), plan.sketched_axes)
     scaled = (plan.scaling * factor).astype(plan.wide_dtype)
     return lax.transpose(scaled, [plan.factor_axes.index(name) for name in names])
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from raclora_jax._core.picks import Picks
-from raclora_jax._core.select import LAWS, Selection, selection_of
+from raclora_jax._core.select import PICKING_LAWS, Selection, selection_of
 from raclora_jax._core.sharding import Inherited, inherited
 from raclora_jax._core.stamp import Stamp
 from raclora_jax._core.types import (
@@ -35,11 +35,11 @@ class LeafPlan:
       rows: Axes the model contracts over.
       cols: The other matrix axes.
       batch: Axes that stack matrices.
-      side: ``"left"`` or ``"right"``, decided; the probability of the left one where it
-        is drawn; empty if not adapted.
+      side: ``"left"`` or ``"right"``, decided; empty if not adapted, or if it is drawn.
+      chance: The probability of the left side where the side is drawn, else ``None``.
       rank: Rank of the sketch; 0 if not adapted.
       scaling: What the lift and the gradient are multiplied by: ``alpha / rank``.
-      sketch: Distribution of the sketch; empty if not adapted.
+      law: The law that the sketch is drawn from; empty if not adapted.
       resample_every: Steps a sketch lives; 0 if not adapted.
       rounding: How weights below float32 take a small step; empty if not adapted.
       cause: What decided the mode: ``"rule"``, ``"matrix"``, ``"no matrix"`` or
@@ -58,10 +58,11 @@ class LeafPlan:
     rows: tuple[int, ...] = ()
     cols: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()
-    side: str | float = ""
+    side: str = ""
+    chance: float | None = None
     rank: int = 0
     scaling: float = 1.0
-    sketch: str = ""
+    law: str = ""
     resample_every: int = 0
     rounding: str = ""
     cause: Cause = "rule"
@@ -77,11 +78,12 @@ class LeafPlan:
 
     @functools.cached_property
     def stamp(self) -> Stamp:
-        """What the doors of a run must agree on."""
+        """What the functions of a run must agree on."""
         stamp = Stamp(*(getattr(self, name) for name in Stamp._fields))
-        if not self.sides:
+        if self.chance is None:
             return stamp
-        return stamp._replace(scaling=tuple(one.scaling for one in self.sides))
+        scaling = tuple(one.scaling for one in self.sides)
+        return stamp._replace(side=self.chance, scaling=scaling)
 
     @property
     def trained_shape(self) -> tuple[int, ...]:
@@ -101,29 +103,29 @@ class LeafPlan:
         return self.sides or (self,)
 
     @property
-    def sketched(self) -> tuple[int, ...]:
+    def sketched_axes(self) -> tuple[int, ...]:
         """Axes of the sketched side."""
         return self.rows if self.side == "left" else self.cols
 
     @property
-    def trained(self) -> tuple[int, ...]:
+    def kept_axes(self) -> tuple[int, ...]:
         """Axes of the other side, which the factor keeps."""
         return self.cols if self.side == "left" else self.rows
 
     @property
     def sketch_axes(self) -> tuple[Label, ...]:
         """Labels of a sketch's axes: the leaf's axis that each is, and ``RANK``."""
-        return (*self.batch, RANK, *self.sketched)
+        return (*self.batch, RANK, *self.sketched_axes)
 
     @property
     def factor_axes(self) -> tuple[Label, ...]:
         """Labels of the factor's axes, likewise."""
-        return (*self.batch, RANK, *self.trained)
+        return (*self.batch, RANK, *self.kept_axes)
 
     @property
     def dim(self) -> int:
         """Size of the sketched side."""
-        return self.size_of(self.sketched)
+        return self.size_of(self.sketched_axes)
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -133,19 +135,23 @@ class LeafPlan:
     @functools.cached_property
     def selection(self) -> Selection | None:
         """The rows a sketch may pick, for the laws that pick rows."""
-        if self.sides or self.sketch not in LAWS:
+        if self.sides or self.law not in PICKING_LAWS:
             return None
-        sizes = [self.shape[axis] for axis in self.sketched]
-        return selection_of(self.sketch, self.rank, sizes)
+        sizes = [self.shape[axis] for axis in self.sketched_axes]
+        return selection_of(self.law, self.rank, sizes)
 
     @property
     def sketch_shape(self) -> tuple[int, ...]:
         """``(batch..., rank, *axes of the sketched side)``, or that of the picks."""
-        if self.sketch == "block":
+        if self.law == "block":
             return self.batch_shape
-        if self.sketch == "coordinate":
+        if self.law == "coordinate":
             return (*self.batch_shape, self.rank)
-        return (*self.batch_shape, self.rank, *(self.shape[a] for a in self.sketched))
+        return (
+            *self.batch_shape,
+            self.rank,
+            *(self.shape[a] for a in self.sketched_axes),
+        )
 
     def as_sketch(self, array: Any) -> Any:
         """An array, or what stands for one, as what a sketch of this leaf is."""
@@ -159,7 +165,7 @@ class LeafPlan:
     @property
     def factor_shape(self) -> tuple[int, ...]:
         """``(batch..., rank, *axes of the other side)``."""
-        return (*self.batch_shape, self.rank, *(self.shape[a] for a in self.trained))
+        return (*self.batch_shape, self.rank, *(self.shape[a] for a in self.kept_axes))
 
     @functools.cached_property
     def factor_inherited(self) -> Inherited | None:
@@ -206,10 +212,9 @@ class LeafPlan:
     @property
     def lam(self) -> float:
         """Smallest eigenvalue of the mean projector, ``rank / dim``."""
-        if self.sides:
+        if self.chance is not None:
             left, right = self.sides
-            chance = float(self.side)
-            return chance * left.lam + (1 - chance) * right.lam
+            return self.chance * left.lam + (1 - self.chance) * right.lam
         return self.rank / self.dim
 
     @functools.cached_property

@@ -143,7 +143,7 @@ def _whole(spec: Spec, rule: Rule, plan: LeafPlan) -> LeafPlan:
         plan,
         side=side,
         rank=plan.size_of(plan.rows if side == "left" else plan.cols),
-        sketch="block",
+        law="block",
         resample_every=spec.resample_every,
         rounding=spec.rounding,
         reason="rule, whole",
@@ -197,7 +197,7 @@ def _sized(spec: Spec, rule: Rule | None, plan: LeafPlan) -> LeafPlan:
             side=side,
             rank=rank,
             scaling=_scaling(alpha, rank, plan.size_of(sketched)),
-            sketch=choose("sketch"),
+            law=choose("sketch"),
             resample_every=spec.resample_every,
             rounding=spec.rounding,
         )
@@ -205,7 +205,7 @@ def _sized(spec: Spec, rule: Rule | None, plan: LeafPlan) -> LeafPlan:
     if isinstance(side, float):
         sides = sketching("left"), sketching("right")
         small = min(sides, key=lambda one: one.dim)
-        sized = dataclasses.replace(sides[0], side=side, sides=sides)
+        sized = dataclasses.replace(sides[0], side="", chance=side, sides=sides)
     else:
         small = sized = sketching(side)
     if rank < small.dim:

@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 from raclora_jax._core.sharding import auto_axes, without_axis
 
-LAWS = ("block", "coordinate")
+PICKING_LAWS = ("block", "coordinate")
 # More runs keep a block local on more shards, and cost a slice each. A run below the
 # eight rows of a tile of a TPU's registers is not worth its place.
 _SHORTEST, _MOST = 8, 8

@@ -62,7 +62,7 @@ def in_use(factors: BothFactors, is_left: Array) -> BothFactors:
 
 def in_link(value: Any, plan: LeafPlan) -> Array:
     """Of a factor or a sketch what a plan of one side is about."""
-    return getattr(value, str(plan.side)) if is_both(value) else value
+    return getattr(value, plan.side) if is_both(value) else value
 
 
 def named(plan: LeafPlan) -> dict[str, LeafPlan]:
@@ -169,7 +169,9 @@ def switched(
     """
     # One branch for a whole case, not one for each leaf: a conditional that is entered a
     # hundred times keeps the compiler from fusing across it.
-    by_chance = {float(plan.side): path for path, plan in plans.items() if plan.sides}
+    by_chance = {
+        plan.chance: path for path, plan in plans.items() if plan.chance is not None
+    }
     if not by_chance:
         return one(dict(plans), dict(sketches))
     chances = sorted(by_chance, reverse=True)
@@ -178,7 +180,7 @@ def switched(
         def chosen(plan: LeafPlan) -> LeafPlan:
             if not plan.sides:
                 return plan
-            return plan.sides[0] if plan.side in left else plan.sides[1]
+            return plan.sides[0] if plan.chance in left else plan.sides[1]
 
         own = {path: chosen(plan) for path, plan in plans.items()}
         drawn = {path: in_link(sketch, own[path]) for path, sketch in sketches.items()}

@@ -47,7 +47,7 @@ def draw_all(
 ) -> dict[str, Drawn]:
     """The sketches of every adapted leaf, ``{path: sketch}``, as ``draw`` gives them.
 
-    Leaves whose sketches have one size and one distribution are drawn as one stack: a
+    Leaves whose sketches have one size and one law are drawn as one stack: a
     program has one drawing for all layers, and is compiled in a fraction of the time.
     """
     adapted = tuple(plan for plan in plans if plan.mode == "lowrank")
@@ -68,7 +68,7 @@ def _draw_adapted(
 ) -> dict[str, Drawn]:
     groups: dict[tuple[_Kind, _Place | None], list[LeafPlan]] = {}
     for one in (one for plan in plans for one in plan.each):
-        kind = _Kind(one.sketch, one.rank, one.dim, str(one.sketch_dtype), one.selection)
+        kind = _Kind(one.law, one.rank, one.dim, str(one.sketch_dtype), one.selection)
         groups.setdefault((kind, _lives(one)), []).append(one)
     drawn: dict[LeafPlan, Drawn] = {}
     for (kind, place), members in groups.items():
@@ -85,21 +85,22 @@ def _draw_adapted(
             drawn[plan] = plan.as_sketch(_apart(own, plan))
 
     def of(plan: LeafPlan) -> Drawn:
-        if not plan.sides:
+        if plan.chance is None:
             return drawn[plan]
         left, right = plan.sides
-        return BothSketches(drawn[left], drawn[right], _is_left(data, link, plan))
+        is_left = _is_left(data, link, plan.chance)
+        return BothSketches(drawn[left], drawn[right], is_left)
 
     return {plan.path: of(plan) for plan in plans}
 
 
-def _is_left(data: Array, link: Array | int, plan: LeafPlan) -> Array:
+def _is_left(data: Array, link: Array | int, chance: float) -> Array:
     """Whether the link uses the left side of a leaf, one number for all leaves."""
     words = jnp.array([*path_words("side", ""), 0], jnp.uint32)
     words = words.at[2].set(jnp.asarray(link).astype(jnp.uint32))
     with jax.threefry_partitionable(True):
         number = jax.random.bits(folded(data, words[:, None])[0], (), jnp.uint32)
-    return number < jnp.uint32(min(round(float(plan.side) * 2**32), 2**32 - 1))
+    return number < jnp.uint32(min(round(chance * 2**32), 2**32 - 1))
 
 
 def _apart(sketch: Array, plan: LeafPlan) -> Array:
@@ -148,7 +149,7 @@ def _lives(plan: LeafPlan) -> _Place | None:
 class _Kind(NamedTuple):
     """What sketches must share to be drawn together; static and hashable."""
 
-    distribution: str
+    law: str
     rank: int
     dim: int
     dtype: str
@@ -163,17 +164,17 @@ def _draw_stack(
     """Sketches ``(n, rank, dim)`` from ``n`` rows of (two words of a path, index)."""
     first, second, index = words.T
     turn = jnp.zeros((), jnp.int32)
-    if kind.selection is not None and kind.distribution == "block":
+    if kind.selection is not None and kind.law == "block":
         # One draw a cycle: the order of its blocks.
         link, turn = jnp.divmod(jnp.asarray(link, jnp.int32), kind.selection.blocks)
     links = jnp.full_like(index, link)
     keys = folded(data, jnp.stack([first, second, links, index]))
     # The process-wide flag changes the bits of every draw; a chain must not depend on it.
     with jax.threefry_partitionable(True):
-        if kind.selection is not None and kind.distribution == "block":
+        if kind.selection is not None and kind.law == "block":
             return _block(keys, turn, kind.selection)
         shape = (kind.rank, kind.dim)
-        stack = _DISTRIBUTIONS[kind.distribution](keys, shape, jnp.dtype(kind.dtype))
+        stack = _LAWS[kind.law](keys, shape, jnp.dtype(kind.dtype))
     return stack if place is None else constrained(stack, place.sharding)
 
 
@@ -279,9 +280,8 @@ def _block(keys: Array, turn: Array, chosen: Selection) -> Array:
     return jax.vmap(one)(keys)
 
 
-_DISTRIBUTIONS = {
+_LAWS = {
     "orthonormal": _orthonormal,
-    "gaussian": _orthonormal,
     "rademacher": _rademacher,
     "coordinate": _coordinate,
     "gaussian_raw": _gaussian_raw,

@@ -12,7 +12,7 @@ import jax
 
 from raclora_jax._core import checks, paths
 from raclora_jax._core.checks import kind as kind  # plan.py takes it from here
-from raclora_jax._core.select import LAWS
+from raclora_jax._core.select import PICKING_LAWS
 from raclora_jax._core.types import (
     Alpha,
     Mode,
@@ -135,9 +135,9 @@ class Spec:
         each link, left with probability p and else right: Bernoulli-LoRA. The mean
         projector is then ``p rank / rows + (1 - p) rank / cols``; both factors and the
         state of both are held, and one is used.
-      sketch: ``"orthonormal"``, ``"gaussian"`` or ``"rademacher"`` (whitened),
-        ``"coordinate"`` (random rows), ``"block"`` (neighbouring rows, each once a
-        cycle of ``dim / rank`` links: slices where others need products), or
+      sketch: Its law: ``"orthonormal"`` (a whitened Gaussian), ``"rademacher"``
+        (whitened signs), ``"coordinate"`` (random rows), ``"block"`` (neighbouring rows,
+        each once a cycle of ``dim / rank`` links: slices where others need products), or
         ``"gaussian_raw"`` (N(0, 1), not a projector).
       resample_every: Steps a sketch lives, one link of the chain.
       rounding: How weights below float32 take a small step: ``"auto"`` and
@@ -230,7 +230,7 @@ class Spec:
 
         ``resample_every``, ``sketch``, ``alpha`` and ``cache`` may differ. The running
         link then goes on with the sketches the state keeps and ends by the new length,
-        and the next sketch is of the new distribution; where none are kept, a new link
+        and the next sketch is of the new law; where none are kept, a new link
         begins at once. ``alpha`` acts from the first step. An adapter's factors have
         their meaning by ``alpha`` and ``sketch``: change these at the end of its link.
         ``"block"`` and ``"coordinate"`` keep numbers of rows where the others keep
@@ -268,7 +268,7 @@ class Spec:
 
 def _form(law: Sketch) -> Sketch:
     """A law whose sketches are kept in the same form."""
-    return law if law in LAWS else "orthonormal"
+    return law if law in PICKING_LAWS else "orthonormal"
 
 
 def as_spec(spec: Spec | int) -> Spec:

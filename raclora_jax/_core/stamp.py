@@ -8,11 +8,12 @@ from raclora_jax._core import paths
 
 
 class Stamp(NamedTuple):
-    """What every door of a run must be told alike about one adapted leaf.
+    """What every function of a run must be told alike about one adapted leaf.
 
     It travels with factors and chains as static metadata: compared while a program is
-    traced, absent when it runs. Fields as in ``LeafPlan``, but that ``scaling`` has two
-    numbers where the side is drawn. With the weight it makes the plan again.
+    traced, absent when it runs. Fields as in ``LeafPlan``; where the side is drawn,
+    ``side`` is its chance and ``scaling`` has two numbers. With the weight it makes the
+    plan again.
     """
 
     shape: tuple[int, ...]
@@ -21,7 +22,7 @@ class Stamp(NamedTuple):
     rows: tuple[int, ...]
     batch: tuple[int, ...]
     scaling: float | tuple[float, ...]
-    sketch: str
+    law: str
     resample_every: int
     rounding: str
 
@@ -32,7 +33,7 @@ def check_stamp(path: str, stamp: Stamp, wanted: Stamp, what: str) -> None:
     Args:
       path: Canonical path of the leaf.
       stamp: The stamp it carries.
-      wanted: The stamp of the door it came to.
+      wanted: The stamp of the function it came to.
       what: What it is, for the message.
 
     Raises:
@@ -47,7 +48,7 @@ def check_stamp(path: str, stamp: Stamp, wanted: Stamp, what: str) -> None:
         )
     for name, theirs, mine in zip(Stamp._fields, stamp, wanted, strict=True):
         if theirs != mine:
-            said = "alpha / rank" if name == "scaling" else name
+            said = {"scaling": "alpha / rank", "law": "sketch"}.get(name, name)
             raise ValueError(
                 f"leaf {paths.show(path)}: {what} was made with {said}={theirs!r}, "
                 f"this spec has {said}={mine!r}; hand the same spec to every function "

@@ -39,9 +39,7 @@ Mode = Literal["lowrank", "full", "dense", "frozen"]
 Side = Literal["left", "right", "auto"]
 # A side, or the probability with which a link takes the left one.
 SideOrChance: TypeAlias = Side | float
-Sketch = Literal[
-    "orthonormal", "gaussian", "rademacher", "coordinate", "block", "gaussian_raw"
-]
+Sketch = Literal["orthonormal", "rademacher", "coordinate", "block", "gaussian_raw"]
 Rounding = Literal["auto", "nearest", "stochastic", "master"]
 Rest = Literal["dense", "frozen"]
 Moments = Literal["reset", "keep", "transport"]

@@ -169,7 +169,7 @@ def _row(plan: LeafPlan, state_bytes: int, sketch_bytes: int) -> Row:
         mode=plan.mode,
         why=plan.reason,
         rank=plan.rank,
-        side=str(plan.side),
+        side=plan.side if plan.chance is None else str(plan.chance),
         lam={"lowrank": plan.lam, "dense": 1.0, "frozen": 0.0}[plan.mode],
         trained=trained,
         weight_bytes=math.prod(plan.shape) * _itemsize(plan),
@@ -258,7 +258,7 @@ def _warnings(plans: dict[str, LeafPlan]) -> tuple[str, ...]:
         )
         said.append(f"{who} {why}")
     for one in (one for plan in plans.values() for one in plan.each):
-        if one.sketch == "block" and one.dim % one.rank:
+        if one.law == "block" and one.dim % one.rank:
             said.append(
                 f"leaf {paths.show(one.path)}: blocks of {one.rank} of {one.dim} rows "
                 f"leave {one.dim % one.rank} out of each cycle of "

@@ -10,7 +10,7 @@ from jax import Array, lax
 
 from raclora_jax._core import checks
 from raclora_jax._core.plan import LeafPlan
-from raclora_jax._core.select import LAWS
+from raclora_jax._core.select import PICKING_LAWS
 from raclora_jax._core.spec import Rule, Spec, as_spec, check_side_is_fixed
 from raclora_jax.federated._messages import Arrays, Trained
 from raclora_jax.federated._pairs import residual, truncated
@@ -217,7 +217,7 @@ def flexlora(spec: Spec | int) -> Strategy:
 def _pair_spec(spec: Spec | int) -> Spec:
     spec = as_spec(spec)
     for law in (spec.sketch, *(rule.sketch for rule in spec.rules)):
-        if law in LAWS:
+        if law in PICKING_LAWS:
             raise ValueError(
                 f"sketch={law!r} picks rows, and a strategy that trains both factors "
                 "needs arrays; use sketch='orthonormal'"

@@ -51,7 +51,7 @@ def sylvester(left: Array, right: Array, known: Array) -> Array:
 
 def check_full_rank(plan: LeafPlan) -> None:
     """Refuses a rank above the side that is not sketched: the factor has no inverse."""
-    side = plan.size_of(plan.trained)
+    side = plan.size_of(plan.kept_axes)
     if plan.rank > side:
         raise ValueError(
             f"leaf {paths.show(plan.path)} of shape {plan.shape}: rank {plan.rank} is "

@@ -101,7 +101,7 @@ class _PairMethod:
     def plans(self, base: PyTree) -> dict[str, LeafPlan]:
         """Plans whose drawn factor is an array, whatever law it came from."""
         return {
-            path: dataclasses.replace(plan, sketch="")
+            path: dataclasses.replace(plan, law="")
             for path, plan in plan_tree(self.spec, base).items()
         }
 

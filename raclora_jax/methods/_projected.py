@@ -145,14 +145,14 @@ def basis_plans(spec: Spec, tree: PyTree) -> Plans:
     """The plans of a tree, each with a basis that is an array."""
     plans = plan_tree(spec, tree)
     for plan in plans.values():
-        other = plan.size_of(plan.trained)
+        other = plan.size_of(plan.kept_axes)
         if plan.adapted and plan.rank > other:
             raise ValueError(
                 f"leaf {paths.show(plan.path)} of shape {plan.shape}: a basis of rank "
                 f"{plan.rank} has more directions than the {other} numbers beside it; "
                 "lower the rank, or take side='auto'"
             )
-    return {p: dataclasses.replace(plan, sketch="") for p, plan in plans.items()}
+    return {p: dataclasses.replace(plan, law="") for p, plan in plans.items()}
 
 
 def seen_in(basis: dict[str, Array], dense: Array, plan: LeafPlan) -> Array:
@@ -174,7 +174,7 @@ def top_directions(grads: Leaves, plans: Plans) -> dict[str, Array]:
     """
 
     def of(gradient: Array, plan: LeafPlan) -> Array:
-        order = (*plan.batch, *plan.sketched, *plan.trained)
+        order = (*plan.batch, *plan.sketched_axes, *plan.kept_axes)
         matrix = jnp.transpose(gradient.astype(plan.wide_dtype), order)
         matrix = matrix.reshape(*plan.batch_shape, plan.dim, -1)
         left, _, _ = jnp.linalg.svd(matrix, full_matrices=False)
@@ -187,5 +187,5 @@ def drawn_directions(
     data: Array, link: Array | int, plans: Plans, law: str
 ) -> dict[str, Array]:
     """A random basis for each adapted leaf, a pure function of key, path and link."""
-    lawful = (dataclasses.replace(plan, sketch=law) for plan in plans.values())
+    lawful = (dataclasses.replace(plan, law=law) for plan in plans.values())
     return dict(draw_all(data, link, lawful))

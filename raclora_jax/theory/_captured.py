@@ -23,7 +23,6 @@ from raclora_jax._forms.pure import project
 from raclora_jax.theory._lambda import projector_plans
 
 # Laws that know no direction at all.
-_HAAR = ("orthonormal", "gaussian")
 
 
 class Captured(NamedTuple):
@@ -166,7 +165,7 @@ def captured_by_probe(
             beside = jnp.sum((_array(others[path]) / safe) ** 2)
             both = held + beside
             y = (held - beside) / jnp.where(both == 0, 1, both)
-            haar = plan.sketch in _HAAR
+            haar = plan.law == "orthonormal"
             spread = jnp.full_like(y, 1 / (plan.rank + 1)) if haar else y**2
             share[path] = plan.lam * (1 + y)
             variance[path] = plan.lam**2 * spread + _rounding(plan)
@@ -211,16 +210,16 @@ def probe(
 def _variance(unit: Array, sketch: Array, plan: LeafPlan) -> Array:
     """Of the share, given a gradient of norm 1."""
     stack = len(plan.batch)
-    order = (*plan.batch, *plan.sketched, *plan.trained)
+    order = (*plan.batch, *plan.sketched_axes, *plan.kept_axes)
     laid = lax.transpose(unit, order)
-    ends = tuple(range(stack + len(plan.sketched), unit.ndim))
+    ends = tuple(range(stack + len(plan.sketched_axes), unit.ndim))
     weights = jnp.sum(laid**2, axis=ends)
-    if plan.sketch == "block":
+    if plan.law == "block":
         return _over_places(weights, plan)
     d, r = plan.dim, plan.rank
-    middle = tuple(range(stack, stack + len(plan.sketched)))
+    middle = tuple(range(stack, stack + len(plan.sketched_axes)))
     # |G^T G| = |G G^T|, and the smaller product is the cheaper one.
-    contracted = ends if d <= plan.size_of(plan.trained) else middle
+    contracted = ends if d <= plan.size_of(plan.kept_axes) else middle
     batch = tuple(range(stack))
     gram = lax.dot_general(
         laid, laid, ((contracted, contracted), (batch, batch)), precision="highest"

@@ -59,10 +59,10 @@ def projector_plans(params: PyTree, spec: Spec | int) -> dict[str, LeafPlan]:
     """Plans of the adapted leaves, none of which may have a raw sketch."""
     plans = plan_tree(as_spec(spec), params)
     for path, plan in plans.items():
-        if plan.sketch == "gaussian_raw":
+        if plan.law == "gaussian_raw":
             raise ValueError(
                 f"leaf {paths.show(path)}: sketch='gaussian_raw' is no projector, and "
-                "the theory says nothing of it; take sketch='gaussian', which is whitened"
+                "the theory says nothing of it; take sketch='orthonormal', which is whitened"
             )
     return {path: plan for path, plan in plans.items() if plan.adapted}
 
