@@ -12,6 +12,7 @@ from benchmarks.federated import report as federated_report
 from benchmarks.field import report as field_report
 from benchmarks.shared import rows as result_rows
 from benchmarks.tables import finetune, pods, pretrained, rates
+from benchmarks.tables.names import named
 
 PAGES = tuple(
     result_rows.ROOT / page
@@ -52,8 +53,8 @@ def step_time_table() -> str:
     record = result_rows.record("speed/step_time")
     rows = [row for row in record["rows"] if row["study"] == "models"]
     header = (
-        "| model | ours | full AdamW | LoRA | qwix LoRA | ours / AdamW | ours / LoRA "
-        "| ours / qwix | peak MiB: floor, ours, AdamW, LoRA, qwix |"
+        "| model | RAC-LoRA | full AdamW | LoRA | qwix LoRA | share of AdamW's "
+        "| of LoRA's | of qwix's | peak MiB: floor, RAC-LoRA, AdamW, LoRA, qwix |"
     )
     shown = ("ours", "full AdamW", "LoRA, rank first", "qwix LoRA")
     return _over_floor(header, rows, shown, lambda over: [over[0] / r for r in over[1:]])
@@ -97,7 +98,7 @@ def sides_table() -> str:
 
 
 def laws_table() -> str:
-    """The stateless step by law and rank, model by model."""
+    """The stateless step by law and rank, a column for each model."""
     rows = result_rows.read("speed/laws")
     fractions = [f"dim / {part}" for part in (16, 8, 4)]
     every = "a new one every step"
@@ -109,20 +110,24 @@ def laws_table() -> str:
         "LoRA, rank first",
     ]
     names = [*columns[:-2], "AdamW", "LoRA, rank 8"]
+    cells = {(row["model"], row["method"]): row for row in rows}
+    models = list(dict.fromkeys(row["model"] for row in rows))
     lines = [
-        "| model | " + " | ".join(names) + " | peak / floor, block, dim / 4 |",
-        "|---" + "|---:" * (len(names) + 1) + "|",
+        "| step | " + " | ".join(models) + " |",
+        "|---" + "|---:" * len(models) + "|",
     ]
-    by_cell = {(row["model"], row["method"]): row for row in rows}
-    for model in dict.fromkeys(row["model"] for row in rows):
-        over = [f"{by_cell[model, name]['over_floor']:.2f}" for name in columns]
-        peak = by_cell[model, "block, dim / 4"]["peak_over_floor"]
-        lines.append("| " + " | ".join([model, *over, f"{peak:.2f}"]) + " |")
+    for column, name in zip(columns, names, strict=True):
+        over = [f"{cells[model, column]['over_floor']:.2f}" for model in models]
+        lines.append("| " + " | ".join([name, *over]) + " |")
+    peaks = [f"{cells[m, 'block, dim / 4']['peak_over_floor']:.2f}" for m in models]
+    lines.append(
+        "| " + " | ".join(["peak over the floor's, block, dim / 4", *peaks]) + " |"
+    )
     return "\n".join(lines)
 
 
 def gpu_table() -> str:
-    """Steps of the Llama on a card, and the parts of ours."""
+    """Steps of the Llama on a card, and the parts of RAC-LoRA's."""
     lines = [
         "| step | milliseconds | over the floor | compiled peak, MiB |",
         "|---|---:|---:|---:|",
@@ -135,7 +140,7 @@ def gpu_table() -> str:
         for row in rows if not prefix else rows[1:]:
             step = row["method"].split(", ")[-1] if prefix else row["method"]
             lines.append(
-                f"| {prefix}{step} | {row['milliseconds']:.0f} "
+                f"| {named(prefix + step)} | {row['milliseconds']:.0f} "
                 f"| {row['over_floor']:.2f} | {row['peak_mib']:,.0f} |"
             )
     return "\n".join(lines)
@@ -154,7 +159,8 @@ def data_parallel_table() -> str:
     for method, row in sent.items():
         other = waiting[method]
         lines.append(
-            f"| {method} | {row['all_reduce_mib']:.2f} | {row['full_over_own']:.1f} "
+            f"| {named(method)} | {row['all_reduce_mib']:.2f} "
+            f"| {row['full_over_own']:.1f} "
             f"| {other['waiting_mib']:.2f} | {other['peak_mib']:.0f} |"
         )
     return "\n".join(lines)
@@ -210,7 +216,10 @@ TABLES = {
     "data_parallel": data_parallel_table,
     "laws": laws_table,
     "gpu": gpu_table,
-    "pod": pods.programs,
+    "pod_7b": lambda: pods.programs("7B"),
+    "pod_13b": lambda: pods.programs("13B"),
+    "pod_70b": lambda: pods.programs("70B"),
+    "pod_blocks": pods.blocks,
     "pod_slices": pods.slices,
     "one_chip": pods.one_chip,
     "rates": rates.rates,
