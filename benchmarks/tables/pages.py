@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from benchmarks.federated import report as federated_report
 from benchmarks.field import report as field_report
 from benchmarks.shared import rows as result_rows
-from benchmarks.tables import finetune, pods, pretrained, rates
+from benchmarks.tables import finetune, pods, pretrained, rates, verdict
 from benchmarks.tables.names import named
 
 PAGES = tuple(
@@ -19,6 +19,14 @@ PAGES = tuple(
     for page in (
         "README.md",
         "docs/results.md",
+        "docs/results/digits.md",
+        "docs/results/federated.md",
+        "docs/results/labels.md",
+        "docs/results/language.md",
+        "docs/results/paper.md",
+        "docs/results/programs.md",
+        "docs/results/quantised.md",
+        "docs/results/rules.md",
         "docs/field.md",
         "docs/guides/one_chip.md",
         "docs/performance.md",
@@ -187,6 +195,7 @@ def _over_floor(
 
 
 TABLES = {
+    "verdict_of_docs": lambda: verdict.table(""),
     "digits": lambda: finetune.accuracies("digits"),
     "digits_orthogonal": lambda: finetune.accuracies("digits_orthogonal"),
     "rules": finetune.rules,
