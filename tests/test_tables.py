@@ -1,8 +1,10 @@
-"""The verdict that the bench writes for README and docs."""
+"""The verdict and the figures that the bench writes for README and docs."""
+
+import re
 
 import pytest
 
-from benchmarks.tables import verdict
+from benchmarks.tables import figures, verdict
 from benchmarks.tables.names import named
 
 
@@ -31,6 +33,18 @@ def test_verdict_has_a_row_for_each_situation():
     assert [line.replace("(docs/", "(") for line in lines] == (
         verdict.table("").splitlines()[2:]
     )
+
+
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_figures_are_those_of_the_result_files(name, tmp_path):
+    """Every word and number in them."""
+    figures.draw(tmp_path)
+    drawn, kept = (
+        re.findall(">([^<>]+)</(?:text|tspan)>", (folder / f"{name}.svg").read_text())
+        for folder in (tmp_path, figures.FOLDER)
+    )
+    assert drawn
+    assert drawn == kept, "run: python -m benchmarks.tables"
 
 
 def test_pages_name_the_method():

@@ -1,4 +1,4 @@
-"""Writes the tables of README and docs from the result files: no number is typed.
+"""Writes tables and figures of README and docs from the result files: no number is typed.
 
 python -m benchmarks.tables
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from benchmarks.federated import report as federated_report
 from benchmarks.field import report as field_report
 from benchmarks.shared import rows as result_rows
-from benchmarks.tables import finetune, pods, pretrained, rates, verdict
+from benchmarks.tables import figures, finetune, pods, pretrained, rates, verdict
 from benchmarks.tables.names import named
 
 PAGES = tuple(
@@ -263,6 +263,7 @@ def marked(text: str) -> list[str]:
 
 
 def main() -> None:
-    """Rewrites the pages in place."""
+    """Rewrites the pages in place, and draws the figures."""
     for page in PAGES:
         page.write_text(filled(page.read_text()))
+    figures.draw()
