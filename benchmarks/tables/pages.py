@@ -195,6 +195,7 @@ def _over_floor(
 
 
 TABLES = {
+    "verdict": lambda: verdict.table("docs/"),
     "verdict_of_docs": lambda: verdict.table(""),
     "digits": lambda: finetune.accuracies("digits"),
     "digits_orthogonal": lambda: finetune.accuracies("digits_orthogonal"),
