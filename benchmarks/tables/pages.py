@@ -1,4 +1,4 @@
-"""Writes the tables of README and docs from the result files: no number is typed.
+"""Writes tables and figures of README and docs from the result files: no number is typed.
 
 python -m benchmarks.tables
 """
@@ -11,13 +11,22 @@ from collections.abc import Callable, Sequence
 from benchmarks.federated import report as federated_report
 from benchmarks.field import report as field_report
 from benchmarks.shared import rows as result_rows
-from benchmarks.tables import finetune, pods, pretrained, rates
+from benchmarks.tables import figures, finetune, pods, pretrained, rates, verdict
+from benchmarks.tables.names import named
 
 PAGES = tuple(
     result_rows.ROOT / page
     for page in (
         "README.md",
         "docs/results.md",
+        "docs/results/digits.md",
+        "docs/results/federated.md",
+        "docs/results/labels.md",
+        "docs/results/language.md",
+        "docs/results/paper.md",
+        "docs/results/programs.md",
+        "docs/results/quantised.md",
+        "docs/results/rules.md",
         "docs/field.md",
         "docs/guides/one_chip.md",
         "docs/performance.md",
@@ -52,8 +61,8 @@ def step_time_table() -> str:
     record = result_rows.record("speed/step_time")
     rows = [row for row in record["rows"] if row["study"] == "models"]
     header = (
-        "| model | ours | full AdamW | LoRA | qwix LoRA | ours / AdamW | ours / LoRA "
-        "| ours / qwix | peak MiB: floor, ours, AdamW, LoRA, qwix |"
+        "| model | RAC-LoRA | full AdamW | LoRA | qwix LoRA | share of AdamW's "
+        "| of LoRA's | of qwix's | peak MiB: floor, RAC-LoRA, AdamW, LoRA, qwix |"
     )
     shown = ("ours", "full AdamW", "LoRA, rank first", "qwix LoRA")
     return _over_floor(header, rows, shown, lambda over: [over[0] / r for r in over[1:]])
@@ -97,7 +106,7 @@ def sides_table() -> str:
 
 
 def laws_table() -> str:
-    """The stateless step by law and rank, model by model."""
+    """The stateless step by law and rank, a column for each model."""
     rows = result_rows.read("speed/laws")
     fractions = [f"dim / {part}" for part in (16, 8, 4)]
     every = "a new one every step"
@@ -109,20 +118,24 @@ def laws_table() -> str:
         "LoRA, rank first",
     ]
     names = [*columns[:-2], "AdamW", "LoRA, rank 8"]
+    cells = {(row["model"], row["method"]): row for row in rows}
+    models = list(dict.fromkeys(row["model"] for row in rows))
     lines = [
-        "| model | " + " | ".join(names) + " | peak / floor, block, dim / 4 |",
-        "|---" + "|---:" * (len(names) + 1) + "|",
+        "| step | " + " | ".join(models) + " |",
+        "|---" + "|---:" * len(models) + "|",
     ]
-    by_cell = {(row["model"], row["method"]): row for row in rows}
-    for model in dict.fromkeys(row["model"] for row in rows):
-        over = [f"{by_cell[model, name]['over_floor']:.2f}" for name in columns]
-        peak = by_cell[model, "block, dim / 4"]["peak_over_floor"]
-        lines.append("| " + " | ".join([model, *over, f"{peak:.2f}"]) + " |")
+    for column, name in zip(columns, names, strict=True):
+        over = [f"{cells[model, column]['over_floor']:.2f}" for model in models]
+        lines.append("| " + " | ".join([name, *over]) + " |")
+    peaks = [f"{cells[m, 'block, dim / 4']['peak_over_floor']:.2f}" for m in models]
+    lines.append(
+        "| " + " | ".join(["peak over the floor's, block, dim / 4", *peaks]) + " |"
+    )
     return "\n".join(lines)
 
 
 def gpu_table() -> str:
-    """Steps of the Llama on a card, and the parts of ours."""
+    """Steps of the Llama on a card, and the parts of RAC-LoRA's."""
     lines = [
         "| step | milliseconds | over the floor | compiled peak, MiB |",
         "|---|---:|---:|---:|",
@@ -135,7 +148,7 @@ def gpu_table() -> str:
         for row in rows if not prefix else rows[1:]:
             step = row["method"].split(", ")[-1] if prefix else row["method"]
             lines.append(
-                f"| {prefix}{step} | {row['milliseconds']:.0f} "
+                f"| {named(prefix + step)} | {row['milliseconds']:.0f} "
                 f"| {row['over_floor']:.2f} | {row['peak_mib']:,.0f} |"
             )
     return "\n".join(lines)
@@ -154,7 +167,8 @@ def data_parallel_table() -> str:
     for method, row in sent.items():
         other = waiting[method]
         lines.append(
-            f"| {method} | {row['all_reduce_mib']:.2f} | {row['full_over_own']:.1f} "
+            f"| {named(method)} | {row['all_reduce_mib']:.2f} "
+            f"| {row['full_over_own']:.1f} "
             f"| {other['waiting_mib']:.2f} | {other['peak_mib']:.0f} |"
         )
     return "\n".join(lines)
@@ -181,6 +195,8 @@ def _over_floor(
 
 
 TABLES = {
+    "verdict": lambda: verdict.table("docs/"),
+    "verdict_of_docs": lambda: verdict.table(""),
     "digits": lambda: finetune.accuracies("digits"),
     "digits_orthogonal": lambda: finetune.accuracies("digits_orthogonal"),
     "rules": finetune.rules,
@@ -210,7 +226,10 @@ TABLES = {
     "data_parallel": data_parallel_table,
     "laws": laws_table,
     "gpu": gpu_table,
-    "pod": pods.programs,
+    "pod_7b": lambda: pods.programs("7B"),
+    "pod_13b": lambda: pods.programs("13B"),
+    "pod_70b": lambda: pods.programs("70B"),
+    "pod_blocks": pods.blocks,
     "pod_slices": pods.slices,
     "one_chip": pods.one_chip,
     "rates": rates.rates,
@@ -245,6 +264,7 @@ def marked(text: str) -> list[str]:
 
 
 def main() -> None:
-    """Rewrites the pages in place."""
+    """Rewrites the pages in place, and draws the figures."""
     for page in PAGES:
         page.write_text(filled(page.read_text()))
+    figures.draw()

@@ -8,39 +8,74 @@ import jax
 
 from benchmarks.pods import pod, pod_steps
 from benchmarks.shared import rows as result_rows
+from benchmarks.tables.names import named
 
 
-def programs() -> str:
-    """Every program beside the floor of its model, slice and mesh, of the same effort."""
-    asked = {point.study for point in pod.CHOSEN}
+def programs(model: str) -> str:
+    """Every program of a model, a table for each slice, mesh, length and effort."""
+    asked = {point.study for point in pod.CHOSEN if point.model == model}
     rows = [row for row in _rows() if row["study"].partition(", effort")[0] in asked]
-    lines = [
-        "| program | method | peak, MiB | peak / floor | arguments + temporaries, MiB "
-        "| gathered, GB | summed, GB | all bytes / floor | ring bytes / AdamW "
-        "| compile CPU / floor | bound, ms |",
-        "|---|---|" + "---:|" * 9,
-    ]
-    by_cell = {(row["study"], row["method"]): row for row in rows}
-    for row in sorted(rows, key=lambda row: row["study"]):
-        start = [row["study"], row["method"]]
-        if not row["fits"]:
-            lines.append("| " + " | ".join([*start, "does not fit"]) + " |" * 9)
-            continue
-        floor, full = (by_cell.get((row["study"], name)) for name in ("floor", "AdamW"))
-        sums = row.get("all_reduce_gb", 0.0) + row.get("reduce_scatter_gb", 0.0)
-        cells = [
-            f"{row['peak_mib']:,.0f}",
-            _over(row, floor, "peak_mib", 2),
-            f"{row['arguments_mib'] + row['temporaries_mib']:,.0f}",
-            f"{row.get('all_gather_gb', 0.0):.2f}",
-            f"{sums:.2f}",
-            _over(row, floor, "total_gb", 3),
-            _over(row, full, "total_ring_gb", 2),
-            _over(row, floor, "compile_cpu_seconds", 1),
-            f"{row['bound_ms']:,.0f}",
+    tables = []
+    for study in sorted({row["study"] for row in rows}):
+        found = {row["method"]: row for row in rows if row["study"] == study}
+        methods = sorted(found, key=lambda name: (*_FIRST, name).index(name))
+        lines = [
+            f"**{_program(next(iter(found.values())))}**",
+            "",
+            "| method | peak, MiB | peak / floor | gathered, GB | summed, GB "
+            "| bytes / floor | ring bytes / AdamW | compile CPU / floor | bound, ms |",
+            "|---|" + "---:|" * 8,
         ]
-        lines.append("| " + " | ".join([*start, *cells]) + " |")
+        for name in methods:
+            cells = _cells(found[name], found.get("floor"), found.get("AdamW"))
+            lines.append("| " + " | ".join([named(name), *cells]) + " |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+# The order of methods in a table; those not named follow as the rows have them.
+_FIRST = ("floor", "AdamW", "LoRA")
+
+
+def _program(row: dict[str, Any]) -> str:
+    """The slice, mesh, length and effort of a program in words."""
+    split = f" tensor parallelism over {row['tensor']}," if row["tensor"] > 1 else ""
+    effort = f"effort {row['effort']:g}" if row["effort"] else "full effort"
+    return f"{row['model']} on {row['slice']},{split} {row['length']:,} tokens, {effort}"
+
+
+def _cells(
+    row: dict[str, Any], floor: dict[str, Any] | None, full: dict[str, Any] | None
+) -> list[str]:
+    if not row["fits"]:
+        return ["does not fit", *[""] * 7]
+    sums = row.get("all_reduce_gb", 0.0) + row.get("reduce_scatter_gb", 0.0)
+    return [
+        f"{row['peak_mib']:,.0f}",
+        _over(row, floor, "peak_mib", 2),
+        f"{row.get('all_gather_gb', 0.0):.2f}",
+        f"{sums:.2f}",
+        _over(row, floor, "total_gb", 3),
+        _over(row, full, "total_ring_gb", 2),
+        _over(row, floor, "compile_cpu_seconds", 1),
+        f"{row['bound_ms']:,.0f}",
+    ]
+
+
+def blocks() -> str:
+    """Blocks of dim / 8 on 7B under FSDP, beside the floor and AdamW."""
+    rows = {
+        r["method"]: r for r in _rows() if r["study"] == "7B, v5e-256, 4096, effort -1"
+    }
+    lines = ["| method | peak / floor | bytes / floor |", "|---|---:|---:|"]
+    for name, row in rows.items():
+        if name in ("AdamW", "ours, left") or "dim / 8" in name:
+            over = [_over(row, rows["floor"], *of) for of in _PEAK_AND_BYTES]
+            lines.append("| " + " | ".join([named(name), *over]) + " |")
     return "\n".join(lines)
+
+
+_PEAK_AND_BYTES = (("peak_mib", 2), ("total_gb", 3))
 
 
 def slices() -> str:
@@ -53,15 +88,19 @@ def slices() -> str:
         "| model | method | smallest slice | peak there, MiB | refused on |",
         "|---|---|---|---:|---|",
     ]
-    for (model, method), found in sorted(by_cell.items()):
-        refused = [row["slice"] for row in found if not row["fits"]]
-        fitting = [row for row in found if row["fits"]]
-        least = min(fitting, key=lambda row: row["chips"], default=None)
-        first = pod.FITS_ON[pod.FITS_FROM[model]]
-        # Without a refusal a smaller one may do, unless the search began there.
-        if least and (refused or least["slice"] == first):
-            cells = (least["slice"], f"{least['peak_mib']:,.0f}", ", ".join(refused))
-            lines.append("| " + " | ".join([model, method, *cells]) + " |")
+    for model in pod.FITS_FROM:
+        own = {
+            method: found for (name, method), found in by_cell.items() if name == model
+        }
+        for method in sorted(own, key=lambda name: (*_FIRST, name).index(name)):
+            refused = [row["slice"] for row in own[method] if not row["fits"]]
+            fitting = [row for row in own[method] if row["fits"]]
+            least = min(fitting, key=lambda row: row["chips"], default=None)
+            first = pod.FITS_ON[pod.FITS_FROM[model]]
+            # Without a refusal a smaller one may do, unless the search began there.
+            if least and (refused or least["slice"] == first):
+                cells = (least["slice"], f"{least['peak_mib']:,.0f}", ", ".join(refused))
+                lines.append("| " + " | ".join([model, named(method), *cells]) + " |")
     return "\n".join(lines)
 
 

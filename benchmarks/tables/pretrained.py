@@ -6,6 +6,7 @@ import math
 import statistics
 
 from benchmarks.shared import rows as result_rows
+from benchmarks.tables.names import named
 
 
 def losses(name: str, study: str) -> str:
@@ -83,22 +84,14 @@ def defaults() -> str:
 
 def glue(study: str) -> str:
     """The metric of every task that all methods have a row of, and their mean."""
-    kept = [row for row in _rows("glue") if row["study"].endswith(study)]
-    rows = {(row["method"], row["study"].partition(",")[0]): row for row in kept}
-    methods = list(dict.fromkeys(row["method"] for row in kept))
-    names = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2"}
-    tasks = [task for task in names if all((one, task) in rows for one in methods)]
-
-    def means(method: str) -> list[float]:
-        """Of the tasks, one a seed."""
-        scores = [rows[method, task]["score"] for task in tasks]
-        return [statistics.mean(seed) for seed in zip(*scores, strict=True)]
+    rows, tasks = _glue(study)
+    methods = list(dict.fromkeys(method for method, _ in rows))
 
     def cell(values: list[float], sign: str = "") -> str:
         return f"{statistics.mean(values):{sign}.1f} ± {statistics.stdev(values):.1f}"
 
     start = [rows[methods[0], task]["start"] for task in tasks]
-    heads = " | ".join(names[task] for task in tasks)
+    heads = " | ".join(_TASKS[task] for task in tasks)
     lines = [
         f"| method | optimizer bytes | {heads} | mean | over LoRA, seed by seed |",
         "|---" + "|---:" * (len(tasks) + 3) + "|",
@@ -106,9 +99,9 @@ def glue(study: str) -> str:
         + " | ".join(f"{score:.1f}" for score in (*start, statistics.mean(start)))
         + " | - |",
     ]
-    rival = means("LoRA r8 Adam")
-    for method in methods:
-        mean = means(method)
+    means = glue_means(study)
+    rival = means["LoRA r8 Adam"]
+    for method, mean in means.items():
         cells = (
             method,
             f"{rows[method, tasks[0]]['optimizer_bytes']:,}",
@@ -118,6 +111,30 @@ def glue(study: str) -> str:
         )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def glue_means(study: str, asked: tuple[str, ...] = ()) -> dict[str, list[float]]:
+    """The mean metric of every method over the tasks, or those asked for, one a seed."""
+    rows, tasks = _glue(study)
+    scores = {
+        method: [rows[method, task]["score"] for task in asked or tasks]
+        for method in dict.fromkeys(method for method, _ in rows)
+    }
+    return {
+        method: [statistics.mean(seed) for seed in zip(*every, strict=True)]
+        for method, every in scores.items()
+    }
+
+
+_TASKS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2"}
+
+
+def _glue(study: str) -> tuple[dict[tuple[str, str], dict], list[str]]:
+    """The rows of a study by method and task, and the tasks that all methods have."""
+    kept = [row for row in _rows("glue") if row["study"].endswith(study)]
+    rows = {(row["method"], row["study"].partition(",")[0]): row for row in kept}
+    methods = dict.fromkeys(row["method"] for row in kept)
+    return rows, [task for task in _TASKS if all((one, task) in rows for one in methods)]
 
 
 def times(name: str) -> str:
@@ -169,7 +186,7 @@ def polynomials() -> str:
     for name in dict.fromkeys(row["polynomials"] for row in rows):
         cells = [f"{loss[name, rank]['loss_mean']:.4f}" for rank in trained]
         cells += [f"{time[name, rank]['milliseconds']:.2f}" for rank in timed]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
+        lines.append("| " + " | ".join([named(name), *cells]) + " |")
     return "\n".join(lines)
 
 

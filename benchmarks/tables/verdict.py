@@ -1,0 +1,379 @@
+"""The verdict on top of README and results: a situation, what to take, and by how much.
+
+Every number is of a row. A lead is the mean of the differences seed by seed, on the same
+data. It is called level below their standard deviation, and slight below twice that.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from benchmarks.federated import report as federated_report
+from benchmarks.shared import rows as result_rows
+from benchmarks.tables import pretrained
+
+Row = dict[str, Any]
+
+_ADAM = "LoRA r8 Adam"
+_HALF = "RAC r32 block orthogonal"
+_TIME = "<br>in equal time: "
+
+
+class Line(NamedTuple):
+    """A row of the verdict.
+
+    Attributes:
+      situation: What is asked for.
+      page: Where the study stands, below ``docs``.
+      take: What to take there.
+      beside_lora: Against LoRA, at its bytes and in its time.
+      beside_full: Against full fine-tuning.
+    """
+
+    situation: str
+    page: str
+    take: str
+    beside_lora: str
+    beside_full: str
+
+
+class Lead(NamedTuple):
+    """How far one method is ahead of another; positive is better."""
+
+    mean: float
+    spread: float
+    digits: int
+
+    def __str__(self) -> str:
+        if abs(self.mean) < self.spread:
+            return f"level ({self.mean:+z.{self.digits}f})"
+        slightly = "slightly " if abs(self.mean) < 2 * self.spread else ""
+        side = "ahead" if self.mean > 0 else "behind"
+        return f"{slightly}{side} by {abs(self.mean):.{self.digits}f}"
+
+
+def lead(ours: Sequence[float], others: Sequence[float], digits: int = 3) -> Lead:
+    """The lead of scores, where larger is better, seed by seed."""
+    gaps = [a - b for a, b in zip(ours, others, strict=True)]
+    return Lead(statistics.mean(gaps), statistics.stdev(gaps), digits)
+
+
+def table(docs: str) -> str:
+    """The verdict; ``docs`` is the way from the page to the folder of the docs."""
+    lines = [
+        "| situation | take | against LoRA at its bytes, and in its time "
+        "| against full fine-tuning |",
+        "|---|---|---|---|",
+    ]
+    for make in (
+        _language,
+        _language_adam,
+        _same_rule,
+        _program,
+        _glue,
+        _phrases,
+        _rank_one,
+        _codes,
+        _one_chip,
+        _slices,
+        _steps,
+        _clients,
+    ):
+        line = make()
+        cells = (f"[{line.situation}]({docs}{line.page})", *line[2:])
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+# Quality -----------------------------------------------------------------------------
+
+
+def _language() -> Line:
+    steps, time = _beside("long", _HALF), _beside("equal time", _HALF)
+    bytes_ = _one("pretrained/language", "long", _ADAM)["optimizer_bytes"]
+    return Line(
+        "A small Llama, 512 targets a step",
+        "results/language.md",
+        "RAC-LoRA without state, half of the width",
+        f"loss {steps['LoRA']}, with no optimizer bytes for {bytes_:,}"
+        f"{_TIME}{time['LoRA']}",
+        f"{steps['full']}{_TIME}{time['full']}",
+    )
+
+
+def _language_adam() -> Line:
+    method = "RAC r12 Adam"
+    steps, time = _beside("long", method), _beside("equal time", method)
+    return Line(
+        "The same with Adam inside",
+        "results/language.md",
+        "LoRA, or RAC-LoRA without state",
+        f"loss {steps['LoRA']}{_TIME}{time['LoRA']}",
+        f"{steps['full']}{_TIME}{time['full']}",
+    )
+
+
+def _same_rule() -> Line:
+    found = {}
+    for study, own in (
+        ("equal bytes", "RAC-LoRA, orthogonal"),
+        ("equal time", "RAC-LoRA, orthogonal, block"),
+    ):
+        for rival in ("LoRA, orthogonal", "full orthogonal"):
+            ours, other = (
+                _one("field/field", f"language model, {study}", method)["loss"]
+                for method in (own, rival)
+            )
+            found[study, rival] = lead(_negative(ours), _negative(other))
+    return Line(
+        "The same stateless rule in LoRA's pair",
+        "field.md",
+        "either",
+        f"loss {found['equal bytes', 'LoRA, orthogonal']}, no bytes for both"
+        f"{_TIME}{found['equal time', 'LoRA, orthogonal']}",
+        f"the same rule: {found['equal bytes', 'full orthogonal']}"
+        f"{_TIME}{found['equal time', 'full orthogonal']}",
+    )
+
+
+def _program() -> Line:
+    rows = result_rows.read("pretrained/defaults")
+    found = {(row["task"], row["method"]): row for row in rows}
+    gains = []
+    for text in ("GSM8K", "WikiText-2"):
+        ours, lora = (found[text, name] for name in ("raclora-orthogonal", "lora"))
+        gains.append(
+            f"{lead(_negative(ours['loss']), _negative(lora['loss']))} on {text}"
+        )
+    searched = {row["method"]: row for row in result_rows.read("pretrained/programs")}
+    half, full = searched["RAC-LoRA r32, orthogonal"], searched["full, Adam"]
+    behind = lead(_negative(half["loss"]), _negative(full["loss"]))
+    return Line(
+        "The program for texts, its settings left alone",
+        "results/programs.md",
+        "its default, which is the first row's",
+        f"loss {' and '.join(gains)}, with no optimizer bytes for "
+        f"{lora['optimizer_bytes']:,}{_TIME}not raced",
+        f"{behind} on Shakespeare, each at its best rate",
+    )
+
+
+def _glue() -> Line:
+    method, full = "RAC r12 Adam, link 100", "full Adam"
+    said = {}
+    for study in ("equal steps", "equal time"):
+        means = pretrained.glue_means(study)
+        for rival in (_ADAM, full):
+            said[study, rival] = lead(means[method], means[rival], 1)
+    pairs = [
+        lead(means[method], means[_ADAM], 1)
+        for means in (
+            pretrained.glue_means(study, ("mrpc", "sst2"))
+            for study in ("equal steps", "equal time")
+        )
+    ]
+    return Line(
+        "MiniLM, three tasks of GLUE",
+        "results/labels.md",
+        "RAC-LoRA with Adam, links of 100",
+        f"points: {said['equal steps', _ADAM]}; without CoLA {pairs[0]}"
+        f"{_TIME}{said['equal time', _ADAM]}; without CoLA {pairs[1]}",
+        f"{said['equal steps', full]}<br>in LoRA's time: {said['equal time', full]}",
+    )
+
+
+def _phrases() -> Line:
+    short, long = "RAC r16 Adam, link 25", "RAC r16 Adam, link 100"
+    found = {}
+    for study, method in (
+        ("equal steps", long),
+        ("equal steps", short),
+        ("equal time", short),
+    ):
+        for rival in (_ADAM, "full Adam"):
+            ours, other = (
+                _one("pretrained/sentiment", study, name) for name in (method, rival)
+            )
+            found[study, method, rival] = lead(
+                _negative(ours["loss"]), _negative(other["loss"])
+            )
+    ours, lora = (
+        _one("pretrained/sentiment", "equal steps", name)["optimizer_bytes"]
+        for name in (short, _ADAM)
+    )
+    return Line(
+        "MiniLM, phrases of SST-2, few steps",
+        "results/labels.md",
+        "LoRA",
+        f"loss {found['equal steps', long, _ADAM]} with links of 100, "
+        f"{found['equal steps', short, _ADAM]} with 25, at {ours / lora:.2f} of LoRA's "
+        f"bytes{_TIME}{found['equal time', short, _ADAM]} with 25",
+        f"{found['equal steps', long, 'full Adam']} with links of 100<br>in LoRA's time: "
+        f"{found['equal time', short, 'full Adam']} with 25",
+    )
+
+
+def _rank_one() -> Line:
+    lora, chain, full = [], [], []
+    for data, name in (("digits", "digits"), ("mnist", "MNIST")):
+        rows = {row["method"]: row for row in result_rows.read(f"finetune/{data}")}
+        ours = rows["RAC-LoRA, right"]["accuracy"]
+        for kept, rival in (
+            (lora, "LoRA, right"),
+            (chain, "Chain of LoRA, left"),
+            (full, "full fine-tuning"),
+        ):
+            kept.append(f"{lead(ours, rows[rival]['accuracy'], 2)} on {name}")
+    return Line(
+        "Rank 1, an image classifier",
+        "results/digits.md",
+        "Chain of LoRA",
+        f"points: {'; '.join(lora)}<br>against Chain of LoRA: {'; '.join(chain)}",
+        "; ".join(full),
+    )
+
+
+def _codes() -> Line:
+    rows = {row["method"]: row for row in result_rows.read("pretrained/quantized")}
+    lora = rows["LoRA r8 Adam on nf4, never merged"]["loss"]
+    said = [
+        lead(_negative(rows[f"nf4, error {what}, link 5"]["loss"]), _negative(lora))
+        for what in ("carried", "let go")
+    ]
+    cost = lead(
+        _negative(rows["int8, error carried, link 5"]["loss"]),
+        _negative(rows["float32, link 5"]["loss"]),
+    )
+    return Line(
+        "A base in four bits",
+        "results/quantised.md",
+        "LoRA, or RAC-LoRA with the rounding error carried",
+        f"loss {said[0]} with the error carried, {said[1]} without{_TIME}not raced",
+        f"not measured; int8 against a float32 base: {cost}",
+    )
+
+
+def _beside(study: str, method: str) -> dict[str, Lead]:
+    """A method of the language study against LoRA and full fine-tuning with Adam."""
+    ours, lora = (_one("pretrained/language", study, name) for name in (method, _ADAM))
+    full = _one("pretrained/language", "long", "full Adam")
+    return {
+        name: lead(_negative(ours["loss"]), _negative(other["loss"]))
+        for name, other in (("LoRA", lora), ("full", full))
+    }
+
+
+def _negative(losses: Sequence[float]) -> list[float]:
+    return [-loss for loss in losses]
+
+
+# Memory, time and bytes --------------------------------------------------------------
+
+
+def _one_chip() -> Line:
+    rows = result_rows.read("pods/pod")
+    study = "7B, v5e-1, 2048, effort -1"
+    fused, lora = (
+        next(r for r in rows if (r["study"], r["method"]) == (study, method))
+        for method in ("fused, dim / 4", "LoRA")
+    )
+    chips = _smallest(rows, "7B", "AdamW")
+    return Line(
+        "Llama 7B on one chip of 16 GB",
+        "guides/one_chip.md",
+        "a fused step on a quarter of the rows",
+        f"a peak of {fused['peak_mib']:,.0f} MiB for {lora['peak_mib']:,.0f} of LoRA of "
+        f"rank 16, compiled{_TIME}not raced",
+        f"AdamW needs {chips} chips",
+    )
+
+
+def _slices() -> Line:
+    rows = result_rows.read("pods/pod")
+    least = {
+        method: _smallest(rows, "70B", method)
+        for method in ("ours, left", "LoRA", "AdamW")
+    }
+    study = "70B, v5e-256, 4096, effort -1"
+    sent = {r["method"]: r["total_gb"] for r in rows if r["study"] == study and r["fits"]}
+    ours, floor = sent["ours, left"], sent["floor"]
+    return Line(
+        "Llama 70B on a TPU slice",
+        "performance.md#tpu-slices",
+        "RAC-LoRA or LoRA",
+        f"{least['ours, left']} chips for {least['LoRA']}, compiled; a device exchanges "
+        f"{ours / floor:.3f} of the bytes of frozen weights, with LoRA "
+        f"{sent['LoRA'] / floor:.3f}{_TIME}not raced",
+        f"AdamW needs {least['AdamW']} chips, and {sent['AdamW'] / floor:.3f} of those "
+        "bytes",
+    )
+
+
+def _smallest(rows: list[Row], model: str, method: str) -> int:
+    """Chips of the smallest v5e slice that a method fits."""
+    return min(
+        row["chips"]
+        for row in rows
+        if (row["model"], row["method"]) == (model, method)
+        and row["fits"]
+        and row["slice"].startswith("v5e")
+        and row["tensor"] == 1
+        and row["length"] == 4096
+    )
+
+
+def _steps() -> Line:
+    rows = [r for r in result_rows.read("speed/step_time") if r["study"] == "models"]
+
+    def over(method: str, whose: str) -> str:
+        """The share of a method's time on the decoder, and its range over models."""
+        shares = {r["model"]: r["ours_over_this"] for r in rows if r["method"] == method}
+        return (
+            f"{shares['decoder 4x512']:.2f} of {whose} time on a decoder, "
+            f"{min(shares.values()):.2f} to {max(shares.values()):.2f} over "
+            f"{len(shares)} models"
+        )
+
+    gpu = {r["method"]: r for r in result_rows.read("speed/gpu_steps_remat")}
+    card = gpu["ours"]["milliseconds"] / gpu["LoRA, rank first"]["milliseconds"]
+    return Line(
+        "The time of a step, rank 8",
+        "performance.md#whole-steps",
+        "RAC-LoRA",
+        f"{over('LoRA, rank first', 'its')}; {card:.2f} on a GPU",
+        over("full AdamW", "AdamW's"),
+    )
+
+
+def _clients() -> Line:
+    cells = federated_report.finals(result_rows.read("federated/federated_mnist"))
+    means = {
+        cell: 100 * statistics.mean(row["accuracy"] for row in own)
+        for cell, own in cells.items()
+    }
+    over, behind, shares = [], [], []
+    for panel in dict.fromkeys(cell[:2] for cell in cells):
+        own = {rule: mean for (*at, rule), mean in means.items() if panel == (*at,)}
+        ours, full = own.pop("Fed-RAC-LoRA"), own.pop("FedAvg")
+        over.append(ours - max(own.values()))
+        behind.append(full - ours)
+        sent = [cells[*panel, rule][0]["bytes_up"] for rule in ("FedAvg", "Fed-RAC-LoRA")]
+        shares.append(sent[0] / sent[1])
+    return Line(
+        "Clients that keep their data",
+        "results/federated.md",
+        "Fed-RAC-LoRA",
+        f"ahead of the best of {len(own)} federated LoRAs by {min(over):.1f} to "
+        f"{max(over):.1f} points at equal bytes up{_TIME}not raced",
+        f"behind FedAvg, which sends {statistics.mean(shares):.0f} times the bytes, by "
+        f"{min(behind):.1f} to {max(behind):.1f}",
+    )
+
+
+def _one(name: str, study: str, method: str) -> Row:
+    """The row of a method in a study of a result file."""
+    rows = result_rows.read(name)
+    (row,) = (r for r in rows if (r["study"], r["method"]) == (study, method))
+    return row
