@@ -1,6 +1,6 @@
 """Trainers of Tunix that step in factor form.
 
-The drop-in form needs nothing of this room: ``raclora(...)`` is an optax transformation,
+The drop-in form needs nothing of this module: ``raclora(...)`` is an optax transformation,
 and ``PeftTrainer(model, tx, config)`` trains with it on dense gradients.
 """
 

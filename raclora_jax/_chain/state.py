@@ -104,7 +104,7 @@ def sketches_now(state: RacLoraState, plans: Iterable[LeafPlan], spec: Spec) -> 
     the state keeps, or are drawn again. A run resumed with another law goes on
     with the ones kept; where none are, they cannot be drawn again and a link begins.
 
-    Every door calls this with the same arrays, so a compiled step draws once.
+    Every function of a run calls this with the same arrays, so a compiled step draws once.
     """
     adapted = adapted_plans(plans)
     return _sketches_now(
@@ -120,7 +120,7 @@ def sketches_now(state: RacLoraState, plans: Iterable[LeafPlan], spec: Spec) -> 
     )
 
 
-# Traced and lowered once, whichever doors a program has.
+# Traced and lowered once, whichever functions of the run a program has.
 @functools.partial(jax.jit, static_argnums=(6, 7, 8))
 def _sketches_now(
     link: Array,

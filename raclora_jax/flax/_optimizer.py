@@ -21,7 +21,7 @@ class Optimizer(nnx.Optimizer[Any]):
     """An ``nnx.Optimizer`` that takes gradients in factor coordinates.
 
     ``update(model, grads)`` takes what ``value_and_grad(loss_fn, spec)(model, optimizer,
-    *args)`` of this room returned, or dense gradients as ``nnx.grad`` gives them, and
+    *args)`` of this module returned, or dense gradients as ``nnx.grad`` gives them, and
     moves the model in place.
 
     Args:

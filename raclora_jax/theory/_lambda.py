@@ -62,7 +62,8 @@ def projector_plans(params: PyTree, spec: Spec | int) -> dict[str, LeafPlan]:
         if plan.law == "gaussian_raw":
             raise ValueError(
                 f"leaf {paths.show(path)}: sketch='gaussian_raw' is no projector, and "
-                "the theory says nothing of it; take sketch='orthonormal', which is whitened"
+                "the theory says nothing of it; take sketch='orthonormal', the same "
+                "Gaussian whitened"
             )
     return {path: plan for path, plan in plans.items() if plan.adapted}
 
