@@ -1,7 +1,7 @@
 """Trainers of Tunix that step in factor form.
 
-The drop-in form needs nothing of this module: ``raclora(...)`` is an optax transformation,
-and ``PeftTrainer(model, tx, config)`` trains with it on dense gradients.
+The drop-in form needs nothing of this module: ``raclora(...)`` is an optax
+transformation, and ``PeftTrainer(model, tx, config)`` trains with it on dense gradients.
 """
 
 from __future__ import annotations

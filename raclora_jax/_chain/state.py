@@ -104,7 +104,7 @@ def sketches_now(state: RacLoraState, plans: Iterable[LeafPlan], spec: Spec) -> 
     the state keeps, or are drawn again. A run resumed with another law goes on
     with the ones kept; where none are, they cannot be drawn again and a link begins.
 
-    Every function of a run calls this with the same arrays, so a compiled step draws once.
+    Every function of a run calls it with the same arrays: a compiled step draws once.
     """
     adapted = adapted_plans(plans)
     return _sketches_now(
