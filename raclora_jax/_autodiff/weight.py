@@ -34,7 +34,8 @@ from jax.sharding import PartitionSpec
 from raclora_jax._autodiff.attach import Map, attach, named
 from raclora_jax._autodiff.axes import Atom, Axis, MeshAxes, Part, resized
 from raclora_jax._autodiff.uses import Use, Uses
-from raclora_jax._core.lowrank import lift
+from raclora_jax._core.contraction import contract
+from raclora_jax._core.lowrank import lift_picks
 from raclora_jax._core.picks import Picks
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.sharding import resharded
@@ -304,7 +305,15 @@ class Weight:
         own = [p.atom for p in parts if p.atom in (*self.sketch_axes, *self.factor_axes)]
         added = [i for i, part in enumerate(parts) if part.atom not in own]
         sizes = [part.size for part in parts if part.atom in own]
-        change = lift(sketch, self.sketch_axes, factor, self.factor_axes, sizes, own)
+        if isinstance(sketch, Picks):
+            change = lift_picks(
+                sketch, self.side, self.stack, factor, self.factor_axes, own, sizes
+            )
+        else:
+            change = contract(
+                sketch, self.sketch_axes, factor, self.factor_axes, own,
+                precision=lax.Precision.HIGHEST,
+            )  # fmt: skip
         change = jnp.expand_dims(change, added)
         return jnp.broadcast_to(change, [part.size for part in parts]).reshape(self.shape)
 

@@ -49,6 +49,22 @@ def contract(
       >>> contract(jnp.ones((5, 3)), "td", jnp.ones((2, 3)), "rd", "tr").shape
       (5, 2)
     """
+    return product(
+        left, left_axes, right, right_axes, out_axes, precision=precision, dtype=dtype
+    )
+
+
+def product(
+    left: Array,
+    left_axes: Sequence[Label],
+    right: Array,
+    right_axes: Sequence[Label],
+    out_axes: Sequence[Label],
+    *,
+    precision: lax.PrecisionLike = None,
+    dtype: DTypeLike | None = None,
+) -> Array:
+    """``contract`` where no type says a sharding, as in a function on auto axes."""
     left, left_axes = _summed(left, left_axes, {*right_axes, *out_axes})
     right, right_axes = _summed(right, right_axes, {*left_axes, *out_axes})
     stack = [a for a in out_axes if a in left_axes and a in right_axes]

@@ -24,7 +24,7 @@ from jax import Array, lax
 from jax.sharding import NamedSharding
 
 from raclora_jax._core.cholesky import inverse_cholesky
-from raclora_jax._core.contraction import contract
+from raclora_jax._core.contraction import product
 from raclora_jax._core.picks import Picks, picked_axes
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.sharding import auto_axes, constrained, inherited
@@ -66,7 +66,7 @@ def project_leaf(dense: Array, sketch: Drawn, plan: LeafPlan) -> FactorValue:
         names = picked_axes(axes, plan.sketched_axes)
         factor = lax.transpose(rows, [names.index(name) for name in plan.factor_axes])
         return (plan.scaling * factor.astype(wide)).astype(wide)
-    factor = contract(
+    factor = product(
         sketch.astype(dense.dtype), plan.sketch_axes, dense, axes, plan.factor_axes,
         precision=_HIGHEST, dtype=max(dense.dtype, wide, key=lambda one: one.itemsize),
     )  # fmt: skip
@@ -92,45 +92,40 @@ def lift_leaf(factor: FactorValue, sketch: Drawn, plan: LeafPlan) -> Array:
         return change + lift_leaf(used.right, sketch.right, right)
     scaled = (plan.scaling * factor).astype(plan.wide_dtype)
     if isinstance(sketch, Picks):
-        return lift(sketch, plan.sketch_axes, scaled, plan.factor_axes, plan.shape)
+        side, stack = plan.sketched_axes, plan.batch
+        axes = range(len(plan.shape))
+        return lift_picks(sketch, side, stack, scaled, plan.factor_axes, axes, plan.shape)
     return _lifted(*_at_leaf(scaled, sketch, plan), *_labels(plan))
 
 
-def lift(
-    sketch: Array | Picks,
-    sketch_axes: Sequence[Label],
+def lift_picks(
+    picks: Picks,
+    side: Sequence[Label],
+    stack: Sequence[Label],
     factor: Array,
     factor_axes: Sequence[Label],
+    axes: Sequence[Label],
     sizes: Sequence[int],
-    axes: Sequence[Label] | None = None,
 ) -> Array:
-    """``S F`` by labels, for any factor.
+    """``S F`` by labels where the sketch picks rows.
 
     Args:
-      sketch: Array with one axis per label of ``sketch_axes``, or picks.
-      sketch_axes: Distinct labels, ``RANK`` among them; those that ``factor_axes`` has
-        as well stack matrices.
+      picks: The sketch.
+      side: The labels of the sketched side, in order.
+      stack: The labels of the axes that stack matrices, in the order of the picks.
       factor: Array with one axis per label of ``factor_axes``.
       factor_axes: Distinct labels, ``RANK`` among them.
-      sizes: The sizes of the axes of the result.
-      axes: Their labels; a place each by default.
+      axes: The labels of the result.
+      sizes: Their sizes.
 
     Returns:
       Array of shape ``sizes``.
     """
-    axes = range(len(sizes)) if axes is None else axes
-    if not isinstance(sketch, Picks):
-        return contract(
-            sketch, sketch_axes, factor, factor_axes, axes, precision=_HIGHEST
-        )
-    side = [name for name in sketch_axes if name not in factor_axes]
-    stack = [name for name in sketch_axes if name in factor_axes and name != RANK]
     # The factor is turned, not the leaf: it is the smaller one.
     names = picked_axes(axes, side)
     rows = lax.transpose(factor, [[*factor_axes].index(name) for name in names])
-    whole, made = sketch.placed(
-        rows, names, side, stack, [sizes[[*axes].index(name)] for name in side]
-    )
+    of_side = [sizes[[*axes].index(name)] for name in side]
+    whole, made = picks.placed(rows, names, side, stack, of_side)
     return lax.transpose(whole, [made.index(name) for name in axes])
 
 
@@ -209,7 +204,8 @@ def _lifted(
 ) -> Array:
     rank = sketch.shape[sketch_axes.index(RANK)]
     if rank > _UNROLLED:
-        return lift(sketch, sketch_axes, factor, factor_axes, shape)
+        axes = range(len(shape))
+        return product(sketch, sketch_axes, factor, factor_axes, axes, precision=_HIGHEST)
     columns = _spread(sketch, sketch_axes, shape)
     rows = _spread(factor, factor_axes, shape)
     return functools.reduce(operator.add, map(operator.mul, columns, rows))
@@ -272,14 +268,14 @@ def _cross(new: Array, old: Array, plan: LeafPlan) -> Array:
         return (*plan.batch, rank, *plan.sketched_axes)
 
     out = (*plan.batch, "new", "old")
-    return contract(new, axes("new"), old, axes("old"), out, precision=_HIGHEST)
+    return product(new, axes("new"), old, axes("old"), out, precision=_HIGHEST)
 
 
 @auto_axes(lambda basis, factor, plan: plan.factor_sharding)
 def in_basis(basis: Array, factor: Array, plan: LeafPlan) -> Array:
     """Applies ``change_of_basis`` to a factor-shaped array, dtype kept."""
-    product = contract(
+    moved = product(
         basis, (*plan.batch, "new", RANK), factor.astype(basis.dtype), plan.factor_axes,
         (*plan.batch, "new", *plan.kept_axes), precision=_HIGHEST,
     )  # fmt: skip
-    return product.astype(factor.dtype)
+    return moved.astype(factor.dtype)

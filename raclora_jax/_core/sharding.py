@@ -71,7 +71,9 @@ def mesh_of(places: Mapping[str, NamedSharding | None]) -> Mesh | None:
 
 def is_explicit(sharding: object) -> bool:
     """Whether a sharding is of explicit axes: part of the types of its arrays."""
-    return isinstance(sharding, NamedSharding) and bool(_explicit_axes(sharding.mesh))
+    if not isinstance(sharding, NamedSharding):
+        return False
+    return AxisType.Explicit in sharding.mesh.axis_types
 
 
 def as_explicit(sharding: NamedSharding) -> NamedSharding:
