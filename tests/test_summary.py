@@ -172,8 +172,8 @@ def test_no_line_is_wider_than_a_hundred_columns():
     costs = rl.summary(params, rl.Spec(128, rules=[rl.Rule(".*", batch=0, rows=1)]))
     assert widest(str(costs)) == 100
     deep, long = leaf_lines(costs)
-    assert deep == "transformer/.../kernel"
-    assert set(long[3:]) == {"x"}
+    assert re.fullmatch(r"transf\w*\.\.\.\w*t_projection/kernel", deep)
+    assert re.fullmatch(r"x+\.\.\.x+", long)
     many = {f"{'x' * 90}_{i}": abstract(2000, 2000) for i in range(9)}
     text = str(rl.summary(many, 4))  # a warning that names one of them
     assert "warning: 9 leaves" in text

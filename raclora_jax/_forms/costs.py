@@ -244,12 +244,11 @@ def _table(head: tuple[str, ...], lines: list[tuple[str, ...]], words: int) -> l
 
 
 def _shortened(path: str, width: int) -> str:
-    """A path without the names behind its first one that are too many for the width."""
-    said, (first, *others) = path, path.split("/")
-    while len(said) > width and len(others) > 1:
-        others = others[1:]
-        said = "/".join([first, "...", *others])
-    return said if len(said) <= width else f"...{said[len(said) - width + 3 :]}"
+    """A path without its middle, where it is too long: the end tells leaves apart."""
+    if len(path) <= width:
+        return path
+    room = max(width - len("..."), 1)
+    return f"{path[: room // 3]}...{path[len(path) - (room - room // 3) :]}"
 
 
 def _wrapped(note: str) -> list[str]:
