@@ -1,5 +1,7 @@
 """The price list agrees with what init and one step really allocate."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -86,6 +88,96 @@ def test_warnings_and_text():
     text = str(costs)
     for word in ("attention/query", "[3] x 24 x 2*5", "lambda", "LoRA, Adam", "warning:"):
         assert word in text
+
+
+def widest(text):
+    return max(map(len, text.splitlines()))
+
+
+def abstract(*shape):
+    return jax.ShapeDtypeStruct(shape, "float32")
+
+
+def layer():
+    attention = {name: abstract(768, 768) for name in ("query", "key", "value")}
+    return {"attention": attention, "mlp": {"up": abstract(768, 3072)}}
+
+
+def leaf_lines(costs):
+    """The table of leaves, as ``{name: cells}``; cells are two spaces apart."""
+    _, table, *_ = str(costs).split("\n\n")
+    lines = [re.split(" {2,}", line) for line in table.splitlines()[2:]]
+    return {name: cells for name, *cells in lines}
+
+
+def test_equal_layers_share_a_line_with_their_sum():
+    params = {"layers": [layer() for _ in range(12)], "head": abstract(768, 100)}
+    costs = rl.summary(params, 8)
+    lines = leaf_lines(costs)
+    assert set(lines) == {
+        "head",
+        "layers/{0..11}/attention/query",
+        "layers/{0..11}/attention/key",
+        "layers/{0..11}/attention/value",
+        "layers/{0..11}/mlp/up",
+    }
+    numbers = 12 * 8 * 3072
+    assert lines["layers/{0..11}/mlp/up"][:5] == [
+        "12 of 768 x 3072", "8", "left", "0.0104", f"{numbers:,}"
+    ]  # fmt: skip
+    told = sum(int(cells[4].replace(",", "")) for cells in lines.values())
+    assert told == costs.total.trained
+    assert len(costs.rows) == 1 + 12 * 4
+    every = costs.by_leaf().splitlines()[2:]
+    assert [line.split()[0] for line in every] == [row.path for row in costs.rows]
+
+
+def test_layers_that_differ_keep_their_own_line():
+    params = {f"block_{i}": {f"expert_{j}": abstract(64, 32) for j in range(4)}
+              for i in range(6)}  # fmt: skip
+    rules = [
+        rl.Rule("block_2/expert_3", rank=2),
+        rl.Rule("block_4/.*", mode="dense"),
+        rl.Rule("block_5/.*", mode="frozen"),
+    ]
+    costs = rl.summary(params, rl.Spec(4, rules=rules))
+    lines = leaf_lines(costs)
+    assert {name: cells[:2] for name, cells in lines.items()} == {
+        "block_{0..1, 3}/expert_{0..3}": ["12 of 64 x 32", "4"],
+        "block_2/expert_{0..2}": ["3 of 64 x 32", "4"],
+        "block_2/expert_3": ["64 x 32", "2"],
+        "block_4/expert_{0..3}": ["4 of 64 x 32", "dense"],
+        "block_5/expert_{0..3}": ["4 of 64 x 32", "frozen"],
+    }
+    assert lines["block_5/expert_{0..3}"][2:] == ["0", "0 B"]
+
+
+def test_stacks_and_drawn_sides():
+    spec = rl.Spec(
+        4,
+        side=0.5,
+        rules=[rl.Rule("stack", batch=0, rows=1, side="left"), rl.Rule("w[0-9]")],
+    )
+    params = {"stack": abstract(24, 64, 8, 16), "w0": abstract(64, 32)}
+    params["w1"] = params["w0"]
+    lines = leaf_lines(rl.summary(params, spec))
+    assert lines["stack"][:3] == ["[24] x 64 x 8*16", "4", "left"]
+    assert lines["w{0..1}"][:3] == ["2 of 64 x 32", "4", "0.5"]
+
+
+def test_no_line_is_wider_than_a_hundred_columns():
+    deep = "transformer/module/layers_{}/self_attention/out_projection/kernel"
+    params = {deep.format(i): abstract(8, 2048, 32, 64) for i in range(40)}
+    params["x" * 120] = params[deep.format(0)]
+    costs = rl.summary(params, rl.Spec(128, rules=[rl.Rule(".*", batch=0, rows=1)]))
+    assert widest(str(costs)) == 100
+    deep, long = leaf_lines(costs)
+    assert re.fullmatch(r"transf\w*\.\.\.\w*t_projection/kernel", deep)
+    assert re.fullmatch(r"x+\.\.\.x+", long)
+    many = {f"{'x' * 90}_{i}": abstract(2000, 2000) for i in range(9)}
+    text = str(rl.summary(many, 4))  # a warning that names one of them
+    assert "warning: 9 leaves" in text
+    assert widest(text) <= 100
 
 
 def test_a_single_leaf():

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
+import textwrap
 
 from raclora_jax._core import paths
 
@@ -57,6 +60,9 @@ class Row(Cost):
 class Summary:
     """What ``summary`` returns: print it, or read its fields.
 
+    Printed it is 100 columns wide at most: the run beside LoRA and full fine-tuning, then
+    its leaves, where equal ones of several layers share a line that has their sum.
+
     Args:
       rows: One ``Row`` per leaf, in tree order.
       total: The run itself; counters included.
@@ -78,24 +84,114 @@ class Summary:
     in_backward: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
-        head = "path view mode rank side lambda trained weights gradient state sketch"
-        lines: list[tuple[str, ...]] = [(*head.split(), "traffic")]
-        lines += [
-            (row.path or "(leaf)", row.view, row.mode, *_adapted_cells(row), *_costs(row))
-            for row in self.rows
+        totals = [
+            ("this run", *_costs(self.total)),
+            ("LoRA, Adam", *_costs(self.lora)),
+            ("full fine-tuning, Adam", *_costs(self.full)),
         ]
-        for name, cost in (
-            ("total", self.total),
-            ("full fine-tuning, Adam", self.full),
-            ("LoRA, Adam", self.lora),
-        ):
-            lines.append((name, "", "", "", "", "", *_costs(cost)))
         notes = [f"warning: {text}" for text in self.warnings]
         if self.peak_bytes is not None:
             notes.insert(0, f"peak of a compiled step: {_human(self.peak_bytes)}")
         if self.in_backward is not None:
             notes.insert(0, _in_backward(self.rows, self.in_backward))
-        return "\n".join([*_aligned(lines), *notes])
+        parts = [_table(("", *_COSTS), totals, words=1), _leaves(self.rows)]
+        parts += [[line for note in notes for line in _wrapped(note)]] if notes else []
+        return "\n\n".join("\n".join(part) for part in parts)
+
+    def by_leaf(self) -> str:
+        """Every leaf and all that is known of it, one line each, as wide as it gets.
+
+        Returns:
+          A table with the fields of ``rows``.
+
+        Example:
+          >>> import jax, raclora_jax as rl
+          >>> layers = [{"kernel": jax.ShapeDtypeStruct((64, 32), "float32")}] * 3
+          >>> lines = rl.summary({"layers": layers}, 8).by_leaf().splitlines()
+          >>> [line.split()[0] for line in lines[2:]]
+          ['layers/0/kernel', 'layers/1/kernel', 'layers/2/kernel']
+        """
+        head = ("leaf", "view", "mode", "why", "rank", "side", "lambda", *_COSTS)
+        lines = [
+            (_name(row.path), row.view, row.mode, row.why, *_sketch(row), *_costs(row))
+            for row in self.rows
+        ]
+        return "\n".join(_table(head, lines, words=4))
+
+
+_WIDTH = 100
+_COSTS = ("trained", "weights", "gradient", "state", "sketch", "traffic")
+
+# For each number in a path, those that it is.
+_Box = tuple[tuple[str, ...], ...]
+
+
+def _leaves(rows: tuple[Row, ...]) -> list[str]:
+    """A table with one line for all leaves that differ in numbers of their paths alone.
+
+    Such a line has the sum over its leaves, so that numbers add up to those of the run,
+    and bytes too, but for its counters.
+    """
+    lines: list[tuple[str, ...]] = []
+    for path, row, count in _collapsed(rows):
+        rank, side, lam = _sketch(row)
+        lines.append(
+            (
+                _name(path),
+                row.view if count == 1 else f"{count} of {row.view}",
+                rank if row.mode == "lowrank" else row.mode,
+                side,
+                lam,
+                f"{count * row.trained:,}",
+                _human(count * row.state_bytes),
+            )
+        )
+    head = ("leaf", "view", "rank", "side", "lambda", "trained", "state")
+    others = list(zip(head, *lines, strict=True))[1:]
+    room = _WIDTH - sum(2 + max(map(len, column)) for column in others)
+    lines = [(_shortened(name, room), *cells) for name, *cells in lines]
+    return _table(head, lines, words=2)
+
+
+def _collapsed(rows: tuple[Row, ...]) -> list[tuple[str, Row, int]]:
+    """Rows as ``(path, row, count)``: ``layers/{0..11}/kernel`` for twelve equal ones."""
+    alike: dict[tuple[Row, tuple[str, ...]], list[list[str]]] = {}
+    for row in rows:
+        words = re.split("([0-9]+)", row.path)
+        key = dataclasses.replace(row, path=""), tuple(words[::2])
+        alike.setdefault(key, []).append(words[1::2])
+    found = []
+    for (row, between), numbers in alike.items():
+        for box in _products(numbers):
+            spans = [*map(_span, box), ""]
+            path = "".join(map("".join, zip(between, spans, strict=True)))
+            found.append((path, row, math.prod(map(len, box))))
+    return found
+
+
+def _products(numbers: list[list[str]]) -> list[_Box]:
+    """Lists of numbers as products of sets, which hold each of them once."""
+    boxes: list[_Box] = [tuple((number,) for number in one) for one in numbers]
+    for place in reversed(range(len(boxes[0]))):
+        joined: dict[tuple[_Box, _Box], list[str]] = {}
+        for box in boxes:
+            joined.setdefault((box[:place], box[place + 1 :]), []).extend(box[place])
+        boxes = [
+            (*before, tuple(sorted(values, key=int)), *after)
+            for (before, after), values in joined.items()
+        ]
+    return boxes
+
+
+def _span(numbers: tuple[str, ...]) -> str:
+    runs: list[list[str]] = []
+    for number in numbers:
+        if runs and int(number) == int(runs[-1][-1]) + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    said = ", ".join(run[0] if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
+    return said if len(numbers) == 1 else f"{{{said}}}"
 
 
 def _in_backward(rows: tuple[Row, ...], moving: tuple[str, ...]) -> str:
@@ -109,7 +205,11 @@ def _in_backward(rows: tuple[Row, ...], moving: tuple[str, ...]) -> str:
     return f"{said}; each as one: {listed}{more}"
 
 
-def _adapted_cells(row: Row) -> tuple[str, str, str]:
+def _name(path: str) -> str:
+    return path or "(leaf)"
+
+
+def _sketch(row: Row) -> tuple[str, str, str]:
     if row.mode != "lowrank":
         return "", "", ""
     return str(row.rank), row.side, f"{row.lam:.3g}"
@@ -129,13 +229,27 @@ def _human(size: int) -> str:
     return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
 
 
-def _aligned(lines: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    words = 3  # path, view and mode are words; what follows is numbers
+def _table(head: tuple[str, ...], lines: list[tuple[str, ...]], words: int) -> list[str]:
+    """Aligned columns; the first ones are words, the others numbers."""
+    widths = [max(map(len, column)) for column in zip(head, *lines, strict=True)]
 
-    def pad(index: int, cell: str) -> str:
-        width = widths[index]
-        return cell.ljust(width) if index < words else cell.rjust(width)
+    def line(cells: tuple[str, ...]) -> str:
+        pairs = list(zip(cells, widths, strict=True))
+        left = [cell.ljust(width) for cell, width in pairs[:words]]
+        right = [cell.rjust(width) for cell, width in pairs[words:]]
+        return "  ".join(left + right).rstrip()
 
-    text = ["  ".join(pad(i, c) for i, c in enumerate(line)).rstrip() for line in lines]
-    return [text[0], "-" * len(text[0]), *text[1:-3], "-" * len(text[0]), *text[-3:]]
+    text = [line(cells) for cells in (head, *lines)]
+    return [text[0], "-" * max(map(len, text)), *text[1:]]
+
+
+def _shortened(path: str, width: int) -> str:
+    """A path without its middle, where it is too long: the end tells leaves apart."""
+    if len(path) <= width:
+        return path
+    room = max(width - len("..."), 1)
+    return f"{path[: room // 3]}...{path[len(path) - (room - room // 3) :]}"
+
+
+def _wrapped(note: str) -> list[str]:
+    return textwrap.wrap(note, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)

@@ -54,7 +54,8 @@ def summary(
       fused: Whether the compiled step is that of ``fused_step``.
 
     Returns:
-      A ``Summary``; ``print`` shows the table, ``.rows`` are for programs.
+      A ``Summary``; ``print`` shows it with equal layers as one, ``.by_leaf()`` is the
+      table of all leaves, ``.rows`` are for programs.
 
     Raises:
       ValueError: If the spec does not fit the tree.
@@ -65,6 +66,8 @@ def summary(
       >>> costs = summary(params, 8)
       >>> costs.rows[0].view, costs.total.trained, costs.full.trained
       ('1024 x 512', 8192, 524288)
+      >>> "layers/{0..11}/kernel" in str(summary({"layers": [params] * 12}, 8))
+      True
     """
     spec = as_spec(spec)
     leaves, treedef = paths.flatten(params)
