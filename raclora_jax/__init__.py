@@ -8,6 +8,7 @@ from raclora_jax._chain.orthogonal import orthogonal
 from raclora_jax._chain.separable import per_matrix
 from raclora_jax._chain.state import RacLoraState
 from raclora_jax._core.factor import Factor
+from raclora_jax._core.picks import Picks
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.planning import plan_tree as plan
 from raclora_jax._core.spec import Rule, Spec
@@ -35,6 +36,7 @@ __all__ = [
     "AdapterChain",
     "Factor",
     "LeafPlan",
+    "Picks",
     "RacLoraState",
     "Rule",
     "Spec",

@@ -27,10 +27,20 @@ from raclora_jax._core.types import RANK, Label
 class Picks:
     """A sketch that picks rows, in the place of one that is an array.
 
+    The laws ``"block"`` and ``"coordinate"`` draw them; every function of a run takes
+    them where other laws have arrays.
+
     Args:
       index: int32, what ``Selection`` knows to read: ``(batch...)``, or with a last axis
         of the rank.
       chosen: What is static about it.
+
+    Example:
+      >>> import jax.numpy as jnp, raclora_jax as rl
+      >>> spec = rl.Spec(2, side="left", sketch="block")
+      >>> picks = rl.sample_sketch(jnp.zeros((6, 8)), spec, key=0)
+      >>> isinstance(picks, rl.Picks), picks.rows.shape
+      (True, (2,))
     """
 
     index: Array
