@@ -35,7 +35,7 @@ from raclora_jax._chain.state import (
     plan_gradients,
     sketches_now,
 )
-from raclora_jax._core import paths
+from raclora_jax._core import checks, paths
 from raclora_jax._core.factor import is_factor
 from raclora_jax._core.lowrank import (
     change_of_basis,
@@ -96,9 +96,7 @@ class Run(Start):
     def of(cls, spec: Any, inner: Any, moments: Moments, *, steps_weights: bool) -> Run:
         """The run that users' arguments describe, checked."""
         spec = as_spec(spec)
-        if moments not in _MOMENTS:
-            known = ", ".join(map(repr, _MOMENTS))
-            raise ValueError(f"moments must be one of {known}, got {moments!r}")
+        checks.choice("moments", moments, _MOMENTS)
         if inner is None:
             inner = ADAM
         else:

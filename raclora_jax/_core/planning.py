@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import optax
 
 from raclora_jax._core import paths
+from raclora_jax._core.checks import kind
 from raclora_jax._core.plan import LeafPlan, with_sharding
 from raclora_jax._core.sharding import sharding_of
-from raclora_jax._core.spec import Rule, Spec, as_spec, check_rules_win, kind, winner
+from raclora_jax._core.spec import Rule, Spec, as_spec, check_rules_win, winner
 from raclora_jax._core.types import Alpha, Leaf, PyTree, is_number
 
 

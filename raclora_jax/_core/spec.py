@@ -11,7 +11,6 @@ from typing import Any, cast, get_args
 import jax
 
 from raclora_jax._core import checks, paths
-from raclora_jax._core.checks import kind as kind  # plan.py takes it from here
 from raclora_jax._core.select import PICKING_LAWS
 from raclora_jax._core.types import (
     Alpha,
