@@ -72,7 +72,7 @@ class Rule:
     def __post_init__(self) -> None:
         where = f"Rule({self.path!r})"
         if not isinstance(self.path, str):
-            raise TypeError(f"{where}: path must be a str, got {kind(self.path)}")
+            raise TypeError(f"{where}: path must be a str, got {checks.kind(self.path)}")
         try:
             re.compile(self.path)
         except re.error as error:
@@ -187,13 +187,13 @@ class Spec:
         checks.choice("Spec: rest", self.rest, RESTS)
         if isinstance(self.rules, Rule) or not isinstance(self.rules, Iterable):
             raise TypeError(
-                f"Spec: rules must be a sequence of Rule, got {kind(self.rules)}; "
+                f"Spec: rules must be a sequence of Rule, got {checks.kind(self.rules)}; "
                 "write rules=[Rule(...)]"
             )
         object.__setattr__(self, "rules", tuple(self.rules))
         for rule in self.rules:
             if not isinstance(rule, Rule):
-                raise TypeError(f"Spec: rules must hold Rule, got {kind(rule)}")
+                raise TypeError(f"Spec: rules must hold Rule, got {checks.kind(rule)}")
 
     def to_json(self) -> str:
         """The spec as JSON text, to be kept beside a checkpoint.
@@ -296,7 +296,8 @@ def as_spec(spec: Spec | int) -> Spec:
     rank = checks.as_int(spec)
     if rank is None:
         raise TypeError(
-            f"spec must be a Spec or an int rank, got {kind(spec)}; write Spec(rank=8)"
+            f"spec must be a Spec or an int rank, got {checks.kind(spec)}; write "
+            "Spec(rank=8)"
         )
     return Spec(rank)
 
@@ -380,7 +381,7 @@ def _axes_tuple(where: str, name: str, axes: object) -> tuple[int, ...]:
     found = [checks.as_int(axis) for axis in parts]
     if None in found:
         raise TypeError(
-            f"{where}: {name} must be an int or a tuple of ints, got {kind(axes)}"
+            f"{where}: {name} must be an int or a tuple of ints, got {checks.kind(axes)}"
         )
     return tuple(axis for axis in found if axis is not None)
 
