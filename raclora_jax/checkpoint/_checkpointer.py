@@ -203,7 +203,7 @@ class Checkpointer:
         Raises:
           OSError: If it failed. The checkpoints before it stay as they are.
         """
-        # Forgotten first: a failure is told once, and the next save may go on.
+        # Forgotten first: what fails here is told once, and the next save may go on.
         step, self._saving = self._saving, None
         if step is None:
             return
