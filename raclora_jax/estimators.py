@@ -127,6 +127,7 @@ def page(
             "page", estimate, updates, grad_at_previous, state.estimate
         )
         count = optax.safe_increment(state.count)
+        # The coin of the next step: the loop must know which batch to draw before it.
         is_full = _coin(state.key_data, count) < probability
         return answer, PageState(count, state.key_data, is_full, kept)
 
@@ -229,6 +230,7 @@ def mvr(weight: float | Array) -> optax.GradientTransformationExtraArgs:
 
 
 def _zeros(params: PyTree) -> PyTree:
+    # Wide: corrections are added up, and in 16 bits small ones would be lost.
     return jax.tree.map(
         lambda leaf: jnp.zeros(jnp.shape(leaf), widened(jnp.result_type(leaf))), params
     )

@@ -33,6 +33,7 @@ def scaled(eqn: Eqn, left: Operand, right: Operand) -> Weight | None:
     if jnp.ndim(other) not in (0, len(weight.axes)):
         return None
     first, divides = isinstance(left, Weight), eqn.primitive.name == "div"
+    # A scalar over a leaf is not linear in the leaf.
     if divides and not first:
         return None
     operands = (weight.array, other) if first else (other, weight.array)

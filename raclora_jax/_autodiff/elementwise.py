@@ -66,6 +66,7 @@ def _mixed(jaxpr: jex.Jaxpr, numbers: list[bool]) -> tuple[str | None, list[bool
                 return found, []
             each |= dict(zip(eqn.outvars, outs, strict=True))
             continue
+        # Any other array has numbers of its own, and a slice would meet all of them.
         beside = all(is_each(v) or is_common(v) for v in eqn.invars)
         if name not in _ELEMENTWISE or not beside:
             return name, []

@@ -96,12 +96,15 @@ def dot_general(eqn: Eqn, left: Value, right: Value) -> Array | None:
         return None
     operands = (joined.array, x) if first else (x, joined.array)
     y: Array = eqn.primitive.bind(*operands, **eqn.params)
+    # y = x_1 W_1 + x_2 W_2: each member meets its piece of x, and all share y.
     if joined.axis in summed[mine]:
         place = summed[its][tuple(summed[mine]).index(joined.axis)]
         for member, piece in zip(joined.members, joined.slices(x, place), strict=True):
             if isinstance(member, Weight):
                 y = consume.dotted(eqn, member, piece, y, first=first)
         return y
+    # y = [x W_1, x W_2]: each member has its piece of y. dot_general puts the batch axes
+    # first, then the free axes of its left operand, then those of the right.
     taken = (*summed[mine], *stacked[mine])
     place = joined.axis - sum(axis < joined.axis for axis in taken) + len(stacked[mine])
     if not first:

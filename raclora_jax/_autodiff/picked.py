@@ -47,6 +47,7 @@ def product(
     f_names, side, stack = weight.factor_axes, weight.side, weight.stack
     sizes = weight.side_sizes
 
+    # x (b, m), W (m, n) sketched along m: r columns (b, r) of x are kept.
     if by_x:
 
         def kept(inputs: tuple[Array, Picks]) -> Array:
@@ -55,6 +56,7 @@ def product(
 
         maps = out.by_factor(picked_axes(x_names, side), f_names)
         return weight.attached(y, (x, picks), *maps, keep=kept, whole=whole)
+    # x (b, m), W (m, n) sketched along n: x F^T is (b, r), r of the n columns of y.
     between = picked_axes(out.names, side)
 
     def push(known: tuple[Array, Picks], factor: Array) -> Array:
@@ -170,6 +172,8 @@ def lookup(
     side, f_names, factor = weight.side, weight.factor_axes, weight.factor
     assert factor is not None
     if side == [along]:
+        # A table (words, d), r of its words picked: positions (words,) say which of the r
+        # a word is. Others have r, which is out of range and so filled with zeros.
         positions, _ = pick(picks.positions(), [along], picks.chosen.rank)
         rank = f_names.index(RANK)
         made: list[Label] = [*f_names[:rank], *atoms_of(lead), *f_names[rank + 1 :]]

@@ -108,6 +108,7 @@ def handed_on_by(eqn: Eqn) -> dict[int, int]:
     if name in REMATS or (name in CALLS and not asks_sharding(eqn)):
         return _handed_on(called(eqn))
     if name == "cond":
+        # Operand 0 of a cond is its index, which no branch takes.
         first, *others = map(_handed_on, params["branches"])
         return {
             place: 1 + source

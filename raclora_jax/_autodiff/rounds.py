@@ -23,6 +23,7 @@ from raclora_jax._core.types import PyTree
 Arrays = list[Array]
 
 
+# Equal by identity (eq=False): JAX hashes what is static, and lists have no hash.
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class Body:
@@ -84,6 +85,7 @@ def taken_apart(
     slices = _places(example.slices, slices_given)
     state = _places(example.state, [True for _ in example.state])
     kinds = example.kinds()
+    # A program gives arrays alone: what is known of trees leaves the trace through here.
     found: dict[str, Any] = {}
 
     def both(*flat: Array) -> tuple[Arrays, Arrays, Arrays]:

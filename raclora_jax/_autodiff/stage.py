@@ -45,6 +45,7 @@ def body_of(program: Program) -> jex.Jaxpr:
 
 def called(eqn: Eqn) -> Program:
     """The program that an equation of one program runs, whatever JAX calls it."""
+    # jit and remat have it as jaxpr, closed_call and custom rules as call_jaxpr.
     names = ("jaxpr", "call_jaxpr", "fun_jaxpr")
     return cast(Program, next(eqn.params[n] for n in names if n in eqn.params))
 
@@ -114,5 +115,6 @@ def part_of(
     )
     read |= dict.fromkeys(outputs)
     needed = [var for var in read if var not in made]
+    # Constants the part reads are among needed, since no equation makes them.
     part = jaxpr.replace(constvars=[], invars=needed, eqns=[*eqns], outvars=[*outputs])
     return needed, jex.jaxpr_as_fun(jex.ClosedJaxpr(part, ()))

@@ -61,6 +61,7 @@ def _eliminate(gram: Array) -> Array:
         scale = scale + scale * (1 - pivot * scale * scale) / 2
         pivot_row = jnp.where(col[..., :1, :] == k, scale, scale * pivot_row)
         pivot_col = jnp.where(row[..., :1] > k, scale * pivot_col, 0)
+        # In place: column k of the Gram matrix is done, and the inverse's begins.
         kept = jnp.where((col == k) & (row > k), 0, left)
         return jnp.where(row == k, pivot_row, kept - pivot_col * pivot_row)
 

@@ -105,6 +105,7 @@ def _no_words() -> Array:
 
 def _halves(words: Array) -> Array:
     """Words of 32 bits as pairs of whole float32 numbers below 2^16."""
+    # A float32 has 24 bits: 8 are left for what scaling and its undoing round off.
     words = words.astype(jnp.uint32)
     return jnp.stack([words >> 16, words & 0xFFFF], axis=-1).astype(jnp.float32)
 
@@ -298,6 +299,8 @@ def _check_origin(update: Factor, plan: LeafPlan) -> None:
             f"{where}: this Factor is a gradient, and no update; apply what tx.update "
             "returned"
         )
+    # A rule that takes a root or a sign makes about 1 of the faint unit, which is 2^40
+    # here. A scaling of up to 2^20 passes; NaN does not.
     if not size < 2**20:
         raise ValueError(
             f"{where}: a rule after raclora in its chain did more than scale its update; "

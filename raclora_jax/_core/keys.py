@@ -15,6 +15,7 @@ from jax import Array, lax
 from raclora_jax._core.checks import kind
 from raclora_jax._core.parts import cut
 
+# Named, since the default is a flag of the process and the others draw other bits.
 _IMPL = "threefry2x32"
 
 
@@ -102,6 +103,7 @@ def leaf_keys(
     words = jnp.array([path_words(domain, path) for path in names], jnp.uint32)
     counts = jnp.full((1, len(names)), word).astype(jnp.uint32)
     keys = folded(data, jnp.concatenate([words.T, counts]))
+    # A count is never below zero, which the compiler cannot know: see cut.
     parts = cut(keys, [1] * len(names), jnp.asarray(word) < 0)
     return {path: part[0] for path, part in zip(names, parts, strict=True)}
 
@@ -121,5 +123,7 @@ def folded(data: Array, words: Array) -> Array:
 
 @functools.lru_cache(maxsize=4096)
 def path_words(domain: str, path: str) -> tuple[int, int]:
+    # Not hash(), which differs from process to process. Two words, since a key takes in
+    # 32 bits at a time, and of many paths two may meet in 32.
     digest = hashlib.blake2b(f"{domain}\0{path}".encode(), digest_size=8).digest()
     return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")

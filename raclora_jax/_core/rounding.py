@@ -160,6 +160,7 @@ def _hash(key: Array, places: Array) -> Array:
 
 def _fraction(bits: Array) -> Array:
     """Random bits as a number in [0, 1)."""
+    # 24 bits are what a float32 holds: 32 of them could round up to 1.
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
 
 

@@ -172,6 +172,8 @@ def _collapsed(rows: tuple[Row, ...]) -> list[tuple[str, Row, int]]:
 def _products(numbers: list[list[str]]) -> list[_Box]:
     """Lists of numbers as products of sets, which hold each of them once."""
     boxes: list[_Box] = [tuple((number,) for number in one) for one in numbers]
+    # (0, 1), (0, 2), (1, 1), (1, 2): by the last place (0, {1, 2}), (1, {1, 2}), and then
+    # by the first ({0, 1}, {1, 2}).
     for place in reversed(range(len(boxes[0]))):
         joined: dict[tuple[_Box, _Box], list[str]] = {}
         for box in boxes:

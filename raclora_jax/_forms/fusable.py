@@ -62,6 +62,7 @@ def _check_separable(inner: optax.GradientTransformation) -> None:
 
 def _what_joins(inner: optax.GradientTransformation) -> str | None:
     """The operation by which a rule joins numbers of a leaf, if there is one."""
+    # Asked of its program for one small factor: a rule does not say what it joins.
     rule, plans = as_rule(inner), {PROBE.path: PROBE}
     gradient = {PROBE.path: jax.ShapeDtypeStruct(PROBE.factor_shape, jnp.float32)}
 

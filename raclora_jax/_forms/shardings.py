@@ -64,6 +64,8 @@ def state_shardings(tx: optax.GradientTransformation, params: PyTree) -> PyTree:
         )
         for path, leaf in leaves.items()
     }
+    # On explicit axes a sharding is part of a type, so that shapes alone tell where init
+    # puts its arrays; on auto axes only a compiled program tells.
     with jax.sharding.use_abstract_mesh(explicit_mesh(mesh)):
         state = jax.eval_shape(tx.init, paths.unflatten(treedef, shapes))
     return jax.tree.map(lambda leaf: on_mesh(leaf, mesh), state)

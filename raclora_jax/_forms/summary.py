@@ -139,6 +139,7 @@ def _peak(
     if memory is None:
         return None
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    # What is donated is argument and output, and is there once.
     return int(held - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
 
 
@@ -157,6 +158,7 @@ def _bytes_by_path(state: PyTree, plans: dict[str, LeafPlan]) -> dict[str | None
     found: dict[str | None, int] = {}
     for where, leaf in paths.flatten(state)[0].items():
         parts = where.split("/")
+        # The longest ending first: bytes of a/kernel are not those of a leaf kernel.
         ends = ("/".join(parts[start:]) for start in range(len(parts)))
         owner = next((owners[end] for end in ends if end in owners), None)
         found[owner] = found.get(owner, 0) + _nbytes(leaf)

@@ -175,6 +175,7 @@ def _rule(path: str, ndim: int, views: list[Use], said: Rule | None, spec: Spec)
 def _view(ndim: int, views: list[Use]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """Rows and batch of a leaf, or ``None`` if it is no matrix."""
     summed = frozenset[int]().union(*(view.contracted for view in views))
+    # An axis that one use stacks and another sums belongs to the matrix.
     batch = frozenset[int]().union(*(view.batch for view in views)) - summed
     matrix = [axis for axis in range(ndim) if axis not in batch]
     # A sum over all of a leaf's axes is no product of a matrix.

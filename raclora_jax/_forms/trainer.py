@@ -91,6 +91,7 @@ class Trainer:
         self.tx = raclora(learning_rate, self.spec, key=key, **of_raclora)
         self._inner = of_raclora.get("inner")
         self._loss = loss_fn, has_aux
+        # Shapes, since the first step gives the arrays away.
         self._shapes = *abstracted(params), *abstracted(args)
         self._not_fused = None
         try:
@@ -99,6 +100,8 @@ class Trainer:
             self._not_fused = str(error)
             step = self._in_parts()
         self.fused = self._not_fused is None
+        # Else the compiler chooses where outputs live: where one moves, the next step has
+        # an input elsewhere and is compiled again.
         places = _places(self.tx, params)
         self._step = jax.jit(step, donate_argnums=(0, 1), out_shardings=places)
 
@@ -216,6 +219,7 @@ def check_given_once(params: PyTree, opt_state: PyTree, args: PyTree) -> None:
                 continue
             place = name + jax.tree_util.keystr(keypath)
             other = seen.setdefault(id(leaf), place)
+            # Arguments are not given away, so two of them may be one array.
             if other != place and not (name == "args" and other.startswith("args")):
                 raise ValueError(
                     f"{other} and {place} are one array, whose memory a step gives away; "

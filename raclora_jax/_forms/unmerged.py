@@ -127,6 +127,7 @@ def unmerged(
                 array = leaf if dense is None else dense(leaf)
                 if plan.mode == "frozen":
                     return array
+                # Trained in full: no thin product to put beside, so the sum is read.
                 wide = jnp.asarray(array, plan.wide_dtype) + values[path]
                 return wide.astype(plan.dtype)
 

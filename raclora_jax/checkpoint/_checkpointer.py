@@ -112,12 +112,14 @@ class Checkpointer:
                 "another directory"
             )
         leaves, _ = saved_leaves(state)
+        # Before stored, which makes bytes of small dtypes: the table has the run's own.
         described = table(leaves)
         leaves = {path: stored(path, leaf) for path, leaf in leaves.items()}
         meta = sealed(
             step,
             spec=self._spec.to_json(),
             leaves=described,
+            # Of what is written: a restored leaf has the same bits, so the same digest.
             digests=agreed(digests(leaves)),
             data=everyone(as_text(data)),
         )
@@ -134,6 +136,7 @@ class Checkpointer:
                 args=args.Composite(
                     state=args.StandardSave(full), meta=args.JsonSave(meta)
                 ),
+                # Without it orbax may decline a step, and only its result says so.
                 force=True,
             )
         except Exception as error:
@@ -177,6 +180,7 @@ class Checkpointer:
         for one in steps[::-1] if step is None else [step]:
             found, reason = self._read(one, like)
             if found is not None:
+                # Not before one is whole: where none is, the fault may be the reader's.
                 self._pass_over(passed, one)
                 return found
             passed[one] = reason
@@ -199,6 +203,7 @@ class Checkpointer:
         Raises:
           OSError: If it failed. The checkpoints before it stay as they are.
         """
+        # Forgotten first: what fails here is told once, and the next save may go on.
         step, self._saving = self._saving, None
         if step is None:
             return
@@ -298,6 +303,8 @@ class Checkpointer:
         meta, reason = attempt(lambda: self._meta(step))
         if reason or meta is None:
             return None, reason
+        # From here on it is a whole checkpoint. One of another version, spec or model
+        # raises: passed over, it would be moved aside.
         check_format(meta)
         saved = Spec.from_json(meta["spec"])
         self._spec.check_resumes(saved)
@@ -341,6 +348,7 @@ class Checkpointer:
         aside = self._directory / _ASIDE
         aside.mkdir(exist_ok=True)
         for step in steps:
+            # A name of its own: a step that is saved again may be damaged again.
             self._folder(step).rename(aside / f"{step}-{uuid.uuid4().hex}")
         self._reload()
         return aside

@@ -43,6 +43,7 @@ def _sum(leaf: Leaf) -> Array:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        # Times an odd number: a plain sum would be the same with both parts traded.
         return _sum(leaf.real) + jnp.uint32(_MIX[0]) * _sum(leaf.imag)
     if isinstance(leaf, np.ndarray) and leaf.dtype.itemsize == 8:
         # In words as on a device, since a device may have no 64 bits.
@@ -65,6 +66,8 @@ def _digest(leaf: Array) -> Array:
 def _positions(words: Array) -> Array:
     """The row-major index of every word, made where the word lives."""
     index = jnp.zeros((), jnp.uint32)
+    # One iota for each axis, so that a shard makes its own places; a long arange that is
+    # reshaped may be made whole first.
     for axis, size in enumerate(words.shape):
         stride = math.prod(words.shape[axis + 1 :]) % 2**32
         along = lax.iota(jnp.uint32, size) * jnp.uint32(stride)

@@ -23,6 +23,7 @@ def write(path: pathlib.Path, raw: bytes) -> None:
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
     try:
         beside.write_bytes(raw)
+        # Before the rename: else a crash can leave the name on an empty file.
         flush(beside)
         beside.replace(path)
     finally:
@@ -36,6 +37,7 @@ def flush(path: pathlib.Path) -> None:
     """Has the system bring a file, or a folder's list of names, to the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows has no call for it
+    # Windows flushes only what is open for writing.
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -20,6 +20,8 @@ def everyone(said: str) -> list[str]:
     if jax.process_count() == 1:
         return [said]
     raw = said.encode()
+    # Arrays that are gathered have one shape in all processes: first how long the texts
+    # are, then the texts, filled up.
     sizes = multihost_utils.process_allgather(np.int32(len(raw)))
     padded = np.zeros(max(1, int(sizes.max())), np.uint8)
     padded[: len(raw)] = np.frombuffer(raw, np.uint8)

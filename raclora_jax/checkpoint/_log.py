@@ -60,6 +60,7 @@ class _Record:
             "spec": self.spec.to_json(),
             "arrays": [[p, str(a.dtype), list(a.shape)] for p, a in arrays.items()],
         }
+        # JSON has no line break of its own here, so that the first one ends it.
         body = json.dumps(head).encode() + b"\n"
         body += b"".join(array.tobytes() for array in arrays.values())
         return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
@@ -193,6 +194,8 @@ class ChainLog:
             _same(record.before, _digests_of(base), self._path(index), _OTHER_BASE)
             template, fresh = init_adapter(base, spec, key=_key(record))
             if chain is None or spec != last:
+                # Begun anew at the first record and where the spec changes; else it goes
+                # on with what next_link drew, as the run did.
                 chain = fresh if index == 0 else _moved(fresh, index)
             last = spec
             trained = _filled(template, record, self._path(index))
@@ -225,6 +228,7 @@ class ChainLog:
         """Adds a record to those there; a chain that two runs write to is refused."""
         path, raw = self._path(record.link), record.to_bytes()
         if path.exists():
+            # A run set back to a checkpoint comes to links that it has written before.
             if path.read_bytes() == raw:
                 return
             self._read(record.link)

@@ -40,6 +40,7 @@ def _check_keys(data: Any) -> None:
 def own(texts: list[str], step: int) -> Any:
     """This process's position in the data."""
     count, index = jax.process_count(), jax.process_index()
+    # One position for all may go on with any number of processes.
     if len(texts) != count and len(set(texts)) > 1:
         raise ValueError(
             f"the checkpoint of step {step} holds the data positions of {len(texts)} "

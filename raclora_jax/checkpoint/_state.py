@@ -109,6 +109,7 @@ def with_sketches(state: PyTree, like: PyTree) -> PyTree:
         if not is_state(target):
             return node
         kept = target.sketches
+        # -1, which no link is: the cache is stale at whatever link the run goes on.
         link = jnp.asarray(zeros(kept.link)) - 1
         values = jax.tree.map(zeros, kept.values)
         return node._replace(sketches=SketchCache(link, values))

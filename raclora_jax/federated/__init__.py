@@ -3,6 +3,12 @@
 A round is one exchange. In Fed-RAC-LoRA it is a link of the chain: all clients draw the
 same sketch from (key, link), train the factor and send it; the server merges the mean and
 sends that. Simulated and real clients call the same functions.
+
+Read in this order: ``_messages`` (what travels), ``_strategies`` (what is trained, and
+how one model is made of it; ``_pairs`` is its algebra), ``_state`` (how a step moves a
+run), then the way up, ``_client`` and ``_aggregate``, and the way down, ``_server``.
+``_checks`` says what is refused, ``_robust`` and ``_privacy`` are other means, and
+``_compression`` stands alone.
 """
 
 from raclora_jax.federated._aggregate import aggregate, combine

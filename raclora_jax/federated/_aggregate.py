@@ -150,6 +150,7 @@ def combine(
     weights = jnp.where(usable, weights, 0)
     total = weights.sum()
 
+    # Not a weight of 0 alone: 0 times an infinity or a NaN of a client's is NaN.
     def clean(leaf: Array, start: Array) -> Array:
         shape = (-1,) + (1,) * start.ndim
         return jnp.where(usable.reshape(shape), leaf, start)
@@ -217,6 +218,7 @@ def _landing(
         step = _step_of(strategy, state, messages, privacy, mean)
         if _lands(strategy, state, step):
             return step, messages, dropped
+        # One fewer each time, so that the mean has another shape and compiles anew.
         worst = max(messages, key=_norm)
         line = (
             f"client {worst.client} sent numbers that leave weights that are not finite"
@@ -238,6 +240,7 @@ def _too_few(messages: list[Message], mean: Robust | None) -> tuple[str, str] | 
 
 
 def _norm(message: Message) -> float:
+    # float32 would lose the order of the largest: a square overflows from 1.9e19 on.
     squares = (np.sum(np.float64(a) ** 2) for a in jax.tree.leaves(message.trained))
     return float(np.sqrt(sum(squares)))
 

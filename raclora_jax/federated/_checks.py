@@ -61,12 +61,15 @@ class Expected:
             return Drop(client, reason, f"client {client} {line}")
 
     def _read(self, message: Message, client: int, known: Container[int]) -> Message:
+        # Before the shapes: a message of another run is told so, and not of its shapes.
         if not isinstance(message.stamp, str) or message.stamp != self.stamp:
             line = f"has stamp {_shown(message.stamp)}, this run {self.stamp!r}"
             raise _UnusableError("stamp", line)
         if _whole(message.round) != self.round:
             line = f"answers round {_shown(message.round)}, this is round {self.round}"
             raise _UnusableError("round", line)
+        # Known are messages that were kept: a client whose message was dropped may send
+        # another in the same round.
         if client in known:
             raise _UnusableError("twice", "sent a second message in this round")
         wrong = misfit(message.trained, self.start, self.plans, self.strategy.any_rank)

@@ -106,6 +106,7 @@ def client_update(
     loss = loss_of(strategy, local.loss_fn)
     rule = rule_of(strategy, state, local.inner)
     given = local.learning_rate
+    # A schedule runs over rounds: local steps of a round are alike on all clients.
     rate = given(state.round) if callable(given) else given
 
     def step(
@@ -115,13 +116,18 @@ def client_update(
         batch = jax.tree.map(lambda array: jnp.asarray(array)[rows], data)
         grads = jax.grad(loss)(trained, state, *batch)
         updates, opt_state = rule.update(grads, opt_state, trained)
+        # A schedule may give a float32 array, which would widen an update of 16 bits.
         updates = jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates)
         after = optax.apply_updates(trained, updates), opt_state
         if own_steps is not None:
+            # Steps past a client's own are computed and left out: under vmap all clients
+            # are one program, which has the steps that all rows would give.
             live = index < own_steps
             after = jax.tree.map(lambda a, b: jnp.where(live, a, b), after, carry)
         return after, None
 
+    # Client and round are words of the key: a client that is asked again sees another
+    # order, and its order does not depend on who else is asked.
     words = jnp.stack([jnp.asarray(w, jnp.uint32) for w in (client, state.round)])
     own = folded(key_data(key), words[:, None])[0]
     order = reshuffled(own, rows, count, steps, local.batch_size)

@@ -141,6 +141,7 @@ def is_full(compression: Compression, *, round: Array | int, key: KeyLike) -> Ar
     first = jnp.asarray(round) == 0
     if compression.name != "marina":
         return first & (compression.name == "ef21")
+    # No client in this key: all throw one coin, and all send everything or none does.
     own = _key(key, "coin", round)
     return first | (jax.random.uniform(own) < compression.probability)
 
@@ -188,6 +189,8 @@ def compress(
         return _rand_k(grads, compression.share, client, round, key), memory
     missing = jax.tree.map(lambda grad, known: grad - known, grads, memory)
     if compression.name == "marina":
+        # MARINA's next difference is to this gradient itself, EF21's to what the server
+        # knows of it, the sum of all that was sent.
         return _rand_k(missing, compression.share, client, round, key), grads
     leaves, treedef = paths.flatten(missing)
     sent = {path: _top_k(leaf, compression.share) for path, leaf in leaves.items()}
@@ -283,6 +286,7 @@ def dense(sparse: Sparse, shape: tuple[int, ...]) -> Array:
 
 def _top_k(leaf: Array, share: float) -> Sparse:
     flat = leaf.ravel()
+    # Rounded up: a leaf of few numbers sends one at least.
     _, indices = jax.lax.top_k(jnp.abs(flat), math.ceil(share * flat.size))
     return Sparse(flat[indices], indices.astype(jnp.int32))
 
@@ -296,6 +300,7 @@ def _rand_k(
     def one(path: str, leaf: Array) -> Sparse:
         flat = leaf.ravel()
         count = math.ceil(share * flat.size)
+        # Clients choose apart from one another, so that their errors average out.
         own = jax.random.fold_in(_key(key, path, round), client)
         with jax.threefry_partitionable(True):
             indices = jax.random.permutation(own, flat.size)[:count]

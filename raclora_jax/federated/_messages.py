@@ -65,6 +65,8 @@ class Message:
     client: Any
     round: Any
     count: Any
+    # Text is no array: as part of the treedef it goes through jit and vmap, and messages
+    # of two runs do not stack.
     stamp: str = dataclasses.field(metadata={"static": True})
 
 

@@ -58,6 +58,9 @@ def truncated(
     Returns:
       ``(factor, sketch)``, the singular values split evenly between them.
     """
+    # With K clients: trained (..., n, K rank) and drawn (..., m, K rank), clients
+    # outermost in the last axis, as in scale. A product (..., m, n) is never formed. Old
+    # and new pair are lifted with the same scaling, which is left out.
     trained, drawn = _columns(factors, plan), _columns(sketches, plan)
     scale = jnp.repeat(weights.astype(trained.dtype), plan.rank)
     q_drawn, r_drawn = jnp.linalg.qr(drawn * scale)

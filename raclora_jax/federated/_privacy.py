@@ -67,6 +67,8 @@ def private_mean(moved: Trained, privacy: Privacy, round: Array | int) -> PyTree
     leaves = jax.tree.leaves(moved)
     start = jax.tree.map(lambda leaf: leaf[0], moved)
     mean, _ = mechanism.update(moved, mechanism.init(start), start)
+    # optax divides by the clients that answered. How many did may tell of one of them,
+    # and the noise does not cover that.
     share = leaves[0].shape[0] / privacy.take
     return optax.tree.scale(share, mean)
 
@@ -106,6 +108,7 @@ def epsilon(privacy: Privacy, *, clients: int, rounds: int, delta: float) -> flo
 
     neighbours = dp_accounting.NeighboringRelation.REPLACE_ONE
     accountant = rdp.RdpAccountant(neighboring_relation=neighbours)
+    # The accountant's multiplier is in units of the sensitivity, 2 clip; ours of clip.
     noise = dp_accounting.GaussianDpEvent(privacy.noise_multiplier / 2)
     event = dp_accounting.SampledWithoutReplacementDpEvent(clients, privacy.take, noise)
     accountant.compose(event, rounds)

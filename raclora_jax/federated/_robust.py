@@ -72,6 +72,8 @@ class Robust:
         kept = (place >= ends) & (place < number - ends)
 
         def ordered(array: Array) -> Array:
+            # Who takes no part is sorted behind the others, and then put to 0: a weight
+            # of 0 would make NaN of an infinity.
             last = jnp.where(_column(taking, array), array, jnp.inf)
             return jnp.where(_column(kept, array), jnp.sort(last, axis=0), 0)
 

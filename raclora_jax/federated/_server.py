@@ -127,13 +127,16 @@ def server_step(
         )
     if tx is not None and step.trained is not None:
         start = start_of(strategy, state)
+        # Start less mean stands for a gradient: a rule such as SGD goes against it.
         away = jax.tree.map(lambda s, m: s - jnp.asarray(m), start, step.trained)
         rule = rule_of(strategy, state, tx)
         updates, opt_state = rule.update(away, opt_state, start)
         moved = optax.apply_updates(start, updates)
+        # What goes down is where the rule arrived: who replays has no rule and no state.
         step = Step(moved, step.residual, step.round, step.stamp)
     after = _moved(strategy, state, step)
     if tx is not None and strategy.rounds_per_link is not None:
+        # Made whether it is used or not: inside jit nobody knows if the link is new.
         fresh = reset_moments(
             opt_state, rule_of(strategy, state, tx), start_of(strategy, after)
         )

@@ -93,6 +93,7 @@ def stamp_of(strategy: Strategy, params: PyTree) -> str:
     plans = plan_tree(strategy.spec, params).values()
     facts = [strategy.name, strategy.rounds_per_link]
     leaves = [(p.path, p.mode, p.shape, p.dtype, p.adapted and p.stamp) for p in plans]
+    # Not hash(): Python salts that of text anew in every process.
     text = json.dumps([facts, leaves])
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -189,6 +190,8 @@ def _with_residual(strategy: Strategy, state: State, added: Arrays) -> PyTree:
         plan, weight = plans[path], leaves[path]
         exact = jnp.asarray(weight, plan.wide_dtype) + spread(delta, plan)
         key = leaf_key(state.chain.key_data, "residual", path)
+        # By round and not by link: a strategy with a residual never ends one, and would
+        # round by the same draws for ever.
         key = jax.random.fold_in(key, state.round)
         settled = rounding.settle(exact, plan.dtype, strategy.spec.rounding, key)
         leaves[path] = settled.astype(plan.dtype)

@@ -228,6 +228,8 @@ def _pair_spec(spec: Spec | int) -> Spec:
 
 def mean_rule(plans: Plans, stacked: Trained, weights: Array) -> tuple[Trained, Arrays]:
     def mean(array: Array) -> Array:
+        # weights (clients,), array (clients, ...). By default a TPU multiplies in
+        # bfloat16, and factors would come back with 8 bits.
         dims = (((0,), (0,)), ((), ()))
         return lax.dot_general(
             weights.astype(array.dtype), array, dims, precision=lax.Precision.HIGHEST

@@ -62,6 +62,8 @@ def value_and_grad(
         if isinstance(optimizer, nnx.Optimizer):
             opt_state, wrt = nnx.as_pure(optimizer.opt_state), optimizer.wrt
         tree, restore = part_as_tree(model, wrt)
+        # What else the loss changes (statistics, counts of keys) comes out as aux:
+        # written to the module inside the trace, it would be tracers.
         loss = _of_tree(loss_fn, has_aux, restore, wrt, args, kwargs)
         grad_fn = gradient.value_and_grad(loss, spec, has_aux=True)
         (value, (aux, rest)), grads = grad_fn(tree, opt_state)

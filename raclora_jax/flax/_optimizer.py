@@ -73,6 +73,7 @@ class Optimizer(nnx.Optimizer[Any]):
         params = nnx.as_pure(nnx.state(model, self.wrt))
         opt_state = nnx.as_pure(self.opt_state)
         given = (_as_params(grads, params), opt_state, params)
+        # Not super().update, which ends in optax.apply_updates: that cannot add a Factor.
         updates, new_state = self.tx.update(*given, **nnx.as_pure(kwargs))
         nnx.update(model, apply.apply_updates(params, updates))
         self.advance(new_state)

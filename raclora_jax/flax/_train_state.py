@@ -78,6 +78,7 @@ class TrainState(train_state.TrainState):
         overwrites = isinstance(grads, Mapping) and OVERWRITE_WITH_GRADIENT in grads
         if overwrites:
             given, params = grads["params"], params["params"]
+        # Flax's own method ends in optax.apply_updates, which cannot add a Factor.
         updates, opt_state = self.tx.update(given, self.opt_state, params)
         params = apply.apply_updates(params, updates)
         if overwrites:

@@ -9,6 +9,11 @@ their state in a low-rank basis. The library's own ``raclora`` stands beside the
 
 A method of your own is ``pair_method`` of ``Pieces``, or ``from_transform`` of an optax
 transformation.
+
+Read in this order: ``_method`` (the five functions), ``_pieces`` and ``_pair`` (how a
+method of pairs is put together; ``_pair_state`` is its state), ``_plain`` (the shortest
+methods), ``_projected`` (those that form the gradient). Every other file is one method;
+``_algebra`` is what several share.
 """
 
 from raclora_jax.methods._allora import allora

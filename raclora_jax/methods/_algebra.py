@@ -45,6 +45,7 @@ def sylvester(left: Array, right: Array, known: Array) -> Array:
     ours, left_basis = jnp.linalg.eigh(left)
     theirs, right_basis = jnp.linalg.eigh(right)
     inside = product(product(transposed(left_basis), known), right_basis)
+    # Of Gram matrices: a sum is zero only where both factors have lost a direction.
     inside = inside / (ours[..., :, None] + theirs[..., None, :])
     return product(product(left_basis, inside), transposed(right_basis))
 

@@ -89,6 +89,7 @@ def _sides(plan: LeafPlan) -> tuple[str, str]:
 def _speed(plan: LeafPlan, inputs: Array, outputs: Array, eta: float) -> Array:
     """What each output counts, laid out as the factor that has the outputs."""
     columns = matrix(outputs, plan)
+    # columns (batch..., r, out); rounding may leave a square below zero.
     squares = jnp.sum(columns * product(gram(matrix(inputs, plan)), columns), axis=-2)
     norms = jnp.sqrt(jnp.maximum(squares, 0))
     stack = len(plan.batch)

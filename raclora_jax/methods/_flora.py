@@ -133,6 +133,7 @@ def flora(
             return state.momentum | carried
 
         begins = (state.count > 0) & (state.count % spec.resample_every == 0)
+        # Projections are not stored: the last ones are drawn again where they are needed.
         kept = lax.cond(begins, transported, lambda: state.momentum)
         momenta, updates = {}, jax.tree.map(jnp.zeros_like, leaves)
         for path, direction in directions.items():
@@ -163,6 +164,7 @@ def flora(
 
 def _adafactor() -> optax.GradientTransformation:
     return optax.chain(
+        # optax factors sides from 128 on only: smaller leaves would hold full moments.
         optax.scale_by_factored_rms(decay_rate=0.99, min_dim_size_to_factor=2),
         optax.clip_by_block_rms(1.0),
     )

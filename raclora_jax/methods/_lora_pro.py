@@ -120,6 +120,8 @@ def _update(
     """Adam on the equivalent gradient, and its direction taken back to the factors."""
     drawn, zero = matrix(pair["drawn"], plan), matrix(pair["zero"], plan)
     of_drawn, of_zero = _outright(plan, gradients, pair)
+    # drawn, of_drawn (batch..., r, n); zero, of_zero (batch..., r, m); the equivalent
+    # gradient, its moments and even (batch..., n, m).
     equivalent = product(transposed(of_drawn), zero) + product(transposed(drawn), of_zero)
     equivalent = plan.scaling * equivalent
     count = optax.safe_increment(state["count"])

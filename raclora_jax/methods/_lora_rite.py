@@ -87,10 +87,13 @@ def _one(
     gradient: Array, other: Array, state: PyTree, count: Array
 ) -> tuple[Array, PyTree]:
     """The direction of one factor; rows of rank, where the paper has columns."""
+    # gradient (..., r, n), other (..., r, m): basis is (..., m, r), upper and turn are
+    # (..., r, r). pinv, since upper is zero as long as the other factor is.
     basis, upper = jnp.linalg.qr(transposed(other))
     inverse = jnp.linalg.pinv(upper)
     plain = product(transposed(inverse), gradient)
     turn = product(transposed(basis), state["basis"])
+    # Both are 0 in the first step, so that the zeros of a new basis do not count.
     b1, b2 = (b * (1 - b ** (count - 1)) / (1 - b**count) for b in (_B1, _B2))
     second = product(product(turn, state["second"]), transposed(turn))
     fresh = product(plain, transposed(plain)) / plain.shape[-1]

@@ -82,6 +82,7 @@ def from_transform(
         return DenseState(optax.apply_updates(state.params, updates), opt_state), loss
 
     def optimizer_bytes(params: PyTree) -> int:
+        # By shapes, so that a model too large for this machine has its bytes told too.
         return nbytes(moments(jax.eval_shape(tx.init, params)))
 
     return Method(init, step, lambda state: state.params, trained, optimizer_bytes)

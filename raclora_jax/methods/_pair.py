@@ -155,6 +155,7 @@ class _PairMethod:
         return pair["drawn"], pair["zero"]
 
     def next_link(self, state: PairState) -> PairState:
+        # Dense changes go on beside the base with their moments: only pairs are merged.
         still = state._replace(dense=jax.tree.map(jnp.zeros_like, state.dense))
         base = self.params(still)
         pairs = self.begin(base, state.count // self.spec.resample_every)
@@ -179,6 +180,7 @@ class _PairMethod:
         rate = rate_at(self.learning_rate, state.count)
         moved = jax.tree.map(lambda u: -rate * u, directions)
         after = self.settled(plans, state.holding(optax.apply_updates(trained, moved)))
+        # A gradient of zero does not keep a leaf at rest: Adam's moments still move it.
         after = where(live, after, trained)
         count = optax.safe_increment(state.count)
         state = state._replace(inner=inner, subset=chosen, count=count)
@@ -199,6 +201,7 @@ class _PairMethod:
     ) -> Array:
         """The loss of what is trained; the change stays beside the weight if it can."""
         now = state.holding(trained)
+        # Such a rule (DoRA's norm) needs the changed weight whole, so it is formed.
         if self.pieces.weight is not None:
             return loss_fn(self.params(now), *args)
         seen = {path: self.beside(plans[path], pair) for path, pair in now.pairs.items()}
@@ -281,6 +284,7 @@ class _PairMethod:
         groups = self.groups(jax.eval_shape(self.init, params))
         sizes = sorted(map(size, of_pairs(groups).values()), reverse=True)
         if self.pieces.subset is not None:
+            # A run alone knows which leaves are live: the largest, so never too few.
             sizes = sizes[: self.pieces.subset.size(len(sizes))]
         return size(groups["dense"]) + sum(sizes)
 

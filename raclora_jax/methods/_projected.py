@@ -100,6 +100,7 @@ def projected_method(
         plans = basis_plans(spec, grads)
         leaves, treedef = paths.flatten(grads)
         begins = state.count % spec.resample_every == 0
+        # A branch and not a select: an SVD of every leaf is for the first step of a link.
         state = lax.cond(begins, lambda: renewed(leaves, state, plans), lambda: state)
         coordinates = {
             path: seen_in(state.basis, leaves[path], plan)
@@ -159,6 +160,7 @@ def seen_in(basis: dict[str, Array], dense: Array, plan: LeafPlan) -> Array:
     """What the inner rule is given of a leaf: its coordinates, or the whole of it."""
     if not plan.adapted:
         return dense.astype(plan.wide_dtype)
+    # Scaling once, on the way back: the step is scaling P inner(P^T G).
     return project_leaf(dense, basis[plan.path], dataclasses.replace(plan, scaling=1.0))
 
 

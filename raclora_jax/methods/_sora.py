@@ -83,5 +83,6 @@ def _gate(plan: LeafPlan, weight: Array, key: Array) -> Pair:
 
 def _gated(plan: LeafPlan, pair: Pair) -> tuple[Array, Array]:
     gate, zero = pair["gate"], pair["zero"]
+    # gate (batch..., r) beside zero (batch..., r, kept...).
     gate = gate.reshape(*gate.shape, *(1,) * (zero.ndim - gate.ndim))
     return pair["drawn"], gate * zero

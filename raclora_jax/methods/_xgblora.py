@@ -93,6 +93,7 @@ def xgblora(
     ) -> tuple[Array, PyTree]:
         del gradients
         own = jax.random.fold_in(leaf_key(data, "boosters", ""), count // each)
+        # Exactly so many each time; a coin for each leaf would be so many in the mean.
         return jax.random.permutation(own, len(pairs)) < leaves, state
 
     subset = Subset(size, init, drawn)

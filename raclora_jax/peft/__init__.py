@@ -4,6 +4,12 @@ A change of the weights is an ``Adapter``: of one link (``of_link``), of several
 (``summed``), or the best of a rank for what a whole chain did (``best``).
 ``save_adapter`` and ``save_model`` write it, or the merged weights, for the rest of the
 world to load.
+
+Read in this order: ``_targets`` (which parameter of a PyTorch model a leaf is, and how
+its axes lie there), ``_pairs`` (what an adapter is), ``_write`` and ``_read``, with
+``_format`` and ``_config`` for PEFT's names. ``_models`` is whole models, ``_best`` the
+truncation, ``_families`` and ``_ties`` what models of the hub have of their own.
+``_files``, ``_folder`` and ``_patterns`` know of no model.
 """
 
 from raclora_jax.peft._best import Kept, best

@@ -114,6 +114,8 @@ def _best_pair(
 ) -> tuple[Pair, Kept]:
     order = (*plan.batch, *plan.rows, *plan.cols)
     sides = plan.size_of(plan.rows), plan.size_of(plan.cols)
+    # matrices (batch..., in, out); left (batch..., in, size), values (batch..., size),
+    # right (batch..., size, out). One rank for the whole stack, as its pair is one array.
     matrices = jnp.transpose(change, order).reshape(*plan.batch_shape, *sides)
     most, tried = min(sides), rank or 1
     total = float(jnp.sum(matrices**2))
@@ -126,6 +128,7 @@ def _best_pair(
         share = held / total if total else np.ones_like(held)
         if energy is None or share[-1] >= energy or size == most:
             break
+        # Doubled: all tries together cost about twice the last one.
         tried *= 2
     if energy is not None:
         size = min(int(np.searchsorted(share, energy)) + 1, size)
@@ -137,6 +140,7 @@ def _best_pair(
         up.reshape(*batch, size, *(shape[axis] for axis in plan.cols)),
         len(batch),
     )
+    # Measured on the pair itself: values from a random range are below the true ones.
     lost = float(jnp.sum((matrices - jnp.matmul(down.mT, up)) ** 2))
     lost = lost / total if total else 0.0
     return pair, Kept(size, 1 - lost, math.sqrt(lost))

@@ -43,6 +43,7 @@ class _Type(NamedTuple):
     default: Any = None
 
 
+# By type and not by isinstance: Python's True is an int.
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 < value < 2**31
 
@@ -129,6 +130,7 @@ class Config:
             raise ValueError(f"{self.file} has no peft_type, expected 'LORA'")
         for name, kind in _TYPES.items():
             value = self._stated.get(name)
+            # null stands for the default, but not in r and lora_alpha, ints in PEFT.
             optional = name not in self._stated or type(kind.default) is not int
             if not ((value is None and optional) or kind.fits(value)):
                 raise ValueError(
@@ -232,6 +234,7 @@ class Config:
 
 
 def _ends(name: str, names: Iterable[str]) -> bool:
+    # With the dots: proj is no end of q_proj.
     return any(f".{name}".endswith(f".{one}") for one in names)
 
 

@@ -84,6 +84,7 @@ class Tensors(Mapping[str, np.ndarray]):
         if not isinstance(stated, dict):
             raise ValueError(f"{index} has no weight_map from names to files")
         for name, file in stated.items():
+            # An index is somebody else's file: a path in it could lead out of the folder.
             if not (isinstance(file, str) and file and pathlib.Path(file).name == file):
                 raise ValueError(
                     f"{index}: the file of {name} is {file!r}, expected the name of one "
@@ -137,6 +138,7 @@ def _header(file: pathlib.Path) -> dict[str, _Place]:
         raise ValueError(
             f"{file} is no whole safetensors file ({error}); fetch it again"
         ) from error
+    # 8 bytes of size, JSON of that size, arrays: offsets count from the end of the JSON.
     with file.open("rb") as opened:
         size = int.from_bytes(opened.read(8), "little")
         stated = json.loads(opened.read(size))

@@ -27,10 +27,12 @@ def new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     partial.parent.mkdir(parents=True, exist_ok=True)
     with _locked(folder, partial):
         try:
+            # What a killed run left. The folder itself stays: it is what is locked.
             for left in partial.iterdir():
                 _remove(left)
             yield partial
             _flush(partial)
+            # Again: a rename takes the place of an empty folder without a word on POSIX.
             _check_free(folder)
             partial.rename(folder)
             _sync(folder.parent)

@@ -89,6 +89,7 @@ def of_link(
         if plan.adapted:
             one = _side_in_use(plan, sketches[path])
             sketch = formed(in_link(sketches[path], one), one)
+            # Scaling goes into the factor, since a Pair has none.
             factor = one.scaling * in_link(values[path], one)
             sides = (sketch, factor) if one.side == "left" else (factor, sketch)
             pairs[path] = Pair(*sides, len(one.batch))
@@ -216,6 +217,7 @@ def delta(pair: Pair, plan: LeafPlan) -> Array:
         jnp.asarray(side, plan.wide_dtype).reshape(*plan.batch_shape, pair.rank, -1)
         for side in (pair.down, pair.up)
     )
+    # down (batch..., rank, in), up (batch..., rank, out).
     product = jnp.matmul(down.mT, up, precision=jax.lax.Precision.HIGHEST)
     order = (*plan.batch, *plan.rows, *plan.cols)
     apart = product.reshape([plan.shape[axis] for axis in order])

@@ -15,6 +15,7 @@ Places = int
 Part = Callable[["_Text", Places], Places]
 
 _MOST_STEPS = 20_000  # of one match; expressions in use take some hundreds
+# A level is four calls of Python deep in reading, which allows some 1,000 in all.
 _MOST_DEEP = 50
 
 

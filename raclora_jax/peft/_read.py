@@ -143,6 +143,7 @@ class _Reader:
         sides = []
         for number, axes in enumerate((view.rows, view.cols)):
             sizes = view.sizes(axes)
+            # One array for the stack: modules of less rank, or without a pair, get zeros.
             side = np.zeros((len(found), rank, math.prod(sizes)), np.float32)
             for index, one in enumerate(found):
                 if one is not None:
@@ -259,6 +260,7 @@ class _Reader:
         read = self._both(path, module, target.kind)
         if read is None:
             return None
+        # As PyTorch has a linear layer: down (rank, in), up (out, rank).
         down, up = read
         rank = len(down)
         if target.kind == "conv" and down.ndim > 2 and up.ndim == down.ndim:
@@ -313,6 +315,8 @@ class _Reader:
                 f"{read[0].shape} and {read[1].shape}, expected {expected[0]} and "
                 f"{expected[1]} for {experts} experts"
             )
+        # read[0] (experts x rank, in), read[1] (out, rank x experts): the experts are the
+        # slow part of one axis and the fast part of the other.
         down = read[0].reshape(experts, rank, *rows)
         up = read[1].reshape(-1, rank, experts).transpose(2, 1, 0)
         up = self._scaled(up.reshape(experts, rank, *cols), target.name, rank)

@@ -225,6 +225,7 @@ def torch_shapes(view: View, target: Target) -> dict[str, tuple[int, ...]]:
         case "linear":
             shape: tuple[int, ...] = (outputs, inputs)
         case "conv":
+            # (*window, in, out) in JAX, (out, in, *window) in PyTorch.
             *window, channels = sides[0]
             shape = (outputs, channels, *window)
         case _:

@@ -48,6 +48,8 @@ def shared(tensors: Mapping[str, np.ndarray], target: Target) -> dict[str, np.nd
     whole = PREFIX + target.name
     found: dict[str, np.ndarray] = {}
     if down in tensors:
+        # The head is the embedding transposed, so factors trade places: of A (rank,
+        # words) and B (width, rank) come the head's A (rank, width) and B (words, rank).
         first, second = keys(head_of(target), "linear")
         found |= {first: tensors[up].T, second: tensors[down].T}
     if whole in tensors:

@@ -127,6 +127,7 @@ def save_adapter(
         save(folder / f"{FILE}.safetensors", tensors)
         (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         own = {path: _told(names[path]) for path in found}
+        # Inside: where it fails, the folder is gone before it gets its name.
         _compare(adapter, load_adapter(folder, params, spec, own))
     return pathlib.Path(directory)
 
@@ -230,6 +231,7 @@ def _config(
     rank = counts.most_common(1)[0][0] if counts else 1
     others = {module: own for module, own in ranks.items() if own != rank}
     return {
+        # Each alpha is its rank: alpha / r is 1, since our scaling is in the factors.
         "alpha_pattern": others,
         "bias": "none",
         "fan_in_fan_out": transposed,

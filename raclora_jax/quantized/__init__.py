@@ -10,6 +10,9 @@ The error is held in 8 bits, in units of the largest of its block, and brought t
 drawing a neighbour, so that what it cannot hold is right on average. It is read once a
 link and by no step: between merges it may lie in the memory of the host.
 
+Read in this order: ``_codes`` (one leaf: its codes, and its error in codes), ``_merge``
+(a tree, from ``quantize`` over ``next_link`` to ``exact_params``).
+
 References:
   Seide et al., `1-Bit Stochastic Gradient Descent
   <https://doi.org/10.21437/Interspeech.2014-274>`_, 2014, for error feedback; Dettmers

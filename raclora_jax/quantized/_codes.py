@@ -46,6 +46,7 @@ def coded(error: Array, counts: tuple[int, ...], key: Array | None) -> qwix.QArr
     sizes = zip(error.shape, counts, strict=True)
     blocks = error.reshape([n for size, count in sizes for n in (count, size // count)])
     largest = jnp.max(jnp.abs(blocks), range(1, blocks.ndim, 2), keepdims=True)
+    # A block without error would have the scale 0, and 0 / 0 is NaN.
     scale = jnp.maximum(largest / LARGEST, jnp.finfo(error.dtype).tiny)
     units = blocks / scale
     codes = jnp.round(units) if key is None else rounding.integers(units, key)
@@ -60,6 +61,8 @@ def wide(leaf: qwix.QArray) -> Array:
 
 def empty(plan: LeafPlan, qtype: str, block: int | None) -> qwix.QArray:
     """What a leaf is to look like: the type, and the shape and dtype of the scales."""
+    # Without blocks one scale a column; a block lies along the last axis of the rows, and
+    # every place on their other axes has scales of its own.
     counts = [1 if axis in plan.rows else size for axis, size in enumerate(plan.shape)]
     if block is not None:
         for axis in plan.rows[:-1]:

@@ -175,6 +175,7 @@ def merge(
         if not is_quantised(old):
             return settled(plan, exact, chain, spec)
         key = leaf_key(chain.key_data, "quantised error", plan.path)
+        # By link: the same draws in every merge would add up to a bias.
         key = jax.random.fold_in(key, chain.link)
         exact += qwix.dequantize(errors[plan.path])
         new, new_errors[plan.path] = requantised(exact, old, key)

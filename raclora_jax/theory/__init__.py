@@ -5,6 +5,11 @@ A rate is a frozen object of plain numbers, with the ``largest_step`` that it al
 ``Mvr``, ``Marina``, ``Ef21``, ``FedRacLora``, ``Orthogonal`` and ``BlockPl``.
 ``lambdas``, ``smoothness`` and ``lazy_check`` measure what they need. ``certify`` looks
 at a run link by link, and ``report`` says what broke.
+
+Read in this order: ``_descent`` (the inequality that carries every rate), then
+``_variance_reduced``, ``_compressed``, ``_local`` and ``_steps``, a family of rates each;
+``_lambda``, ``_smoothness`` and ``_lazy`` measure; ``_captured`` is what ``_certificate``
+judges and ``_report`` shows. ``_numbers`` has the range of every constant.
 """
 
 from raclora_jax.theory._captured import Captured, captured, captured_by_probe, probe

@@ -100,6 +100,7 @@ def captured(grads: PyTree, sketches: PyTree, spec: Spec | int) -> Captured:
             none = total == 0
             total = jnp.where(none, 1, total)
             part = held / plan.scaling**2 / total
+            # A gradient of zero says nothing of its sketch: at lambda its excess is zero.
             share[path] = jnp.where(none, plan.lam, part)
             spread = _variance(dense / jnp.sqrt(total), by_path[path], plan)
             variance[path] = spread + _rounding(plan)
@@ -227,6 +228,8 @@ def _variance(unit: Array, sketch: Array, plan: LeafPlan) -> Array:
     whole = jnp.sum(gram**2, axis=tuple(range(stack, gram.ndim)))
     own = jnp.sum(weights**2, axis=middle)
     even = jnp.sum(weights, axis=middle) ** 2 / d
+    # P = S^T S is a projector: |P|^2 = tr P = r. So r - a is the sum of squares off its
+    # diagonal, where it has d (d - 1) places.
     diagonal = jnp.sum(formed(sketch, plan) ** 2, axis=stack)
     a = jnp.sum(diagonal**2, axis=middle)
     apart = 2 * (r - a) / (d * (d - 1)) * (whole - own)

@@ -172,6 +172,7 @@ def _summed(
         more = jnp.where(known[path], share - seen.lam[path], 0)
         spread = jnp.where(known[path], seen.variance[path], 0)
         if previous is None:
+            # A first link that is not finite adds no variance: z is then 0 and not 0 / 0.
             tiny = jnp.finfo(spread.dtype).tiny
             excess[path], variance[path] = more, jnp.maximum(spread, tiny)
         else:

@@ -55,6 +55,7 @@ class Marina(Corrected):
 
         With ``spread = (1 - refresh) compression / (refresh clients)``.
         """
+        # Clients are compressed apart: their mean has 1 / clients of the variance.
         sent = (1 - self.refresh) * self.compression
         return self._step_for(sent / (self.refresh * self.clients))
 
@@ -104,6 +105,8 @@ class Ef21(Corrected):
 
         With ``beta = (1 - contraction) / theta``, ``theta = 1 - sqrt(1 - contraction)``.
         """
+        # Young's inequality with s = 1 / sqrt(1 - a) - 1: theta is
+        # 1 - (1 - a)(1 + s), and beta is (1 - a)(1 + 1 / s).
         beta = (1 - self.contraction) / self._theta
         return self._step_for(beta / self._theta)
 

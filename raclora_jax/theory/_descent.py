@@ -267,4 +267,5 @@ class SgdPl(Sgd):
 
 
 def _contraction(gamma: float, mu: float, lam: float) -> float:
+    # Below zero by rounding alone: gamma <= 1 / L, mu <= L and lam <= 1.
     return max(0.0, 1 - gamma * mu * lam)

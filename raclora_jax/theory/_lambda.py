@@ -197,6 +197,7 @@ def estimate_lambda(
 def _projector(sketch: Array) -> Array:
     """The orthogonal projector on the rows, (dim, dim)."""
     exact = jax.lax.Precision.HIGHEST
+    # A law of one's own may draw dependent rows, whose Gram matrix has no inverse.
     inverse = jnp.linalg.pinv(
         jnp.matmul(sketch, sketch.T, precision=exact), hermitian=True
     )

@@ -39,6 +39,8 @@ def ntk_rank(outputs: int) -> int:
       <https://arxiv.org/abs/2402.11867>`_, 2024; the condition as its summary states it.
     """
     check_count(outputs=outputs)
+    # r of r (r + 1) / 2 = outputs, rounded down, and one more. In integers, since a
+    # float's root is off for large counts.
     return (math.isqrt(8 * outputs + 1) - 1) // 2 + 1
 
 
@@ -115,6 +117,7 @@ def lazy_check(
     def outputs(params: PyTree) -> PyTree:
         return fn(params, *args)
 
+    # jax.jvp takes no tangent of another dtype than its primal's.
     tangent = jax.tree.map(lambda W, D: jnp.asarray(D, jnp.result_type(W)), params, delta)
     before, linear = jax.jvp(outputs, (params,), (tangent,))
     after = outputs(jax.tree.map(jnp.add, params, tangent))

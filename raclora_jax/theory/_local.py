@@ -96,4 +96,6 @@ class FedRacLora(Rate):
     def _drift(self, eta: float) -> float:
         """c, below 0.74 for every step that is allowed."""
         check_step(eta, self.largest_step, "eta")
+        # After k steps a client has drifted by (1 + L eta)^k - 1 at most, which is below
+        # (e - 1) L eta k for L eta E <= 1; k is (E - 1) / 2 in the mean.
         return ((math.e - 1) / 2 * self.smoothness * eta * (self.local_steps - 1)) ** 2

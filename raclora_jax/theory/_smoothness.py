@@ -62,6 +62,7 @@ def smoothness(
             )
         word = leaf_key(data, "smoothness", path)
         start[path] = jax.random.normal(word, jnp.shape(leaf), widened(dtype))
+    # Wide: the norm that is returned would have two or three digits in bfloat16.
     wide = paths.unflatten(
         treedef, {p: jnp.asarray(leaf, start[p].dtype) for p, leaf in leaves.items()}
     )
@@ -72,6 +73,7 @@ def smoothness(
 
         def step(_: int, found: tuple[PyTree, Array]) -> tuple[PyTree, Array]:
             vector = _unit(found[0])[0]
+            # Forward over reverse: reverse over reverse would keep a tape of the tape.
             product = jax.jvp(slope, (wide,), (vector,))[1]
             return product, _unit(product)[1]
 
