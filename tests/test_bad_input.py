@@ -51,7 +51,7 @@ def factor(*shape):
         ({"rank": "2"}, ["Spec", "rank", "an int", "'2'", "rank=8"]),
         ({"rank": None}, ["Spec", "rank", "an int", "None"]),
         ({"rank": np.ones(2, int)}, ["Spec", "rank", "an int", "rank=8"]),
-        ({"sketch": "gauss"}, ["sketch", "'gauss'", "'gaussian'", "'orthonormal'"]),
+        ({"sketch": "gauss"}, ["sketch", "'gauss'", "'gaussian_raw'", "'orthonormal'"]),
         ({"side": "up"}, ["side", "'up'", "'left'", "'auto'"]),
         ({"rounding": "even"}, ["rounding", "'even'", "'stochastic'", "'master'"]),
         ({"rest": "lowrank"}, ["rest", "'lowrank'", "'dense'", "'frozen'"]),

@@ -145,7 +145,10 @@ def broken_runs(law, form):
                     lambda s: jnp.pad(s, ((0, 0), (0, ROWS // 2))), small
                 )
             whole = which != RUNS.index("half")
-            S = jax.tree.map(lambda s, t: jnp.where(whole, s, t), S, small)
+            # The picks of half the rows are read as picks of all.
+            both = zip(jax.tree.leaves(S), jax.tree.leaves(small), strict=True)
+            chosen = [jnp.where(whole, s, t) for s, t in both]
+            S = jax.tree.unflatten(jax.tree.structure(S), chosen)
             G = jax.grad(loss)(W)
             factors = rl.project(G, S, spec)
             seen = (

@@ -15,6 +15,7 @@ from raclora_jax._core.factor import check_factor, is_factor
 from raclora_jax._core.keys import key_data, leaf_key
 from raclora_jax._core.lowrank import formed
 from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.sides import is_drawn
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import KeyLike, Leaf, PyTree
 from raclora_jax._forms.gradient import grad
@@ -77,7 +78,7 @@ def captured(grads: PyTree, sketches: PyTree, spec: Spec | int) -> Captured:
     spec = as_spec(spec)
     plans = projector_plans(grads, spec)
     leaves, treedef = paths.flatten(grads)
-    drawn, _ = paths.flatten(sketches)
+    drawn, _ = paths.flatten(sketches, is_leaf=is_drawn)
     peaks = {path: jnp.max(jnp.abs(leaf)) for path, leaf in leaves.items()}
     safe = {path: jnp.where(peak == 0, 1, peak) for path, peak in peaks.items()}
     # Of size 1 at most, so that squares of squares stay in range.
