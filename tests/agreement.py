@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import warnings
 
@@ -11,15 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 import raclora_jax as rl
-
-# Most of the time here would go into compiling well what runs for microseconds.
-jit = functools.partial(
-    jax.jit,
-    compiler_options={
-        "xla_backend_optimization_level": 0,
-        "xla_cpu_parallel_codegen_split_count": 1,
-    },
-)
 
 KEY = 3
 SIDES = ("left", "right")

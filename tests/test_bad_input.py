@@ -12,20 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import refuses
 
 import raclora_jax as rl
 
 PARAMS = {"body": {"kernel": jnp.ones((9, 7))}, "bias": jnp.ones(7)}
 LOW = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
-
-
-def refuses(call, *pieces):
-    """``call`` raises ValueError or TypeError, with every piece in the message."""
-    with pytest.raises((ValueError, TypeError)) as caught:
-        call()
-    message = str(caught.value)
-    missing = [piece for piece in pieces if piece not in message]
-    assert not missing, f"{missing} not in {message!r}"
 
 
 def params_with(**leaves):

@@ -12,7 +12,6 @@ import raclora_jax as rl
 from raclora_jax import theory
 
 LAWS = ("orthonormal", "rademacher", "coordinate", "block")
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 DRAWS = 1500
 VIEWS = {
     "left": ((12, 5), rl.Spec(4, side="left")),
@@ -43,7 +42,7 @@ def test_shares_have_the_mean_and_the_variance_that_is_said(law, view):
         dense = theory.captured(G, S, spec)
         return S, dense, theory.captured_by_probe(factor, probe, G, spec)
 
-    run = jax.jit(jax.vmap(one), compiler_options=FAST_COMPILE)
+    run = jax.jit(jax.vmap(one))
     S, dense, probed = run(jnp.arange(DRAWS))
     explicit = reference.explicit(S, plan)
     matrices = np.asarray(G, np.float64).reshape(-1, *shape[-2:])
@@ -173,7 +172,7 @@ def broken_runs(law, form):
         _, rest = lax.scan(step, carry, jnp.arange(1, LINKS))
         return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), first, rest)
 
-    run = jax.jit(jax.vmap(one), compiler_options=FAST_COMPILE)
+    run = jax.jit(jax.vmap(one))
     return jax.tree.map(np.asarray, run(jnp.arange(len(RUNS))))
 
 

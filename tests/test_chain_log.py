@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_same_bits
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import raclora_jax as rl
@@ -37,7 +38,7 @@ def trained(factors, link):
     )
 
 
-def run(folder, spec, base, key=3, links=LINKS):
+def logged_chain(folder, spec, base, key=3, links=LINKS):
     log, (factors, chain) = ChainLog(folder), rl.init_adapter(base, spec, key=key)
     all_weights = [base]
     for link in range(links):
@@ -47,16 +48,10 @@ def run(folder, spec, base, key=3, links=LINKS):
     return log, all_weights
 
 
-def assert_same_bits(got, want):
-    for path, weight in want.items():
-        assert got[path].dtype == weight.dtype
-        assert np.asarray(got[path]).tobytes() == np.asarray(weight).tobytes()
-
-
 @pytest.mark.parametrize("name", SPECS)
 def test_rebuilds_bit_by_bit(name, tmp_path):
     dtype, spec = SPECS[name]
-    _, weights = run(tmp_path, spec, base_of(dtype))
+    _, weights = logged_chain(tmp_path, spec, base_of(dtype))
     assert not np.array_equal(weights[0]["kernel"], weights[-1]["kernel"])
     log = ChainLog(tmp_path)
     assert log.links() == list(range(LINKS))
@@ -66,7 +61,7 @@ def test_rebuilds_bit_by_bit(name, tmp_path):
 
 def test_a_log_that_begins_later(tmp_path):
     """Records of the first links are not needed where the weights after them are."""
-    log, weights = run(tmp_path, rl.Spec(2), base_of())
+    log, weights = logged_chain(tmp_path, rl.Spec(2), base_of())
     for link in (0, 1):
         (tmp_path / f"link-{link:08d}").unlink()
     assert_same_bits(log.rebuild(weights[2]), weights[-1])
@@ -78,19 +73,19 @@ def test_sharded_weights(tmp_path):
     home = NamedSharding(mesh, PartitionSpec(None, "d"))
     base = base_of()
     spread = base | {"kernel": jax.device_put(base["kernel"], home)}
-    log, weights = run(tmp_path, rl.Spec(2), spread)
+    log, weights = logged_chain(tmp_path, rl.Spec(2), spread)
     assert_same_bits(log.rebuild(spread), weights[-1])
 
 
 def test_a_run_set_back_writes_the_same_again(tmp_path):
-    _, weights = run(tmp_path, rl.Spec(2), base_of())
-    log, again = run(tmp_path, rl.Spec(2), base_of(), links=2)
+    _, weights = logged_chain(tmp_path, rl.Spec(2), base_of())
+    log, again = logged_chain(tmp_path, rl.Spec(2), base_of(), links=2)
     assert_same_bits(again[2], weights[2])
     assert_same_bits(log.rebuild(base_of()), weights[-1])
     with pytest.raises(
         ValueError, match=r"link-00000000 is there already and holds other"
     ):
-        run(tmp_path, rl.Spec(2), base_of(), key=4)
+        logged_chain(tmp_path, rl.Spec(2), base_of(), key=4)
     assert_same_bits(log.rebuild(base_of()), weights[-1])
 
 
@@ -100,7 +95,7 @@ def harmed(folder, link, change):
 
 
 def test_a_cut_record_is_refused_by_name(tmp_path):
-    log, weights = run(tmp_path, rl.Spec(2), base_of())
+    log, weights = logged_chain(tmp_path, rl.Spec(2), base_of())
     for change in (
         lambda raw: raw[:-3],
         lambda raw: raw[:20],
@@ -123,8 +118,8 @@ def test_a_cut_record_is_refused_by_name(tmp_path):
 
 
 def test_a_foreign_record_is_refused_by_name(tmp_path):
-    mine, _ = run(tmp_path / "mine", rl.Spec(2), base_of())
-    run(tmp_path / "yours", rl.Spec(2), base_of(seed=1))
+    mine, _ = logged_chain(tmp_path / "mine", rl.Spec(2), base_of())
+    logged_chain(tmp_path / "yours", rl.Spec(2), base_of(seed=1))
     foreign = (tmp_path / "yours" / "link-00000001").read_bytes()
     harmed(tmp_path / "mine", 1, lambda raw: foreign)
     with pytest.raises(
@@ -151,7 +146,7 @@ def test_a_record_under_another_name_is_refused(tmp_path):
 
 
 def test_a_killed_write_leaves_nothing_that_counts(tmp_path):
-    log, weights = run(tmp_path, rl.Spec(2), base_of(), links=2)
+    log, weights = logged_chain(tmp_path, rl.Spec(2), base_of(), links=2)
     (tmp_path / ".link-00000002.partial").write_bytes(b"half")
     assert log.links() == [0, 1]
     assert_same_bits(log.rebuild(base_of()), weights[2])
@@ -159,7 +154,7 @@ def test_a_killed_write_leaves_nothing_that_counts(tmp_path):
 
 def test_links_that_are_not_there_are_asked_for(tmp_path):
     """A log that lost its newest records says so to whoever knows how many there were."""
-    log, weights = run(tmp_path, rl.Spec(2), base_of(), links=3)
+    log, weights = logged_chain(tmp_path, rl.Spec(2), base_of(), links=3)
     with pytest.raises(
         FileNotFoundError, match=r"3 records, links 0 to 2, and 5 were asked for"
     ):
@@ -236,7 +231,7 @@ def test_partial_files_are_of_one_writer_and_do_not_stay(tmp_path, monkeypatch):
 def test_the_umask_is_kept(tmp_path):
     before = os.umask(0o077)
     try:
-        run(tmp_path / "log", rl.Spec(2), base_of(), links=1)
+        logged_chain(tmp_path / "log", rl.Spec(2), base_of(), links=1)
     finally:
         os.umask(before)
     file = tmp_path / "log" / "link-00000000"
@@ -244,7 +239,7 @@ def test_the_umask_is_kept(tmp_path):
 
 
 def test_a_folder_in_place_of_a_record(tmp_path):
-    log, _ = run(tmp_path, rl.Spec(2), base_of(), links=2)
+    log, _ = logged_chain(tmp_path, rl.Spec(2), base_of(), links=2)
     (tmp_path / "link-00000001").unlink()
     (tmp_path / "link-00000001").mkdir()
     with pytest.raises(ValueError, match=r"link-00000001 is no whole record.*directory"):

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from helpers import repeat
 
 import raclora_jax as rl
 from raclora_jax import federated as fed
@@ -321,7 +322,7 @@ def test_ffa_is_one_endless_link():
 @pytest.mark.parametrize(
     ("name", "sketch"),
     [
-        ("raclora", "orthonormal"),
+        repeat("raclora", "orthonormal"),
         ("raclora", "block"),
         ("fedavg", "block"),
         ("fedit", "orthonormal"),
@@ -363,7 +364,7 @@ def test_vmap_shard_map_and_a_loop_agree(name, sketch):
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [
-        ("raclora", np.float32),
+        repeat("raclora", np.float32),
         ("raclora", jnp.bfloat16),
         ("two rounds a link", jnp.bfloat16),
         ("ffa_lora", jnp.bfloat16),

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from field import QUICK
+from helpers import refuses
 
 import raclora_jax as rl
 from raclora_jax import methods
@@ -284,15 +285,6 @@ def test_adam_nearly_cancels_allora():
 # What is refused
 
 
-def refuses(call, *words):
-    with pytest.raises((ValueError, TypeError)) as raised:
-        call()
-    message = str(raised.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
-
-
 NARROW = {"narrow": jax.ShapeDtypeStruct((9, 2), "float32")}
 LEFT = rl.Spec(3, side="left")
 BAD_ARGUMENTS = {
@@ -400,12 +392,12 @@ BAD_LEAVES = {
 @pytest.mark.parametrize("case", BAD_ARGUMENTS)
 def test_bad_arguments(case):
     call, words = BAD_ARGUMENTS[case]
-    refuses(call, *words)
+    assert "\n" not in refuses(call, *words)
 
 
 @pytest.mark.parametrize("case", BAD_LEAVES)
 def test_bad_leaves(case):
     """Before any compute: shapes are enough to refuse them."""
     method, given, words = BAD_LEAVES[case]
-    refuses(lambda: jax.eval_shape(method.init, given), *words)
-    refuses(lambda: method.trained(given), *words)
+    assert "\n" not in refuses(lambda: jax.eval_shape(method.init, given), *words)
+    assert "\n" not in refuses(lambda: method.trained(given), *words)

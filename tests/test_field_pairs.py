@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 from field import QUICK
+from helpers import with_repeats
 
 import raclora_jax as rl
 from raclora_jax import methods
@@ -87,11 +88,7 @@ FORMS = {
 }
 
 
-SLOW = {"lora_fa", "dora", "sora", "allora"}
-CASES = [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in FORMS]
-
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", with_repeats(FORMS, "lora_fa", "dora", "sora", "allora"))
 def test_a_stack_with_groups_of_axes_is_its_matrices(name):
     """Two steps on a leaf (2, 7, 3, 2) are those on two leaves (7, 6)."""
     x, y = kernel(1, (9, 7)), kernel(2, (9, 6))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import states_of
 from reference import Adam
 
 import raclora_jax as rl
@@ -37,13 +38,8 @@ def golore(rate, spec, **options):
     return methods.golore(rate, spec, random_from=0, key=4, **options)
 
 
-def run(method, steps, params=PARAMS):
-    state, step = method.init(params), jax.jit(lambda s: method.step(s, loss_fn, X, Y))
-    states = [state]
-    for _ in range(steps):
-        state, _ = step(state)
-        states.append(state)
-    return states
+def history(method, steps, params=PARAMS):
+    return states_of(method, params, loss_fn, X, Y, steps=steps)
 
 
 def grads_of(params):
@@ -68,7 +64,7 @@ def test_galore_is_adam_on_the_leading_directions():
     method = methods.galore(rate, spec(alpha=2 * scaling))
     params = {name: np.asarray(leaf, np.float64) for name, leaf in PARAMS.items()}
     adams = {name: Adam(0.9, 0.999, 1e-8) for name in params}
-    for step, state in enumerate(run(method, 7)[1:]):
+    for step, state in enumerate(history(method, 7)[1:]):
         grads = grads_of(params)
         if step % EVERY == 0:
             P = leading(grads["kernel"], 2)
@@ -84,7 +80,7 @@ def test_galore_is_adam_on_the_leading_directions():
 
 
 def test_the_basis_holds_the_energy_of_the_top_and_lives_its_steps():
-    states = run(methods.galore(0.05, spec(3)), 7)
+    states = history(methods.galore(0.05, spec(3)), 7)
     bases = [np.asarray(s.opt_state[0].basis["kernel"], np.float64) for s in states]
     for index in range(2, 7):
         same = np.array_equal(bases[index], bases[index + 1])
@@ -94,7 +90,7 @@ def test_the_basis_holds_the_energy_of_the_top_and_lives_its_steps():
     energy = np.sum((gradient @ bases[1].T) ** 2)
     np.testing.assert_allclose(energy, np.sum(values[:3] ** 2), rtol=1e-5)
     # A random frame holds 3 / 5 of it in the mean, and never as much.
-    random = run(golore(0.05, spec(3)), 1)[1].opt_state[0].basis["kernel"]
+    random = history(golore(0.05, spec(3)), 1)[1].opt_state[0].basis["kernel"]
     assert np.sum((gradient @ np.asarray(random).T) ** 2) < 0.99 * energy
 
 
@@ -112,9 +108,9 @@ def test_the_smaller_side_is_projected(shape, side):
 
 def test_every_direction_with_plain_descent_is_plain_descent():
     """X has rank 4, and so has the gradient: five leading rows of seven hold it."""
-    full = run(methods.full(0.3, inner=SGD), 7)[-1].params
+    full = history(methods.full(0.3, inner=SGD), 7)[-1].params
     wide, less = (
-        run(methods.galore(0.3, spec(rank, side="left"), inner=SGD), 7)[-1].params
+        history(methods.galore(0.3, spec(rank, side="left"), inner=SGD), 7)[-1].params
         for rank in (5, 2)
     )
     np.testing.assert_allclose(wide["kernel"], full["kernel"], atol=2e-6)
@@ -141,9 +137,9 @@ def test_a_basis_of_the_smaller_side_loses_nothing(law):
 def test_a_spec_of_that_rank_is_plain_descent_itself():
     params = {**PARAMS, "other": jnp.ones((4, 3))}
     given = rl.Spec(5, rules=[rl.Rule("other", rank=2)])
-    full = run(methods.full(0.3, inner=SGD), 5)[-1].params
+    full = history(methods.full(0.3, inner=SGD), 5)[-1].params
     for method in (methods.galore(0.3, given, inner=SGD), golore(0.3, given, inner=SGD)):
-        kernel = run(method, 5, params)[-1].params["kernel"]
+        kernel = history(method, 5, params)[-1].params["kernel"]
         np.testing.assert_allclose(kernel, full["kernel"], atol=1e-6)
 
 
@@ -198,7 +194,7 @@ def test_galore_stalls_under_noise_where_golore_does_not(seed):
 
 
 def test_golore_draws_orthonormal_frames_from_its_step_on():
-    states = run(methods.golore(0.05, spec(), random_from=4, key=2), 9)
+    states = history(methods.golore(0.05, spec(), random_from=4, key=2), 9)
     bases = [np.asarray(s.opt_state[0].basis["kernel"], np.float64) for s in states]
     for basis in bases[1:]:
         np.testing.assert_allclose(basis @ basis.T, np.eye(2), atol=1e-6)
@@ -212,12 +208,12 @@ def test_golore_draws_orthonormal_frames_from_its_step_on():
     assert is_top(bases[4], grads_of(states[3].params)["kernel"])
     assert not is_top(bases[7], grads_of(states[6].params)["kernel"])
     assert np.linalg.norm(top @ bases[7].T) > 0
-    other = run(methods.golore(0.05, spec(), random_from=4, key=3), 9)
+    other = history(methods.golore(0.05, spec(), random_from=4, key=3), 9)
     assert np.any(other[7].opt_state[0].basis["kernel"] != bases[7])
 
 
 def test_golore_carries_the_first_moment_into_the_new_frame():
-    states = run(golore(0.05, spec()), EVERY + 1)
+    states = history(golore(0.05, spec()), EVERY + 1)
     before, after = states[EVERY].opt_state[0], states[EVERY + 1].opt_state[0]
     old, new = (np.asarray(s.basis["kernel"], np.float64) for s in (before, after))
     gradient = grads_of(states[EVERY].params)["kernel"] @ new.T  # (rows, rank)
@@ -259,7 +255,7 @@ def by_hand(rate, steps, *, inside):
 
 def test_flora_reads_with_the_old_projection_and_writes_with_the_new():
     method = methods.flora(0.3, spec(), inner=SGD, key=5)
-    kernels = np.array([state.params["kernel"] for state in run(method, 8)[1:]])
+    kernels = np.array([state.params["kernel"] for state in history(method, 8)[1:]])
     right = by_hand(0.3, 8, inside=lambda link: link - 1)
     wrong = by_hand(0.3, 8, inside=lambda link: link)
     np.testing.assert_allclose(kernels, right, atol=2e-6)
@@ -292,8 +288,9 @@ def test_a_new_projection_lengthens_the_momentum():
 
 def test_flora_without_compression_is_momentum():
     """With no momentum A drops out: b A^T M + (1 - b) G is G."""
-    plain = run(methods.flora(0.3, spec(), inner=SGD, momentum=0.0, key=1), 5)[-1].params
-    full = run(methods.full(0.3, inner=SGD), 5)[-1].params
+    flora = methods.flora(0.3, spec(), inner=SGD, momentum=0.0, key=1)
+    plain = history(flora, 5)[-1].params
+    full = history(methods.full(0.3, inner=SGD), 5)[-1].params
     np.testing.assert_allclose(plain["kernel"], full["kernel"], atol=1e-6)
 
 
@@ -305,7 +302,7 @@ def test_flora_sees_a_factored_second_moment():
         optax.scale(-0.3),
     )
     params, opt_state = PARAMS, tx.init(PARAMS)
-    for state in run(method, 3)[1:]:
+    for state in history(method, 3)[1:]:
         updates, opt_state = tx.update(jax.grad(loss_fn)(params, X, Y), opt_state, params)
         params = optax.apply_updates(params, updates)
         np.testing.assert_allclose(state.params["kernel"], params["kernel"], atol=2e-6)
@@ -337,9 +334,9 @@ MAKERS = {
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 def test_frozen_leaves_stay_and_dense_ones_move(make):
-    rest = run(make(0.05, spec(rest="frozen")), 4)[-1].params
+    rest = history(make(0.05, spec(rest="frozen")), 4)[-1].params
     np.testing.assert_array_equal(rest["bias"], PARAMS["bias"])
-    dense = run(make(0.05, spec()), 4)[-1].params
+    dense = history(make(0.05, spec()), 4)[-1].params
     assert np.any(dense["bias"] != PARAMS["bias"])
     assert np.any(rest["kernel"] != PARAMS["kernel"])
 

@@ -2,13 +2,13 @@
 
 import json
 import re
-import sys
 
 import jax
-import killed
 import numpy as np
+import programs
 import pytest
 from flax import nnx
+from programs import ended, launch, rows_of
 
 from raclora_jax import flax as rl_flax
 from raclora_jax import peft
@@ -76,11 +76,6 @@ def table(tmp_path_factory):
     return root
 
 
-def run(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["finetune_glue.py", *map(str, words)])
-    finetune_glue.main()
-
-
 def asked(folder, table, out, **changed):
     settings = {
         "model": folder,
@@ -96,21 +91,7 @@ def asked(folder, table, out, **changed):
         "learning_rate": 0.02,
         "out": out,
     } | changed
-    words = [
-        word
-        for name, value in settings.items()
-        if value is not None
-        for word in (f"--{name.replace('_', '-')}", value)
-    ]
-    return words
-
-
-def rows_of(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def timeless(rows):
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    return programs.options(settings)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +99,7 @@ def whole(folder, table, tmp_path_factory):
     """A run from start to end."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     with pytest.MonkeyPatch.context() as patch:
-        run(patch, *asked(folder, table, out))
+        launch(patch, finetune_glue, *asked(folder, table, out))
     return out
 
 
@@ -152,39 +133,30 @@ def test_the_written_model_is_the_best_one(whole, folder, table):
     assert problem.judge(problem.params)["dev_metric"] == pytest.approx(best)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        "raclora",
-        pytest.param("raclora-orthogonal", marks=pytest.mark.slow),
-        pytest.param("lora", marks=pytest.mark.slow),
-        pytest.param("full", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["raclora", "raclora-orthogonal", "lora", "full"])
 def test_a_stopped_run_goes_on(folder, table, tmp_path, monkeypatch, capsys, method):
     """Interrupted between two checkpoints, it ends with the numbers of the whole run."""
     settings = {"method": method, "steps": 40, "eval_every": 10, "learning_rate": 0.005}
     straight, broken = tmp_path / "straight", tmp_path / "broken"
-    run(monkeypatch, *asked(folder, table, straight, **settings))
+    launch(monkeypatch, finetune_glue, *asked(folder, table, straight, **settings))
 
     words = asked(folder, table, broken, **settings)
     with monkeypatch.context() as patch:
-        killed.press_ctrl_c(patch, finetune_glue.Problem, 26)
-        with pytest.raises(SystemExit) as stopped:
-            run(patch, *words)
-    assert stopped.value.code == 130
+        programs.press_ctrl_c(patch, finetune_glue.Problem, 26)
+        assert ended(patch, finetune_glue, *words) == 130
     assert "stopped and saved at step 26; go on with" in capsys.readouterr().err
-    run(monkeypatch, *asked(folder, table, broken, **settings), "--resume")
-    assert timeless(rows_of(broken)) == timeless(rows_of(straight))
+    launch(monkeypatch, finetune_glue, *words, "--resume")
+    assert rows_of(broken) == rows_of(straight)
 
 
 @pytest.mark.slow
 def test_a_killed_run_ends_as_an_unbroken_one(folder, table, tmp_path):
     """SIGKILL in the midst of steps, of evaluations or of a checkpoint's writing."""
     words = asked(folder, table, None, steps=48, eval_every=4)
-    killed.finished("finetune_glue.py", words, tmp_path / "whole")
-    killed.finished("finetune_glue.py", words, tmp_path / "broken", kills=(1, 2, 7))
-    killed.assert_same_run(tmp_path / "whole", tmp_path / "broken")
+    programs.finished("finetune_glue.py", words, tmp_path / "whole")
+    programs.finished("finetune_glue.py", words, tmp_path / "broken", kills=(1, 2, 7))
+    programs.assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_pairs_and_numbers(folder, table, tmp_path, monkeypatch):
@@ -201,12 +173,12 @@ def test_pairs_and_numbers(folder, table, tmp_path, monkeypatch):
         steps=150,
         eval_every=50,
     )
-    run(monkeypatch, *words, "--regression")
+    launch(monkeypatch, finetune_glue, *words, "--regression")
     assert rows_of(tmp_path / "out")[-1]["dev_metric"] > 0.9
 
 
 def test_dry_run_says_what_it_costs(folder, table, monkeypatch, capsys):
-    run(monkeypatch, *asked(folder, table, None), "--dry-run")
+    launch(monkeypatch, finetune_glue, *asked(folder, table, None), "--dry-run")
     assert "peak of a compiled step" in capsys.readouterr().out
 
 
@@ -236,10 +208,8 @@ def test_bad_input(folder, table, tmp_path, monkeypatch, capsys, name):
     (tmp_path / "decoder").mkdir()
     (tmp_path / "decoder" / "config.json").write_text('{"model_type": "llama"}')
     words = [w for w in asked(folder, table, tmp_path / "out", **changed) if w != ""]
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, *words)
+    assert ended(monkeypatch, finetune_glue, *words) == 2
     said = capsys.readouterr().err
-    assert stopped.value.code == 2
     assert len(said.splitlines()) == 1
     assert re.search(match, said)
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
@@ -264,8 +234,8 @@ def test_tables_are_read_whole_or_not(folder, table, tmp_path, monkeypatch, caps
     for name, (text, match) in cases.items():
         file = tmp_path / f"{name.replace(' ', '_')}{'' if '.' in name else '.tsv'}"
         file.write_text(text)
-        with pytest.raises(SystemExit):
-            run(monkeypatch, *asked(folder, table, tmp_path / "out", dev=file))
+        words = asked(folder, table, tmp_path / "out", dev=file)
+        ended(monkeypatch, finetune_glue, *words)
         assert match in capsys.readouterr().err
 
 
@@ -297,7 +267,7 @@ def test_a_law_without_projectors(folder, table, tmp_path, monkeypatch):
         '[[rules]]\npath = ".*(embedding|bias|scale)"\nmode = "frozen"\n'
     )
     out = tmp_path / "out"
-    run(monkeypatch, *asked(folder, table, out, spec=spec, steps=20))
+    launch(monkeypatch, finetune_glue, *asked(folder, table, out, spec=spec, steps=20))
     assert "captured" not in rows_of(out)[0]
     assert not (out / "captured_share_per_link.png").exists()
 
@@ -310,10 +280,9 @@ def test_an_export_that_was_cut_off_is_done_again(folder, table, tmp_path, monke
             raise OSError("no space left")
 
         patch.setattr(finetune_glue, "_say_labels", full)
-        with pytest.raises(SystemExit):
-            run(monkeypatch, *words)
+        ended(patch, finetune_glue, *words)
     assert not (tmp_path / "out" / "model").exists()
-    run(monkeypatch, *words, "--resume")
+    launch(monkeypatch, finetune_glue, *words, "--resume")
     config = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert config["id2label"] == {"0": "bad", "1": "good"}
 
@@ -324,8 +293,8 @@ def test_a_run_is_never_written_over(folder, table, whole, monkeypatch, capsys):
         ([], "exists; name another"),
         (["--resume"], "batch 16 and not 8"),
     ):
-        with pytest.raises(SystemExit):
-            run(monkeypatch, *asked(folder, table, whole, batch=8), *words)
+        other = asked(folder, table, whole, batch=8)
+        ended(monkeypatch, finetune_glue, *other, *words)
         assert match in capsys.readouterr().err
     assert (whole / "metrics.jsonl").read_bytes() == before
 

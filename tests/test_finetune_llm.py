@@ -4,14 +4,14 @@ import json
 import re
 import shlex
 import struct
-import sys
 
 import jax
 import jax.numpy as jnp
-import killed
 import numpy as np
+import programs
 import pytest
 from decoders import SIZES
+from programs import ended, launch, rows_of
 from safetensors.numpy import load_file
 
 texts = pytest.importorskip("finetuning.texts")  # of the examples beside the tests
@@ -199,11 +199,6 @@ def table(tmp_path_factory):
     return root
 
 
-def run(monkeypatch, program, *words):
-    monkeypatch.setattr(sys, "argv", ["finetune_llm.py", *map(str, words)])
-    program.main()
-
-
 def asked(folder, table, out, **changed):
     settings = {
         "model": folder,
@@ -217,23 +212,12 @@ def asked(folder, table, out, **changed):
         "learning_rate": 0.03,
         "out": out,
     } | changed
-    return [
-        word
-        for name, value in settings.items()
-        if value is not None
-        for word in (f"--{name.replace('_', '-')}", value)
-    ]
-
-
-def rows_of(out):
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
+    return programs.options(settings)
 
 
 @pytest.mark.parametrize("words", [[], ["--bf16", "--remat"]])
 def test_a_run_learns(program, folder, table, tmp_path, monkeypatch, words):
-    run(monkeypatch, program, *asked(folder, table, tmp_path / "out"), *words)
+    launch(monkeypatch, program, *asked(folder, table, tmp_path / "out"), *words)
     losses = [row["dev_loss"] for row in rows_of(tmp_path / "out")]
     assert losses[-1] < 0.8 * losses[1]
     assert (tmp_path / "out" / "model" / "config.json").exists()
@@ -242,32 +226,25 @@ def test_a_run_learns(program, folder, table, tmp_path, monkeypatch, words):
 
 def test_lora_is_qwix_beside_the_weights(program, folder, table, tmp_path, monkeypatch):
     words = asked(folder, table, tmp_path / "out", method="lora", learning_rate=0.03)
-    run(monkeypatch, program, *words)
+    launch(monkeypatch, program, *words)
     losses = [row["dev_loss"] for row in rows_of(tmp_path / "out")]
     assert losses[-1] < 0.8 * losses[0]
-
-
-def ended(monkeypatch, program, *words):
-    """The exit code of a run that does not come to its end."""
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, program, *words)
-    return stopped.value.code
 
 
 def test_a_stopped_run_goes_on(program, folder, table, tmp_path, monkeypatch, capsys):
     """By the very command that it says, with the numbers of an unbroken run."""
     settings = {"steps": 40, "eval_every": 10}
-    run(monkeypatch, program, *asked(folder, table, tmp_path / "whole", **settings))
+    launch(monkeypatch, program, *asked(folder, table, tmp_path / "whole", **settings))
     words = asked(folder, table, tmp_path / "bro ken", **settings)
     with monkeypatch.context() as patch:
-        killed.press_ctrl_c(patch, program.Problem, 26)
+        programs.press_ctrl_c(patch, program.Problem, 26)
         assert ended(patch, program, *words) == 130
     assert not (tmp_path / "bro ken" / "model").exists()
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-2] == "stopped and saved at step 26; go on with"
     _, name, *command = shlex.split(said[-1])
     assert (name, command[-1]) == ("finetune_llm.py", "--resume")
-    run(monkeypatch, program, *command)
+    launch(monkeypatch, program, *command)
     assert rows_of(tmp_path / "bro ken") == rows_of(tmp_path / "whole")
 
 
@@ -276,10 +253,10 @@ def test_a_finished_run_is_made_longer(
 ):
     """The cosine is that of the new length from there on; fewer steps are refused."""
     out = tmp_path / "out"
-    run(monkeypatch, program, *asked(folder, table, out, steps=20, eval_every=10))
+    launch(monkeypatch, program, *asked(folder, table, out, steps=20, eval_every=10))
     old = load_file(out / "model" / "model.safetensors")
     longer = asked(folder, table, out, steps=40, eval_every=10)
-    run(monkeypatch, program, *longer, "--resume")
+    launch(monkeypatch, program, *longer, "--resume")
     rates = {row["step"]: row.get("learning_rate") for row in rows_of(out)}
     cosine = {
         steps: 0.03 * (1 + np.cos(np.pi * (step - steps / 10) / (0.9 * steps))) / 2
@@ -310,11 +287,11 @@ def test_a_rate_is_searched(program, folder, table, tmp_path, monkeypatch, capsy
         folder, table, out, steps=20, eval_every=20, method="full", learning_rate="search"
     )
     with monkeypatch.context() as patch:
-        killed.press_ctrl_c(patch, program.Problem, 3)  # in the second short run
+        programs.press_ctrl_c(patch, program.Problem, 3)  # in the second short run
         assert ended(patch, program, *words) == 130
     assert "stopped in the search" in capsys.readouterr().err
     first = (out / "search.jsonl").read_text()
-    run(monkeypatch, program, *words, "--resume")
+    launch(monkeypatch, program, *words, "--resume")
     assert (out / "search.jsonl").read_text().startswith(first)
     tried = [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
     best = min(tried, key=lambda row: row["dev_loss"])["learning_rate"]
@@ -340,7 +317,7 @@ def test_what_it_comes_to_is_said_first(program, folder, table, tmp_path, monkey
     words = asked(
         folder, table, out, steps=20, eval_every=10, learning_rate=None, rank=None
     )
-    run(monkeypatch, program, *words)
+    launch(monkeypatch, program, *words)
     first, *_, last = rows_of(out)
     assert first.keys() == {"step", "dev_loss"}
     both = f"{first['dev_loss']:.4f} before, {last['dev_loss']:.4f} after"
@@ -359,9 +336,9 @@ def test_what_it_comes_to_is_said_first(program, folder, table, tmp_path, monkey
 def test_a_killed_run_ends_as_an_unbroken_one(program, folder, table, tmp_path):
     """SIGKILL in the midst of steps, of evaluations or of a checkpoint's writing."""
     words = asked(folder, table, None, steps=48, eval_every=4)
-    killed.finished("finetune_llm.py", words, tmp_path / "whole")
-    killed.finished("finetune_llm.py", words, tmp_path / "broken", kills=(1, 2, 7))
-    killed.assert_same_run(tmp_path / "whole", tmp_path / "broken")
+    programs.finished("finetune_llm.py", words, tmp_path / "whole")
+    programs.finished("finetune_llm.py", words, tmp_path / "broken", kills=(1, 2, 7))
+    programs.assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -409,9 +386,8 @@ def test_help_says_every_default(program):
 )
 def test_bad_input(program, folder, table, tmp_path, monkeypatch, capsys, changed, match):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, program, *asked(folder, table, tmp_path / "out", **changed))
-    assert stopped.value.code == 2
+    words = asked(folder, table, tmp_path / "out", **changed)
+    assert ended(monkeypatch, program, *words) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1
     assert re.search(match, said[0])
@@ -421,7 +397,6 @@ def test_bad_input(program, folder, table, tmp_path, monkeypatch, capsys, change
 def test_an_unknown_architecture(program, folder, table, tmp_path, monkeypatch, capsys):
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text('{"model_type": "mamba"}')
-    with pytest.raises(SystemExit):
-        run(monkeypatch, program, *asked(tmp_path / "odd", table, tmp_path / "out"))
+    ended(monkeypatch, program, *asked(tmp_path / "odd", table, tmp_path / "out"))
     said = capsys.readouterr().err
     assert "'mamba' is not among llama, qwen3, qwen3_moe, gemma3_text" in said

@@ -2,9 +2,9 @@
 
 import pathlib
 import re
-import sys
 
 import pytest
+from programs import ended, launch
 
 pytest.importorskip("tunix")
 pytest.importorskip("tokenizers")
@@ -24,15 +24,10 @@ def small(monkeypatch):
         monkeypatch.setattr(fresh, name, lambda text=text: text)
 
 
-def run(monkeypatch, out, *words):
-    asked = ["--start-steps=30", "--steps=60", f"--out={out}", *words]
-    monkeypatch.setattr(sys, "argv", ["finetune_text.py", *asked])
-    finetune_text.main()
-
-
 def test_it_ends_with_a_lower_loss(small, tmp_path, monkeypatch, capsys):
     out = tmp_path / "text"
-    run(monkeypatch, out)
+    words = ["--start-steps=30", "--steps=60", f"--out={out}"]
+    launch(monkeypatch, finetune_text, *words)
     said = capsys.readouterr().out
     before, after = map(
         float, re.search(r"code: ([\d.]+) before, ([\d.]+) after", said).groups()
@@ -41,11 +36,9 @@ def test_it_ends_with_a_lower_loss(small, tmp_path, monkeypatch, capsys):
     for name in ("reference", "library"):
         assert (out / name / "report.html").exists()
         assert (out / name / "model" / "tokenizer.json").exists()
-    with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, out)
-    assert stopped.value.code == 2
+    assert ended(monkeypatch, finetune_text, *words) == 2
     assert re.fullmatch(r".* exists; name another .*\n", capsys.readouterr().err)
-    run(monkeypatch, out, "--resume")
+    launch(monkeypatch, finetune_text, *words, "--resume")
     assert f"code: {before:.3f} before, {after:.3f} after" in capsys.readouterr().out
 
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 from agreement import KEY, assert_same
 from cases import CASES
+from helpers import repeat, with_repeats
 from jax import lax
 
 import raclora_jax as rl
@@ -84,7 +85,7 @@ def forms(loss, tx, spec, has_aux=False):
     return jax.jit(rl.fused_step(loss, tx, has_aux=has_aux)), jax.jit(by_parts)
 
 
-def run(step, params, state, steps, *args):
+def go_on(step, params, state, steps, *args):
     for _ in range(steps):
         params, state, value = step(params, state, *args)
     return params, state, value
@@ -94,7 +95,8 @@ def both(model, tx, spec, steps, dtype=jnp.float32):
     params, args = weights(dtype), batch()
     state = tx.init(params)
     return [
-        run(step, params, state, steps, *args) for step in forms(loss_of(model), tx, spec)
+        go_on(step, params, state, steps, *args)
+        for step in forms(loss_of(model), tx, spec)
     ]
 
 
@@ -115,7 +117,7 @@ CELLS = [
 ]
 LAWS = ("block", "coordinate", "orthonormal")
 PRODUCT = [
-    pytest.param(law, side, rule, model, marks=pytest.mark.slow)
+    repeat(law, side, rule, model)
     for law in LAWS
     for side in ("left", "right", "auto")
     for rule in RULES
@@ -143,17 +145,23 @@ def test_fifty_steps_over_links(law, side, rule, model):
     assert int(fused[1].link) == 2
 
 
+ROUNDINGS = ("stochastic", "nearest", "master")
+
+
 # A rank that divides the rows moves slices of the carried leaf, where nothing decays.
 @pytest.mark.parametrize(
-    ("rule", "rank", "decay"),
+    ("rounding", "rule", "rank", "decay"),
     [
-        ("identity", 2, 0.0),
-        ("adam", 3, 0.1),
-        pytest.param("identity", 3, 0.1, marks=pytest.mark.slow),
-        pytest.param("adam", 2, 0.0, marks=pytest.mark.slow),
+        ("stochastic", "identity", 2, 0.0),
+        ("stochastic", "adam", 3, 0.1),
+        ("nearest", "identity", 2, 0.0),
+        repeat("nearest", "adam", 3, 0.1),
+        repeat("master", "identity", 2, 0.0),
+        ("master", "adam", 3, 0.1),
+        *(repeat(rounding, "identity", 3, 0.1) for rounding in ROUNDINGS),
+        *(repeat(rounding, "adam", 2, 0.0) for rounding in ROUNDINGS),
     ],
 )
-@pytest.mark.parametrize("rounding", ["stochastic", "nearest", "master"])
 def test_sixteen_bits_are_the_same_bits(rounding, rule, rank, decay):
     params, args = weights(jnp.bfloat16), batch()
     spec = rl.trace_spec(
@@ -172,15 +180,18 @@ def test_gradients_in_the_dtype_of_their_weights(model):
     to the rounding of a gradient; for float32 weights it is the same program."""
     loss, args = loss_of(model), batch()
     params = weights(jnp.bfloat16)
-    spec = rl.trace_spec(loss, params, *args, rank=3, side="right", rounding="nearest")
+    spec = rl.trace_spec(
+        loss, params, *args, rank=3, side="right", rounding="nearest", sketch="block"
+    )
     tx = rl.raclora(0.1, spec, inner=optax.identity(), key=KEY)
     wide = rl.fused_step(loss, tx)
     low = rl.fused_step(loss, tx, low_gradients=True)
     state = tx.init(params)
+    programs = [jax.jit(one).trace(params, state, *args) for one in (wide, low)]
     # By a factor's own shape: no other product gives (rank, rows).
-    products = [text(one, params, state, *args).count("f32[3,7]") for one in (wide, low)]
+    products = [str(program.jaxpr).count("f32[3,7]") for program in programs]
     assert products[0] > products[1]
-    moved = [jax.jit(one)(params, state, *args)[0] for one in (wide, low)]
+    moved = [one.lower().compile()(params, state, *args)[0] for one in programs]
     for name, start in params.items():
         one, other = (np.float32(new[name]) for new in moved)
         step = np.max(np.abs(one - np.float32(start)))
@@ -189,27 +200,26 @@ def test_gradients_in_the_dtype_of_their_weights(model):
         assert np.max(np.abs(one - other)) <= 2.0**-6 * step + ulp
     params = weights()
     tx = rl.raclora(0.1, dataclasses.replace(spec, rounding="auto"), key=KEY)
+    start = params, tx.init(params), *args
     same = [
-        text(rl.fused_step(loss, tx, low_gradients=low), params, tx.init(params), *args)
+        str(jax.make_jaxpr(rl.fused_step(loss, tx, low_gradients=low))(*start))
         for low in (False, True)
     ]
     assert same[0] == same[1]
 
 
-def text(step, *args):
-    return str(jax.make_jaxpr(step)(*args))
-
-
 def test_a_run_changes_form_in_the_middle_of_a_link():
     params, args = weights(), batch()
-    spec = rl.trace_spec(loss_of("scan"), params, *args, rank=3, resample_every=6)
+    spec = rl.trace_spec(
+        loss_of("scan"), params, *args, rank=3, resample_every=6, sketch="block"
+    )
     tx = rl.raclora(1e-2, spec, inner=RULES["orthogonal with momentum"], key=KEY)
     fused, parts = forms(loss_of("scan"), tx, spec)
     start = params, tx.init(params)
-    mixed = run(
-        parts, *run(fused, *run(parts, *start, 4, *args)[:2], 4, *args)[:2], 4, *args
-    )
-    assert_same(mixed, run(parts, *start, 12, *args), 1e-6)
+    mixed = start
+    for step in (parts, fused, parts):
+        mixed = go_on(step, *mixed[:2], 4, *args)
+    assert_same(mixed, go_on(parts, *start, 12, *args), 1e-6)
 
 
 def test_only_what_one_scan_reads_moves_in_it():
@@ -233,13 +243,7 @@ SCANNED = [
 
 
 @pytest.mark.filterwarnings("ignore:these uses of adapted leaves")
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in SCANNED else pytest.param(name, marks=pytest.mark.slow)
-        for name in CASES
-    ],
-)
+@pytest.mark.parametrize("name", with_repeats(CASES, *CASES.keys() - SCANNED))
 def test_cases(name):
     """One step of every way to use a weight, in float64."""
     with jax.enable_x64(True):
@@ -341,34 +345,40 @@ def test_whole_matrices(rule):
     fused, parts = both("remat", tx, spec, 12)
     assert_same(fused, parts, 1e-6)
     if rule == "identity":
-        dense = params
+        dense, gradient = params, jax.jit(jax.grad(loss))
         for _ in range(12):
-            grads = jax.grad(loss)(dense, *args)
+            grads = gradient(dense, *args)
             dense = jax.tree.map(lambda w, g: w - 1e-2 * g, dense, grads)
         assert_same(fused[0], dense, 1e-6)
 
 
 def test_outside_of_jit_it_says_what_two_copies_take():
-    params, args = weights(), batch()
-    spec = rl.trace_spec(loss_of("scan"), params, *args, rank=3)
-    tx = rl.raclora(1e-2, spec, key=KEY)
-    step, state = rl.fused_step(loss_of("scan"), tx), tx.init(params)
+    params, x = {"up": weights()["up"][:, :, :DIM]}, jnp.ones((4, DIM))
+
+    def loss(params, x):
+        x, _ = lax.scan(lambda x, up: (jnp.tanh(x @ up), None), x, params["up"])
+        return jnp.mean(x**2)
+
+    spec = rl.trace_spec(loss, params, x, rank=3)
+    tx = rl.raclora(1e-2, spec, inner=optax.identity(), key=KEY)
+    step, state = rl.fused_step(loss, tx), tx.init(params)
     with pytest.warns(UserWarning, match=r"0\.0 MiB more.*donate_argnums"):
-        eager = step(params, state, *args)
-    assert_same(eager, jax.jit(step)(params, state, *args), 1e-6)
+        eager = step(params, state, x)
+    assert_same(eager, jax.jit(step)(params, state, x), 1e-6)
 
 
 def test_a_clip_of_each_matrix():
     params, args = weights(), batch()
-    spec = rl.trace_spec(loss_of("scan"), params, *args, rank=3)
+    spec = rl.trace_spec(loss_of("scan"), params, *args, rank=3, sketch="block")
     largest = 0.02
     tx = rl.raclora(1.0, spec, inner=rl.clip_by_matrix_norm(largest), key=KEY)
     fused, parts = (
-        run(step, params, tx.init(params), 1, *args)
+        go_on(step, params, tx.init(params), 1, *args)
         for step in forms(loss_of("scan"), tx, spec)
     )
     assert_same(fused, parts, 1e-6)
-    grads = rl.value_and_grad(loss_of("scan"), spec)(params, tx.init(params), *args)[1]
+    grad_fn = jax.jit(rl.grad(loss_of("scan"), spec))
+    grads = grad_fn(params, tx.init(params), *args)
     for name in ("up", "down", "head"):
         factor = np.asarray(grads[name].value, np.float64)
         before = np.linalg.norm(factor, axis=(-2, -1))
@@ -391,7 +401,7 @@ def test_clips_that_are_none(norm):
 
 def test_a_loss_that_is_not_finite_changes_nothing():
     params, args = weights(jnp.bfloat16), batch()
-    spec = rl.trace_spec(loss_of("scan"), params, *args, rank=3)
+    spec = rl.trace_spec(loss_of("scan"), params, *args, rank=3, sketch="block")
 
     def loss(params, tokens, targets, size, beside):
         return loss_of("scan")(params, tokens, targets) * size + beside
@@ -409,8 +419,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
         assert_same(after._replace(skipped=state.skipped), state, 0)
 
 
-@pytest.mark.parametrize("bad", range(LAYERS))
-def test_a_gradient_that_is_not_finite_leaves_its_matrix(bad):
+def test_a_gradient_that_is_not_finite_leaves_its_matrix():
     """The cotangent of one layer is NaN: it and those below stay, those above move."""
     params, args = weights(), batch()
 
@@ -422,7 +431,7 @@ def test_a_gradient_that_is_not_finite_leaves_its_matrix(bad):
         lambda x, bad: (x, bad), lambda bad, ct: (jnp.where(bad, jnp.nan, ct), None)
     )
 
-    def loss(params, tokens, targets):
+    def loss(params, tokens, targets, bad):
         def layer(x, own):
             index, up, down = own
             x = x + jnp.tanh(x @ up) @ down.T
@@ -433,20 +442,22 @@ def test_a_gradient_that_is_not_finite_leaves_its_matrix(bad):
         return jnp.mean((x @ params["head"] + params["bias"] - targets) ** 2)
 
     del params["scale"]
-    spec = rl.trace_spec(loss, params, *args, rank=3)
+    spec = rl.trace_spec(loss, params, *args, 0, rank=3, sketch="block")
     tx = rl.raclora(1e-2, spec, weight_decay=0.1, key=KEY)
-    new, state, _ = jax.jit(rl.fused_step(loss, tx))(params, tx.init(params), *args)
-    for name in ("up", "down"):
-        same = [
-            np.array_equal(a, b) for a, b in zip(new[name], params[name], strict=True)
-        ]
-        assert same == [layer <= bad for layer in range(LAYERS)]
-        moments = np.asarray(state.inner_state.lowrank.mu[name])
-        assert [not m.any() for m in moments] == same
-    assert np.array_equal(new["embedding"], params["embedding"])
-    assert not np.array_equal(new["head"], params["head"])
-    assert int(state.skipped) == 2 * (bad + 1) + 1
-    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((new, state)))
+    step, start = jax.jit(rl.fused_step(loss, tx)), tx.init(params)
+    for bad in range(LAYERS):
+        new, state, _ = step(params, start, *args, bad)
+        for name in ("up", "down"):
+            same = [
+                np.array_equal(a, b) for a, b in zip(new[name], params[name], strict=True)
+            ]
+            assert same == [layer <= bad for layer in range(LAYERS)]
+            moments = np.asarray(state.inner_state.lowrank.mu[name])
+            assert [not m.any() for m in moments] == same
+        assert np.array_equal(new["embedding"], params["embedding"])
+        assert not np.array_equal(new["head"], params["head"])
+        assert int(state.skipped) == 2 * (bad + 1) + 1
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves((new, state)))
 
 
 # What is refused -----------------------------------------------------------------------
@@ -473,11 +484,13 @@ def test_a_rule_that_says_it_acts_on_each_matrix():
     def loss(params, *args):
         return loss_of("scan")(full | params, *args)
 
-    spec = rl.trace_spec(loss, params, *args, rank=3)
+    spec = rl.trace_spec(loss, params, *args, rank=3, sketch="block")
     rule = rl.per_matrix(unit((-2, -1)))
     tx = rl.raclora(1e-2, spec, inner=rule, key=KEY)
     state = tx.init(params)
-    fused, parts = (run(step, params, state, 5, *args) for step in forms(loss, tx, spec))
+    fused, parts = (
+        go_on(step, params, state, 5, *args) for step in forms(loss, tx, spec)
+    )
     assert_same(fused, parts, 1e-6)
 
 

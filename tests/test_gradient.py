@@ -20,7 +20,6 @@ from agreement import (
     assert_same,
     fallbacks,
     gradient,
-    jit,
     sketches,
 )
 from cases import CASES
@@ -45,7 +44,7 @@ def check(case, settings, tolerance):
             pairs.append((ours, rl.project(dense, sketches(params, spec), spec)))
         return value, pairs
 
-    (value, pairs), messages = fallbacks(jit(both), params, *args)
+    (value, pairs), messages = fallbacks(jax.jit(both), params, *args)
     tolerance = max(tolerance, case.tolerance)
     for spec, ((our_value, ours), expected) in zip(specs, pairs, strict=True):
         where = f"{spec.side}, rank {spec.rank}"
@@ -116,7 +115,7 @@ def test_case_away_from_zero(name, law):
         def both(factors):
             return [jax.value_and_grad(loss)(factors) for loss in (apart, merged)]
 
-        (ours, expected), messages = fallbacks(jit(both), factors)
+        (ours, expected), messages = fallbacks(jax.jit(both), factors)
         # The factors of this form are float32.
         assert_same(ours, expected, 1e-7, name)
         assert_reported(case, messages)

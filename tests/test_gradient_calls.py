@@ -17,13 +17,13 @@ from agreement import (
     assert_same,
     fallbacks,
     gradient,
-    jit,
     network,
     oracle,
     plain,
     squares,
 )
 from cases import CASES
+from helpers import refuses
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec
 
@@ -71,7 +71,7 @@ def test_without_jit(name):
     assert_reported(case, messages)
 
 
-@pytest.mark.parametrize("wrap", [lambda f: f, jit])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
 def test_a_warning_points_at_the_line_that_asks(wrap):
     """Under ``jit`` too, where frames of JAX are in between."""
     params, x = {"w": jnp.ones((8, 6))}, jnp.ones((3, 8))
@@ -100,13 +100,13 @@ def test_grad_is_the_second_half():
     spec = case.spec(2, "right")
     state = rl.raclora(0.1, spec, key=KEY).init(params)
     settings = {"has_aux": True}
-    (_, aux), both = jit(rl.value_and_grad(case.loss, spec, **settings))(
+    (_, aux), both = jax.jit(rl.value_and_grad(case.loss, spec, **settings))(
         params, state, *args
     )
-    grads, same_aux = jit(rl.grad(case.loss, spec, **settings))(params, state, *args)
+    grads, same_aux = jax.jit(rl.grad(case.loss, spec, **settings))(params, state, *args)
     assert_same(grads, both, 0)
     assert_same(same_aux, aux, 0)
-    only = jit(rl.grad(lambda p, x: case.loss(p, x)[0], spec))(params, state, *args)
+    only = jax.jit(rl.grad(lambda p, x: case.loss(p, x)[0], spec))(params, state, *args)
     assert_same(only, both, 1e-13)
 
 
@@ -135,7 +135,7 @@ def test_a_gradient_per_example():
     params, x, y = network()
     state = rl.raclora(0.1, spec, key=KEY).init(params)
     ours = jax.vmap(rl.value_and_grad(squares, spec), in_axes=(None, None, 0, 0))
-    value, grads = jit(ours)(params, state, x[:, None], y[:, None])
+    value, grads = jax.jit(ours)(params, state, x[:, None], y[:, None])
     mean_value, mean_grads = jax.tree.map(lambda leaf: jnp.mean(leaf, 0), (value, grads))
     assert grads["head"].value.shape[0] == len(x)
     assert_same((mean_value, mean_grads), plain(params, spec, x, y), 1e-13)
@@ -173,7 +173,7 @@ def test_inside_shard_map(how):
         out_specs=whole,
         check_vma=how != "unchecked",
     )
-    assert_same(jit(ours)(params, state, x, y), plain(params, spec, x, y), 1e-13)
+    assert_same(jax.jit(ours)(params, state, x, y), plain(params, spec, x, y), 1e-13)
 
 
 @pytest.mark.usefixtures("float64")
@@ -195,25 +195,17 @@ def test_effects_happen_as_often():
 
     params, x, y = network()
     del params["steps"]
-    jax.block_until_ready(jit(jax.value_and_grad(loss))(params, x, y))
+    jax.block_until_ready(jax.jit(jax.value_and_grad(loss))(params, x, y))
     jax.effects_barrier()
     expected, seen[:] = sorted(seen), []
     jax.block_until_ready(
-        jit(lambda *a: gradient(loss, a[0], rl.Spec(2), *a[1:]))(params, x, y)
+        jax.jit(lambda *a: gradient(loss, a[0], rl.Spec(2), *a[1:]))(params, x, y)
     )
     jax.effects_barrier()
     np.testing.assert_allclose(sorted(seen), expected, rtol=1e-6)
 
 
 # --- Bad input --------------------------------------------------------------------------
-
-
-def refuses(call, *pieces):
-    """``call`` raises ValueError or TypeError, with every piece in the message."""
-    with pytest.raises((ValueError, TypeError)) as caught:
-        call()
-    missing = [piece for piece in pieces if piece not in str(caught.value)]
-    assert not missing, f"{missing} not in {str(caught.value)!r}"
 
 
 def call_with(loss_fn=squares, spec=None, params=None, state=None, **settings):
@@ -223,7 +215,7 @@ def call_with(loss_fn=squares, spec=None, params=None, state=None, **settings):
     params = good if params is None else params
     if state is None:
         state = rl.raclora(0.1, spec, key=KEY).init(params)
-    return jit(rl.value_and_grad(loss_fn, spec, **settings))(params, state, x, y)
+    return jax.jit(rl.value_and_grad(loss_fn, spec, **settings))(params, state, x, y)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from agreement import (
     assert_same,
     fallbacks,
     gradient,
-    jit,
     network,
     plain,
     squares,
@@ -36,7 +35,7 @@ def test_the_sketch_is_that_of_the_update(cache):
     params, x, y = network()
     tx = optax.chain(optax.identity(), rl.raclora(0.1, spec, key=KEY))
 
-    @jit
+    @jax.jit
     def step(params, state):
         result = rl.value_and_grad(squares, spec)(params, state, x, y)
         updates, state = tx.update(result[1], state, params)
@@ -54,7 +53,9 @@ def test_other_sketches_and_scalings():
     head = rl.Rule("head", rank=3, alpha=1.0, side="left", sketch="rademacher")
     spec = rl.Spec(2, alpha=3.0, sketch="coordinate", rules=(*RULES, head))
     params, x, y = network()
-    ours = jit(lambda *args: gradient(squares, args[0], spec, *args[1:]))(params, x, y)
+    ours = jax.jit(lambda *args: gradient(squares, args[0], spec, *args[1:]))(
+        params, x, y
+    )
     assert_same(ours, plain(params, spec, x, y), 1e-13)
 
 
@@ -109,7 +110,8 @@ def decoder(params, tokens):
     return jnp.mean(jax.vmap(one)(tokens))
 
 
-@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("side", ["left", "right"])
 def test_three_hundred_steps_of_a_decoder(side):
     """Factor form and dense form end at the same weights, twelve links later."""
     rng = np.random.default_rng(0)
@@ -136,12 +138,12 @@ def test_three_hundred_steps_of_a_decoder(side):
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), value
 
-    def run(step):
+    def scanned(step):
         carry = params, tx.init(params)
-        return jit(lambda carry: lax.scan(step, carry, tokens))(carry)
+        return jax.jit(lambda carry: lax.scan(step, carry, tokens))(carry)
 
-    ((ours, our_state), losses), messages = fallbacks(run, factor_step)
-    (theirs, their_state), plain_losses = run(dense_step)
+    ((ours, our_state), losses), messages = fallbacks(scanned, factor_step)
+    (theirs, their_state), plain_losses = scanned(dense_step)
     assert messages == []
     assert losses[-1] < 0.5 * losses[0]
     assert int(our_state[0].count) == STEPS

@@ -52,7 +52,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def run(folder, name, mesh, *words):
+def train(folder, name, mesh, *words):
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
@@ -80,22 +80,22 @@ SPLIT = ["ici_fsdp_parallelism=4", "ici_tensor_parallelism=2"]
 
 @pytest.mark.slow
 def test_learns_on_every_mesh_and_goes_on_from_its_checkpoints(tmp_path):
-    whole, state = run(tmp_path, "whole", SPLIT, "steps=12")
+    whole, state = train(tmp_path, "whole", SPLIT, "steps=12")
     assert whole[11] < 0.6 * whole[0]
     moments = {path: spec for path, spec in state.items() if re.search("'[mn]u'", path)}
     moments = {path: spec for path, spec in moments.items() if "'lowrank'" in path}
     assert len(moments) == 2 * 9  # two moments of nine matrices
     for path, spec in moments.items():
         assert "fsdp" in spec or "tensor" in spec, path
-    alone, _ = run(
+    alone, _ = train(
         tmp_path,
         "alone",
         ["ici_data_parallelism=8", "ici_fsdp_parallelism=1"],
         "steps=12",
     )
     assert alone[11] == pytest.approx(whole[11], abs=5e-3)
-    run(tmp_path, "cut", SPLIT, "steps=8")
-    rest, _ = run(tmp_path, "cut", SPLIT, "steps=12")
+    train(tmp_path, "cut", SPLIT, "steps=8")
+    rest, _ = train(tmp_path, "cut", SPLIT, "steps=12")
     assert min(rest) == 8
     assert all(rest[step] == whole[step] for step in rest)
 
@@ -103,4 +103,4 @@ def test_learns_on_every_mesh_and_goes_on_from_its_checkpoints(tmp_path):
 @pytest.mark.slow
 def test_refuses_what_only_its_own_optimizers_do(tmp_path):
     with pytest.raises(AssertionError, match="skip_step_on_spikes belongs to MaxText"):
-        run(tmp_path, "spikes", SPLIT, "steps=2", "skip_step_on_spikes=true")
+        train(tmp_path, "spikes", SPLIT, "steps=2", "skip_step_on_spikes=true")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import states_of
 
 import raclora_jax as rl
 from raclora_jax import methods
@@ -28,13 +29,8 @@ def spec(side="left", **kwargs):
     return rl.Spec(2, side=side, alpha=3.0, resample_every=LINK, **kwargs)
 
 
-def run(method, steps):
-    state, step = method.init(PARAMS), jax.jit(lambda s: method.step(s, loss_fn, X, Y))
-    states = [state]
-    for _ in range(steps):
-        state, _ = step(state)
-        states.append(state)
-    return states
+def history(method, steps):
+    return states_of(method, PARAMS, loss_fn, X, Y, steps=steps)
 
 
 CHAINED = {"cola": methods.cola, "published": methods.published_raclora}
@@ -45,7 +41,7 @@ PAIRS = {"lora": methods.lora, "asymmetric": methods.asymmetric, **CHAINED}
 @pytest.mark.parametrize("name", PAIRS)
 def test_pair_adds_to_frozen_weights(name, side):
     method = PAIRS[name](0.05, spec(side), key=1)
-    states = run(method, 3)
+    states = history(method, 3)
     for state in (states[0], states[-1]):
         drawn, zero = np.array(state.drawn["kernel"]), np.array(state.zero["kernel"])
         pair = drawn.T @ zero if side == "left" else zero.T @ drawn
@@ -58,7 +54,7 @@ def test_pair_adds_to_frozen_weights(name, side):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_which_factors_move(side):
     for name, moves in (("lora", True), ("asymmetric", False), ("published", False)):
-        first, *_, last = run(PAIRS[name](0.05, spec(side), key=1), 3)
+        first, *_, last = history(PAIRS[name](0.05, spec(side), key=1), 3)
         moved = np.any(first.drawn["kernel"] != last.drawn["kernel"])
         assert moved == moves, name
         assert np.any(last.zero["kernel"] != 0)
@@ -68,7 +64,7 @@ def test_which_factors_move(side):
 @pytest.mark.parametrize("name", CHAINED)
 def test_a_chain_merges_and_draws_again(name):
     method = CHAINED[name](0.05, spec(), key=1)
-    states = run(method, LINK + 1)
+    states = history(method, LINK + 1)
     before, after = states[LINK], states[LINK + 1]
     merged = np.array(method.params(before)["kernel"])
     np.testing.assert_allclose(after.base["kernel"], merged, atol=1e-6)
@@ -87,13 +83,13 @@ def adam_counts(state):
 
 
 def test_cola_restarts_the_moments_of_the_pair_only():
-    last = run(methods.cola(0.05, spec(), key=1), LINK + 1)[-1]
+    last = history(methods.cola(0.05, spec(), key=1), LINK + 1)[-1]
     assert adam_counts(last) == {"zero": 1, "drawn": 1, "dense": LINK + 1}
 
 
 def test_published_is_adamw_on_a_raw_sketch_whose_moments_live_on():
     method = methods.published_raclora(0.05, spec(sketch="coordinate"), key=1)
-    states = run(method, LINK + 1)
+    states = history(method, LINK + 1)
     assert adam_counts(states[-1]) == {"zero": LINK + 1, "dense": LINK + 1}
     wide = {"kernel": jnp.zeros((4000, 4001))}
     entries = np.array(method.init(wide).drawn["kernel"])
@@ -114,7 +110,7 @@ def test_published_is_adamw_on_a_raw_sketch_whose_moments_live_on():
 
 def test_full_is_adam():
     method = methods.full(0.05)
-    last = run(method, 5)[-1]
+    last = history(method, 5)[-1]
     tx, params = optax.adam(0.05), PARAMS
     opt_state = tx.init(params)
     for _ in range(5):
@@ -125,7 +121,7 @@ def test_full_is_adam():
 
 def test_raclora_is_the_library():
     method = methods.raclora(0.05, spec(), moments="transport", key=1)
-    last = run(method, LINK + 2)[-1]
+    last = history(method, LINK + 2)[-1]
     tx = rl.raclora(0.05, spec(), moments="transport", key=1)
     params, opt_state = PARAMS, tx.init(PARAMS)
     for _ in range(LINK + 2):
@@ -175,7 +171,7 @@ def test_optimizer_bytes():
 def test_the_pair_stays_beside_the_weights(side):
     """The gradients of both factors are those of the sum, which is never formed."""
     method = methods.lora(0.05, spec(side), inner=optax.identity(), key=1)
-    before, after = run(method, 2)[1:]
+    before, after = history(method, 2)[1:]
 
     def loss(drawn, zero):
         pair = (drawn.T @ zero if side == "left" else zero.T @ drawn) * 3 / 2

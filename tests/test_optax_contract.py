@@ -19,11 +19,9 @@ import numpy as np
 import optax
 import pytest
 import reference
+from helpers import product, repeat
 
 import raclora_jax as rl
-
-# Most of the time here would go into compiling well what runs for microseconds.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 EVERY = 3
 STEPS = 2 * EVERY + 1
@@ -88,7 +86,7 @@ def trainer(tx, form="dense", spec=SPEC):
         carry = one_step(tx, form, spec, grads, carry[1], carry[0])
         return carry, carry
 
-    @jit
+    @jax.jit
     def run(params, stream, state):
         state = tx.init(params) if state is None else state
         return jax.lax.scan(step, (params, state), stream)[1]
@@ -155,7 +153,7 @@ def test_extra_args_are_accepted_and_reach_the_inner_rule(form):
     for rule, extra in ((inner, {"gain": 2.0}), (optax.scale(2.0), {})):
         tx = rl.raclora(0.1, SPEC, inner=rule, key=0)
 
-        @jit
+        @jax.jit
         def step(params, tx=tx, extra=extra):
             extra = extra | {"unknown": 1}
             return one_step(tx, form, SPEC, GRADS, tx.init(params), params, **extra)[0]
@@ -173,9 +171,9 @@ def test_compiles_once(form):
     """Not at step 2, not at a new link, not after a restore from plain arrays."""
     chex.clear_trace_counter()
     tx = rl.raclora(0.1, SPEC, weight_decay=0.1, key=0)
-    params, state = jax.tree.map(jnp.asarray, PARAMS), jit(tx.init)(PARAMS)
+    params, state = jax.tree.map(jnp.asarray, PARAMS), jax.jit(tx.init)(PARAMS)
 
-    @jit
+    @jax.jit
     @chex.assert_max_traces(n=1)
     def step(grads, state, params):
         return one_step(tx, form, SPEC, grads, state, params)
@@ -217,7 +215,7 @@ def test_compiles_once_without_jit(injected):
 def test_inject_hyperparams_equals_plain(form, key):
     """Rate and decay traced, the key an array: the same run, and rates can be set."""
     tx = optax.inject_hyperparams(rl.raclora)(9.0, SPEC, weight_decay=0.2, key=key)
-    state = jit(tx.init)(PARAMS)
+    state = jax.jit(tx.init)(PARAMS)
     assert {"learning_rate", "weight_decay", "key"} <= state.hyperparams.keys()
     # Set by hand what was 9.
     state.hyperparams["learning_rate"] = jnp.asarray(0.1, jnp.float32)
@@ -248,8 +246,10 @@ INNERS = {
 }
 
 
-@pytest.mark.parametrize("inner", INNERS)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("form", "inner"),
+    product(FORMS, INNERS, repeats=[("dense", "injected"), ("factor", "masked")]),
+)
 def test_rules_around_the_inner_rule_change_nothing(form, inner):
     plain = rl.raclora(0.1, SPEC, inner=optax.scale_by_adam(b1=0.5), key=2)
     around = rl.raclora(0.1, SPEC, inner=INNERS[inner], key=2)
@@ -326,8 +326,14 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("moments", ["reset", "transport"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize(
+    ("dtype", "moments"),
+    product(
+        ["float16", "bfloat16", "float32", "float64"],
+        ["reset", "transport"],
+        repeats=[("float16", "reset"), ("bfloat16", "transport")],
+    ),
+)
 def test_state_is_stable_under_cond(dtype, moments):
     """Shape, dtype and weak type of no leaf move, whatever the dtypes around."""
     with jax.enable_x64(dtype == "float64"):
@@ -379,7 +385,7 @@ def test_abstract_init():
 def test_a_donated_state_leaves_the_transformation_usable():
     """The state must not share a buffer with the key inside the transformation."""
     tx = rl.raclora(0.1, SPEC, key=0)
-    step = jit(functools.partial(one_step, tx, "dense", SPEC), donate_argnums=(1,))
+    step = jax.jit(functools.partial(one_step, tx, "dense", SPEC), donate_argnums=(1,))
     first, state = step(GRADS, tx.init(PARAMS), PARAMS)
     step(GRADS, state, first)
     again, _ = step(GRADS, tx.init(PARAMS), PARAMS)
@@ -536,10 +542,10 @@ def test_forms_agree_over_several_leaves():
 def test_map_params():
     """Alone nothing mirrors the params; in a chain the other states are mapped."""
     alone = rl.raclora(0.1, SPEC, key=0)
-    state = jit(alone.init)(PARAMS)
+    state = jax.jit(alone.init)(PARAMS)
     same_bits(optax.tree.map_params(alone, lambda leaf: leaf * 0 - 1, state), state)
     tx = optax.chain(optax.trace(0.9), optax.masked(alone, {"body": True}))
-    state = jit(tx.init)(PARAMS)
+    state = jax.jit(tx.init)(PARAMS)
     trace, rest = optax.tree.map_params(tx, lambda s, p: s + p, state, PARAMS)
     same_bits(trace.trace, PARAMS)
     same_bits(rest, state[1])
@@ -548,9 +554,9 @@ def test_map_params():
 @pytest.mark.parametrize("form", FORMS)
 def test_scan_is_the_python_loop(form):
     tx = rl.raclora(0.1, SPEC, weight_decay=0.2, key=0)
-    step = jit(functools.partial(one_step, tx, form, SPEC))
+    step = jax.jit(functools.partial(one_step, tx, form, SPEC))
     seen, states = plain(form)
-    params, state = PARAMS, jit(tx.init)(PARAMS)
+    params, state = PARAMS, jax.jit(tx.init)(PARAMS)
     for k in range(STEPS):
         params, state = step(at(STREAM, k), state, params)
         close((params, state), (at(seen, k), at(states, k)))
@@ -577,10 +583,10 @@ def every_k(case):
 @pytest.mark.parametrize(
     ("form", "case", "resample_every", "moments"),
     [
-        ("factor", 2, 3, "reset"),
+        repeat("factor", 2, 3, "reset"),
         ("factor", 3, 2, "transport"),
         ("dense", "growing", 2, "reset"),
-        ("dense", 2, 1, "keep"),
+        repeat("dense", 2, 1, "keep"),
     ],
 )
 def test_accumulation_inside(form, case, resample_every, moments):
@@ -675,8 +681,8 @@ def test_moments_at_a_new_link(moments):
         return updates, state.inner_state.lowrank
 
     stream = at(STREAM, np.s_[: 2 * EVERY])
-    expected, hand = jit(by_hand)(stream)
-    actual, state = jit(by_library)(stream)
+    expected, hand = jax.jit(by_hand)(stream)
+    actual, state = jax.jit(by_library)(stream)
     assert expected[0].shape == kernel.shape
     close(actual, expected)
     close(jax.tree.leaves(state), jax.tree.leaves(hand))
@@ -706,7 +712,7 @@ def test_transport_projects_the_lifted_momentum(sketch, rule):
     field = "trace" if rule == "trace" else "mu"
     tx = rl.scale_by_raclora(spec, inner=inner, moments="transport", key=0)
 
-    @jit
+    @jax.jit
     def run():
         state = tx.init(params)
         for k in range(2):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import assert_close
 from safetensors.numpy import load_file, save_file
 
 import raclora_jax as rl
@@ -86,17 +87,11 @@ def changes(before, after):
     )
 
 
-def assert_same(found, expected, atol=2e-5):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=atol), found, expected
-    )
-
-
 def test_a_link_is_its_adapter(params, links):
     (base, factors, chain), *_ = links[0]
     adapter = peft.of_link(base, factors, chain, SPEC)
     found = peft.merged(base, adapter, SPEC, key=0)
-    assert_same(found, rl.merge(base, factors, chain, SPEC))
+    assert_close(found, rl.merge(base, factors, chain, SPEC))
 
 
 @pytest.mark.parametrize("side", ["left", "right", 0.5])
@@ -108,14 +103,14 @@ def test_every_law_and_side(side, law):
     factors = jax.tree.map(lambda f: jnp.asarray(normal(3, f.shape)), factors)
     adapter = peft.of_link(base, factors, chain, spec)
     found = peft.merged(base, adapter, spec, key=0)
-    assert_same(found, rl.merge(base, factors, chain, spec))
+    assert_close(found, rl.merge(base, factors, chain, spec))
 
 
 def test_links_add_up(params, links):
     seen, after = links
     adapter = peft.summed(peft.of_link(*one, SPEC) for one in seen)
     assert {adapter.pairs[path].rank for path in ADAPTED} == {4, 6}
-    assert_same(peft.merged(params, adapter, SPEC, key=0), after)
+    assert_close(peft.merged(params, adapter, SPEC, key=0), after)
 
 
 def two(adapter):
@@ -137,7 +132,7 @@ def test_adapter_comes_back(params, links, tmp_path):
         again = peft.load_adapter(folder, params, SPEC, NAMES)
         found = peft.merged(found, again, SPEC, key=0)
         configs.append(json.loads((folder / "adapter_config.json").read_text()))
-    assert_same(found, after)
+    assert_close(found, after)
     assert configs[1]["target_parameters"] == ["moe.experts.up"]
     config = configs[0]
     assert config["r"] == config["lora_alpha"] == 4
@@ -162,25 +157,25 @@ def test_factors_lie_as_peft_has_them(params, links, tmp_path):
 
     a, b = both("attn.q_proj")
     assert (a.shape, b.shape) == ((3, 6), (10, 3))
-    assert_same((b @ a).T.reshape(6, 2, 5), delta["query"])
+    assert_close((b @ a).T.reshape(6, 2, 5), delta["query"])
     for layer in range(3):
         a, b = both(f"layers.{layer}.up")
-        assert_same(b @ a, delta["stack"][layer].T)
+        assert_close(b @ a, delta["stack"][layer].T)
     a, b = both("moe.experts")
     assert (a.shape, b.shape) == ((8, 6), (5, 8))
     for expert in range(4):
         # Expert slowest in A's rows, fastest in B's columns.
         one = b.reshape(5, 2, 4)[:, :, expert] @ a.reshape(4, 2, 6)[expert]
-        assert_same(one, delta["experts"][expert].T)
+        assert_close(one, delta["experts"][expert].T)
     a, b = both("stem")
     assert (a.shape, b.shape) == ((2, 4, 3, 2), (7, 2, 1, 1))
-    assert_same(np.einsum("rchw,or->hwco", a, b[:, :, 0, 0]), delta["conv"])
+    assert_close(np.einsum("rchw,or->hwco", a, b[:, :, 0, 0]), delta["conv"])
     a, b = (read[f"base_model.model.tokens.lora_embedding_{ab}"] for ab in "AB")
     assert (a.shape, b.shape) == ((2, 11), (6, 2))
-    assert_same((b @ a).T, delta["embed"])
-    assert_same(read["base_model.model.c_fc.lora_B.bias"], delta["gpt_bias"])
+    assert_close((b @ a).T, delta["embed"])
+    assert_close(read["base_model.model.c_fc.lora_B.bias"], delta["gpt_bias"])
     whole = np.asarray(base["head"]["kernel"]) + delta["head"]["kernel"]
-    assert_same(read["base_model.model.head.weight"], whole.T)
+    assert_close(read["base_model.model.head.weight"], whole.T)
 
 
 def test_scalings_and_missing_layers(params, tmp_path):
@@ -219,8 +214,8 @@ def test_scalings_and_missing_layers(params, tmp_path):
     adapter = peft.load_adapter(tmp_path / "a", params, SPEC, NAMES)
     assert set(adapter.pairs) == {"query", "stack"}
     found = changes(params, peft.merged(params, adapter, SPEC, key=0))
-    assert_same(found["query"], expected["query"].reshape(6, 2, 5))
-    assert_same(found["stack"], expected["stack"])
+    assert_close(found["query"], expected["query"].reshape(6, 2, 5))
+    assert_close(found["stack"], expected["stack"])
 
 
 @pytest.mark.parametrize("most_bytes", [10**9, 400])

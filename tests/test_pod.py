@@ -7,6 +7,7 @@ import time
 
 import numpy as np
 import pytest
+from helpers import repeat
 
 from benchmarks.pods import kills
 
@@ -119,17 +120,18 @@ def test_two_processes_stop_together_and_one_goes_on(tmp_path, cache):
     assert apart(one, two, 16)[0] < 1e-6
 
 
-def test_five_kills_lose_nothing_and_end_at_the_same_bits(tmp_path, cache):
+@pytest.mark.parametrize("often", [2, repeat(5)])
+def test_kills_lose_nothing_and_end_at_the_same_bits(tmp_path, cache, often):
     words = ("--steps=40", "--save-every=2")
-    alone, often = tmp_path / "alone", tmp_path / "often"
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
     (said,) = kills.finish(kills.start(alone, *words, cache=cache))
     assert losses(said)[-1] < losses(said)[0] - 0.15  # it learns
-    seen = kills.killed_often(often, 5, 0, words, cache)
+    seen = kills.killed_often(killed, often, 0, words, cache)
     assert kills.lost(seen) == 0
     assert sum(one["fell_back"] for one in seen) == 0
     assert sum(one["half_written"] > 0 for one in seen) >= 1
     assert seen[-2]["whole"]
-    assert kills.digests(often, 40) == kills.digests(alone, 40)
+    assert kills.digests(killed, 40) == kills.digests(alone, 40)
 
 
 @pytest.mark.slow

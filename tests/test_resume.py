@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from helpers import assert_same_bits
 
 import raclora_jax as rl
 
@@ -120,16 +121,6 @@ def go_on(step, params, opt_state, done):
     for index in range(done, STEPS):
         params, opt_state = step(params, opt_state, index)
     return params, opt_state
-
-
-def assert_same_bits(got, want):
-    assert jax.tree.structure(got) == jax.tree.structure(want)
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True
-    ):
-        assert (a.dtype, a.shape) == (b.dtype, b.shape), path
-        a, b = np.asarray(a), np.asarray(b)
-        assert a.tobytes() == b.tobytes(), jax.tree_util.keystr(path)
 
 
 @pytest.mark.parametrize("name", RUNS)

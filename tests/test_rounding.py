@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import repeat
 
 import raclora_jax as rl
 from raclora_jax._core import rounding
@@ -292,7 +293,7 @@ def test_no_dense_delta_is_in_memory(side, dtype):
     assert memory.temp_size_in_bytes < 0.2 * weights
 
 
-@pytest.mark.parametrize("rank", [16, 17])
+@pytest.mark.parametrize("rank", [repeat(16), 17])
 def test_a_lift_is_one_sum_however_it_is_computed(rank):
     """Outer products up to some rank, a matmul above it; any order of axes."""
     views = {"left": {}, "right": {}, "mixed": {"rows": (1, 3), "batch": 2}}
@@ -322,7 +323,7 @@ def test_values_that_are_not_finite_stay():
         np.testing.assert_array_equal(landed, got)
 
 
-@pytest.mark.parametrize("rounded", ["auto", "nearest", "master"])
+@pytest.mark.parametrize("rounded", [repeat("auto"), "nearest", "master"])
 def test_dense_form_and_factor_form_draw_the_same_neighbours(rounded):
     """The same bits of every weight, tiny float16 ones included."""
     spec = rl.Spec(3, resample_every=2, rounding=rounded)

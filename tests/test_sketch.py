@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from helpers import repeat, with_repeats
 from jax import lax
 
 import raclora_jax as rl
@@ -62,7 +63,7 @@ def test_the_registry_has_exactly_the_named_laws():
     assert set(sketch._LAWS) == set(SKETCHES) - {"block"}
 
 
-@pytest.mark.parametrize("name", SKETCHES)
+@pytest.mark.parametrize("name", with_repeats(SKETCHES, "rademacher"))
 def test_other_leaves_and_tree_order_do_not_enter(name):
     leaves = [("head", (9, 5)), ("body", (6, 11)), ("other", (4, 7)), ("bias", (11,))]
 
@@ -89,7 +90,7 @@ def test_other_leaves_and_tree_order_do_not_enter(name):
         assert np.abs(held(other) - held(first["head"])).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", SKETCHES)
+@pytest.mark.parametrize("name", with_repeats(SKETCHES, "rademacher"))
 def test_the_process_and_its_transformations_do_not_enter(name):
     def drawn():
         params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree())
@@ -143,7 +144,7 @@ def test_a_slice_of_a_stack_depends_on_its_index_only(name):
     assert (max if name == "block" else min)(gaps) > 1e-2
 
 
-@pytest.mark.parametrize("name", SKETCHES)
+@pytest.mark.parametrize("name", with_repeats(SKETCHES, "rademacher", "coordinate"))
 def test_drawn_together_or_alone(name):
     """Leaves of one kind are drawn as one stack, which enters none of their values."""
     params = {f"layer_{i}": jnp.zeros((40, 64)) for i in range(3)}
@@ -257,7 +258,7 @@ def test_large_sketches_are_orthonormal_in_float32(name):
     assert np.abs(S @ S.T - np.eye(128)).max() <= 1e-5
 
 
-@pytest.mark.parametrize("name", ["orthonormal", "rademacher"])
+@pytest.mark.parametrize("name", ["orthonormal", repeat("rademacher")])
 def test_small_sketches_are_orthonormal_at_any_rank(name):
     """At rank = dim - 1 a third of the sign draws are singular at dim 4."""
     rules = [rl.Rule(f"{dim}", rank=dim - 1, rows=1, batch=0) for dim in range(2, 10)]

@@ -24,7 +24,6 @@ PROJECTORS = ("orthonormal", "rademacher", "coordinate", "block")
 SIDES = ("left", "right")
 SEEDS = 16
 # Compiling is nearly all the time these small programs take.
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -87,7 +86,7 @@ def seed_keys():
 
 
 @functools.cache
-def run(name, spec, steps):
+def descended(name, spec, steps):
     """Projected GD at 1/L: gaps ``(seeds, steps + 1)``, weights ``(..., rows, cols)``."""
     problem = PROBLEMS[name]
 
@@ -105,20 +104,20 @@ def run(name, spec, steps):
         weights = jnp.concatenate([W[None], weights])
         return jax.vmap(problem.gap)(weights), weights
 
-    gaps, weights = jax.jit(jax.vmap(one), compiler_options=FAST_COMPILE)(seed_keys())
+    gaps, weights = jax.jit(jax.vmap(one))(seed_keys())
     return np.asarray(gaps), np.asarray(weights)
 
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("sketch", PROJECTORS)
 def test_projected_steps_reach_the_optimum_of_the_counterexample(side, sketch):
-    gaps, _ = run("counterexample", fresh(1, side, sketch), 1500)
+    gaps, _ = descended("counterexample", fresh(1, side, sketch), 1500)
     assert gaps[:, -1].max() < 1e-12
 
 
 def test_many_steps_per_link_reach_it_too():
     spec = rl.Spec(1, side="right", resample_every=20)
-    gaps, _ = run("counterexample", spec, 6000)
+    gaps, _ = descended("counterexample", spec, 6000)
     assert gaps[:, -1].max() < 1e-12
 
 
@@ -126,7 +125,7 @@ def test_plain_gd_on_a_raw_gaussian_sketch_diverges_at_the_same_step():
     # The squared norm of the sketch stands where a projector has 1; GD on a link is
     # unstable once it exceeds 2, and 20 steps are enough to be thrown far out.
     spec = rl.Spec(1, side="right", sketch="gaussian_raw", resample_every=20)
-    gaps, _ = run("counterexample", spec, 6000)
+    gaps, _ = descended("counterexample", spec, 6000)
     assert not (gaps[:, -1] < 1e6).any()
 
 
@@ -135,7 +134,7 @@ def test_plain_gd_on_a_raw_gaussian_sketch_diverges_at_the_same_step():
 def test_contraction_per_link_is_below_the_pl_bound(side, rank):
     # Theorem 5.5 with gamma = 1/L: E[gap+ | W] <= (1 - lambda mu / L) gap. Given the
     # past, a link's excess over its mean has mean 0, so links count as independent.
-    gaps, _ = run("least squares", fresh(rank, side), 600)
+    gaps, _ = descended("least squares", fresh(rank, side), 600)
     ratios = gaps[:, 1:41] / gaps[:, :40]
     problem, dim = PROBLEMS["least squares"], {"left": 16, "right": 8}[side]
     bound = 1 - rank / dim * problem.strong_convexity / problem.smoothness
@@ -147,7 +146,7 @@ def test_contraction_per_link_is_below_the_pl_bound(side, rank):
 @pytest.mark.parametrize("rank", [1, 2])
 def test_doubling_the_rank_halves_the_links(side, rank):
     def mean_links(rank):
-        gaps, _ = run("least squares", fresh(rank, side), 600)
+        gaps, _ = descended("least squares", fresh(rank, side), 600)
         small = gaps <= 1e-6 * gaps[:, :1]
         assert small.any(axis=1).all()
         return small.argmax(axis=1).mean()
@@ -160,9 +159,9 @@ def test_doubling_the_rank_halves_the_links(side, rank):
 @pytest.mark.parametrize("side", SIDES)
 def test_one_fixed_sketch_stalls_where_fresh_ones_converge(side):
     problem, steps = PROBLEMS["least squares"], 600
-    moving, _ = run("least squares", fresh(2, side), steps)
+    moving, _ = descended("least squares", fresh(2, side), steps)
     spec = rl.Spec(2, side=side, resample_every=steps)
-    fixed, weights = run("least squares", spec, steps)
+    fixed, weights = descended("least squares", spec, steps)
     assert (moving[:, -1] / moving[:, 0]).max() < 1e-6
     assert (fixed[:, -1] / fixed[:, 0]).min() > 0.3
     # Not slow but done: nothing is left of the gradient in the span of the sketch.
@@ -178,7 +177,7 @@ def projectors(spec, like, links):
     def draw(link):
         return rl.sample_sketch(like, spec, key=seed_keys()[0], link=link)
 
-    draw_all = jax.jit(jax.vmap(draw), compiler_options=FAST_COMPILE)
+    draw_all = jax.jit(jax.vmap(draw))
     sketches = draw_all(jnp.arange(links))
     (plan,) = plan_tree(spec, like).values()
     S = reference.explicit(sketches, plan)
@@ -195,7 +194,7 @@ def test_each_step_is_eq_3_and_descends_as_the_theory_needs(
     name, rank, sketch, steps, side
 ):
     problem, spec, links = PROBLEMS[name], fresh(rank, side, sketch), 40
-    gaps, weights = run(name, spec, steps)
+    gaps, weights = descended(name, spec, steps)
     gaps, weights = gaps[0, : links + 1], weights[0, : links + 1]
     grads = np.stack([problem.grad(W) for W in weights[:-1]])
     H = projectors(spec, problem.start, links)

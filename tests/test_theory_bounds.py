@@ -14,7 +14,6 @@ from raclora_jax import theory
 
 SEEDS = 20
 # Compiling is nearly all the time these small programs take.
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 LAWS = ("orthonormal", "rademacher", "coordinate", "block")
 ROWS, COLS, SAMPLES = 12, 6, 60
 
@@ -54,7 +53,7 @@ def projectors(law, side, rank, links=240):
         return rl.sample_sketch(PROBLEM.start, spec, key=key, link=link)
 
     draw = jax.vmap(jax.vmap(draw, (None, 0)), (0, None))
-    draw = jax.jit(draw, compiler_options=FAST_COMPILE)
+    draw = jax.jit(draw)
     S = np.asarray(draw(keys, jnp.arange(links)))
     if law in ("coordinate", "block"):
         first = S if law == "coordinate" else S[..., None] + np.arange(rank)

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import assert_close
 
 import raclora_jax as rl
 from raclora_jax import flax as rl_flax
@@ -98,12 +99,6 @@ def both(spec):
     factor = lambda net, config: RacLoraTrainer(net, rule(spec), config, spec=spec)  # noqa: E731
     dropin = lambda net, config: PeftTrainer(net, rule(spec), config)  # noqa: E731
     return factor, dropin
-
-
-def assert_close(found, expected, atol=1e-5):
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=atol), found, expected
-    )
 
 
 def test_factor_form_is_the_drop_in_form(spec):

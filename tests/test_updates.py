@@ -1,16 +1,14 @@
 """An update in factor form knows its sketch, its plan and how its weight is rounded."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import product, with_repeats
 
 import raclora_jax as rl
 
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 EVERY, STEPS = 2, 5
 LAWS = ("orthonormal", "coordinate", "block", "gaussian_raw")
 
@@ -33,51 +31,76 @@ def run_of(spec, tx=None, **options):
     return tx, rl.value_and_grad(loss_fn, spec)
 
 
-def by_hand(weight, update, state, path, spec):
+def step_of(tx, grad_fn):
+    @jax.jit
+    def step(params, state):
+        _, grads = grad_fn(params, state, X, Y)
+        updates, state = tx.update(grads, state, params)
+        return rl.apply_updates(params, updates), updates, state
+
+    return step
+
+
+def by_hand(spec):
     """W + scaling S F - decay W in float64, on the sketch of the state's own link."""
-    params = jax.tree.map(jnp.asarray, PARAMS)
-    sketches = rl.sample_sketch(params, spec, key=state.key_data, link=state.link)
-    lifted = rl.lift({path: update}, {path: sketches[path]}, {path: weight}, spec)[path]
-    wide = np.asarray(weight, np.float64)
-    return wide + np.asarray(lifted, np.float64) - float(update.decay) * wide
+
+    @jax.jit
+    def lift(updates, state):
+        sketches = rl.sample_sketch(PARAMS, spec, key=state.key_data, link=state.link)
+        return rl.lift(updates, sketches, PARAMS, spec)
+
+    def landed(params, updates, state):
+        found, lifted = {}, lift(updates, state)
+        for path in ("up", "down"):
+            wide = np.asarray(params[path], np.float64)
+            decay = float(updates[path].decay)
+            found[path] = wide + np.asarray(lifted[path], np.float64) - decay * wide
+        return found
+
+    return landed
 
 
-@pytest.mark.parametrize("cache", [True, False])
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize(
+    ("law", "cache"), product(LAWS, [True, False], repeats=[("coordinate", True)])
+)
 def test_it_lands_on_its_own_sketch(law, cache):
     """At the first steps of links too, where the state before has another sketch."""
     spec = rl.Spec(3, sketch=law, resample_every=EVERY, cache=cache)
     tx, grad_fn = run_of(spec, weight_decay=0.3)
+    step, landed = step_of(tx, grad_fn), by_hand(spec)
     params, state = jax.tree.map(jnp.asarray, PARAMS), tx.init(PARAMS)
     links = []
     for _ in range(STEPS):
-        _, grads = grad_fn(params, state, X, Y)
-        updates, state = tx.update(grads, state, params)
-        new = rl.apply_updates(params, updates)
-        for path in ("up", "down"):
-            want = by_hand(params[path], updates[path], state, path, spec)
+        new, updates, state = step(params, state)
+        for path, want in landed(params, updates, state).items():
             np.testing.assert_allclose(new[path], want, rtol=1e-5, atol=1e-6)
         links.append(int(state.link))
         params = new
     assert links == [0, 0, 1, 1, 2]
 
 
-@pytest.mark.parametrize("rounding", ["stochastic", "nearest", "master"])
-@pytest.mark.parametrize("law", ["orthonormal", "block"])
+@pytest.mark.parametrize(
+    ("law", "rounding"),
+    product(
+        ["orthonormal", "block"],
+        ["stochastic", "nearest", "master"],
+        repeats=[("block", "nearest"), ("orthonormal", "master")],
+    ),
+)
 def test_the_same_bits_wherever_it_was_applied(law, rounding):
     """In one program with its update, out of two programs, and outside of any."""
     spec = rl.Spec(3, sketch=law, resample_every=EVERY, rounding=rounding)
     params = jax.tree.map(lambda w: jnp.asarray(w, jnp.bfloat16), PARAMS)
     tx, grad_fn = run_of(spec, weight_decay=0.3)
     state = tx.init(params)
-    _, grads = jit(grad_fn)(params, state, X, Y)
+    _, grads = jax.jit(grad_fn)(params, state, X, Y)
 
     def both(grads, state, params):
         updates, state = tx.update(grads, state, params)
         return rl.apply_updates(params, updates), updates, state
 
-    one, updates, after = jit(both)(grads, state, params)
-    two = jit(rl.apply_updates)(params, updates)
+    one, updates, after = jax.jit(both)(grads, state, params)
+    two = jax.jit(rl.apply_updates)(params, updates)
     three = rl.apply_updates(params, updates)
     for other in (two, three):
         for path in params:
@@ -91,30 +114,28 @@ def test_the_same_bits_wherever_it_was_applied(law, rounding):
 def test_a_drawn_side():
     spec = rl.Spec(2, side=0.5, resample_every=1, alpha="dim")
     tx, grad_fn = run_of(spec)
+    step, landed = step_of(tx, grad_fn), by_hand(spec)
     params, state = jax.tree.map(jnp.asarray, PARAMS), tx.init(PARAMS)
     for _ in range(STEPS):
-        _, grads = grad_fn(params, state, X, Y)
-        updates, state = tx.update(grads, state, params)
-        new = rl.apply_updates(params, updates)
-        want = by_hand(params["up"], updates["up"], state, "up", spec)
+        new, updates, state = step(params, state)
+        want = landed(params, updates, state)["up"]
         np.testing.assert_allclose(new["up"], want, rtol=1e-5, atol=1e-6)
         params = new
 
 
-@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("law", with_repeats(LAWS, "coordinate"))
 def test_rules_after_it_that_scale(law):
     """By a float32 factor that is no power of two, halfway there and to nothing."""
     spec = rl.Spec(3, sketch=law)
     tx, grad_fn = run_of(spec)
     state = tx.init(PARAMS)
-    _, grads = grad_fn(PARAMS, state, X, Y)
-    updates, state = tx.update(grads, state, PARAMS)
+    _, updates, state = step_of(tx, grad_fn)(PARAMS, state)
+    whole = by_hand(spec)(PARAMS, updates, state)
     for scale in (-0.37, 1e-9, 0.0):
         scaled, _ = optax.scale(scale).update(updates, optax.EmptyState())
         moved = rl.apply_updates(PARAMS, scaled)
-        for path in ("up", "down"):
-            whole = by_hand(PARAMS[path], updates[path], state, path, spec)
-            want = PARAMS[path] + scale * (whole - PARAMS[path])
+        for path, end in whole.items():
+            want = PARAMS[path] + scale * (end - PARAMS[path])
             np.testing.assert_allclose(moved[path], want, rtol=2e-6, atol=1e-7)
 
 
@@ -123,9 +144,9 @@ def test_norms_and_clips_see_its_numbers_alone():
     tx, grad_fn = run_of(spec)
     params = {p: jnp.asarray(PARAMS[p], jnp.bfloat16) for p in ("up", "down")}
     params["bias"] = jnp.asarray(PARAMS["bias"])
-    state = tx.init(params)
-    _, grads = grad_fn(params, state, X, Y)
-    updates, _ = tx.update(grads, state, params)
+    state = jax.jit(tx.init)(params)
+    _, grads = jax.jit(grad_fn)(params, state, X, Y)
+    updates, _ = jax.jit(tx.update)(grads, state, params)
     for tree in (grads, updates):
         values = [tree["up"].value, tree["down"].value, tree["bias"]]
         norm = np.sqrt(sum(float(jnp.sum(jnp.float32(v) ** 2)) for v in values))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,12 +9,10 @@ import numpy as np
 import optax
 import pytest
 import reference
+from helpers import refuses, repeat
 
 import raclora_jax as rl
 from raclora_jax.estimators import PageState, mvr, next_is_full, page
-
-# Most of the time here would go into compiling well what runs for microseconds.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 SHAPES = {"body": {"kernel": (6, 5), "bias": (5,)}, "scale": (3,)}
 
@@ -38,7 +34,7 @@ def estimates(tx, grads, before):
         return new, (answer, state)
 
     state = tx.init(jax.tree.map(lambda g: g[0], grads))
-    return jit(lambda s, pair: jax.lax.scan(step, s, pair)[1])(state, (grads, before))
+    return jax.jit(lambda s, pair: jax.lax.scan(step, s, pair)[1])(state, (grads, before))
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -69,7 +65,9 @@ def test_coins(probability):
         _, state = tx.update(jnp.ones(()), state, grad_at_previous=jnp.ones(()))
         return state, next_is_full((optax.EmptyState(), {"page": state}))
 
-    _, coins = jit(lambda s: jax.lax.scan(step, s, length=steps))(tx.init(jnp.ones(())))
+    _, coins = jax.jit(lambda s: jax.lax.scan(step, s, length=steps))(
+        tx.init(jnp.ones(()))
+    )
     standard_error = np.sqrt(probability * (1 - probability) / steps)
     assert abs(coins.mean() - probability) < 4 * standard_error
     changes = 2 * probability * (1 - probability)
@@ -130,11 +128,11 @@ def least_squares(name, seed, steps=2500, rate=0.3):
 
     W = jnp.asarray(rng.normal(size=(8, 6)))
     keys = jax.random.split(jax.random.key(seed), steps)
-    run = jit(lambda carry: jax.lax.scan(step, carry, keys)[0])
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, keys)[0])
     return float(gap(run((W, W, tx.init(W)))[0]) / gap(W))
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [repeat(0), 1, 2])
 def test_page_has_no_floor_and_mvr_a_lower_one(seed):
     with jax.enable_x64(True):
         gaps = {name: least_squares(name, seed) for name in ("sgd", "page", "mvr")}
@@ -191,7 +189,7 @@ def test_hyperparameters_may_change():
     state = tx.init(grads)
     _, state = tx.update(grads, state, grad_at_previous=before)
     state.hyperparams["weight"] = jnp.asarray(1.0)
-    answer, _ = jit(tx.update)(before, state, grad_at_previous=grads)
+    answer, _ = jax.jit(tx.update)(before, state, grad_at_previous=grads)
     chex.assert_trees_all_close(answer, before)
 
 
@@ -202,7 +200,7 @@ def test_in_front_of_an_accumulating_chain(name):
     inner = optax.MultiSteps(optax.identity(), 2).gradient_transformation()
     tx = optax.chain(ESTIMATORS[name](), rl.raclora(0.1, spec, inner=inner, key=0))
     params, state = tree_of(0), tx.init(tree_of(0))
-    update, moved = jit(tx.update), []
+    update, moved = jax.jit(tx.update), []
     for _ in range(4):
         updates, state = update(params, state, params, grad_at_previous=params)
         moved.append(bool(jnp.any(updates["body"]["kernel"] != 0)))
@@ -269,10 +267,7 @@ def test_the_dense_state_is_in_the_price_list():
     ],
 )
 def test_bad_input(call, pieces):
-    with pytest.raises((ValueError, TypeError)) as caught:
-        call()
-    for piece in pieces:
-        assert piece in str(caught.value)
+    refuses(call, *pieces)
 
 
 def test_the_factor_form_refuses_an_estimator_in_front():

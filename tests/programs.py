@@ -1,4 +1,4 @@
-"""Programs that are killed while they run, and started again until they are done."""
+"""The examples as programs: run, stopped, and killed until they are done."""
 
 import json
 import os
@@ -10,10 +10,30 @@ import sys
 import time
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 PATIENCE = 600.0
+
+
+def options(settings):
+    """Words of a command line, without those that are None."""
+    given = {f"--{n.replace('_', '-')}": v for n, v in settings.items() if v is not None}
+    return [word for pair in given.items() for word in pair]
+
+
+def launch(monkeypatch, program, *words):
+    """Runs a program in this process."""
+    monkeypatch.setattr(sys, "argv", [f"{program.__name__}.py", *map(str, words)])
+    program.main()
+
+
+def ended(monkeypatch, program, *words):
+    """The exit code of a run that does not come to its end."""
+    with pytest.raises(SystemExit) as stopped:
+        launch(monkeypatch, program, *words)
+    return stopped.value.code
 
 
 def finished(program, words, out, kills=(), seed=0):
@@ -74,6 +94,11 @@ def kill_after(process, file, rows, draw):
     process.send_signal(signal.SIGKILL)
 
 
+def rows_of(out):
+    """The rows of a run's metrics, without their times."""
+    return read(out / "metrics.jsonl")
+
+
 def read(file):
     """Whole rows of metrics, without their times."""
     lines = file.read_text().splitlines() if file.exists() else []
@@ -83,7 +108,7 @@ def read(file):
 
 def assert_same_run(one, other):
     """The same metrics to the last digit, and the same written model."""
-    assert read(one / "metrics.jsonl") == read(other / "metrics.jsonl")
+    assert rows_of(one) == rows_of(other)
     assert (one / "report.html").exists()
     assert (other / "report.html").exists()
     ours, theirs = (
