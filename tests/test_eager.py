@@ -13,6 +13,8 @@ import pytest
 
 import raclora_jax as rl
 
+pytestmark = pytest.mark.smoke
+
 SPEC = rl.Spec(2, resample_every=2)
 STEPS = 5
 

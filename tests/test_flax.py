@@ -17,6 +17,8 @@ import raclora_jax as rl
 from raclora_jax._core import paths
 from raclora_jax.flax import to_tree
 
+pytestmark = pytest.mark.smoke
+
 SPEC = rl.Spec(2, resample_every=2)
 
 

@@ -16,6 +16,8 @@ import raclora_jax as rl
 from raclora_jax._autodiff.reads import scanned_once
 from raclora_jax._autodiff.stage import stage
 
+pytestmark = pytest.mark.smoke
+
 LAYERS, DIM, HIDDEN, OUT = 3, 10, 14, 6
 RULES = {
     "identity": optax.identity(),

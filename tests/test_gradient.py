@@ -26,7 +26,7 @@ from cases import CASES
 
 import raclora_jax as rl
 
-pytestmark = pytest.mark.usefixtures("quick_draws")
+pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("quick_draws")]
 
 TURNS = ((("left", 1), ("right", 3)), (("left", 3), ("right", 1)))
 

@@ -15,6 +15,8 @@ import raclora_jax as rl
 from raclora_jax.flax import to_tree
 from raclora_jax.sharding import factor_shardings, state_shardings
 
+pytestmark = pytest.mark.smoke
+
 KINDS = [AxisType.Auto, AxisType.Explicit]
 SPEC = rl.Spec(2, resample_every=3, rules=[rl.Rule("stack", batch=0)])
 

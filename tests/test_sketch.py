@@ -20,6 +20,8 @@ from raclora_jax._core import keys, select, sketch
 from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.spec import SKETCHES
 
+pytestmark = pytest.mark.smoke
+
 PROJECTORS = tuple(name for name in SKETCHES if name != "gaussian_raw")
 MAX_Z = 5.0
 # What a float32 draw may differ by when the compiler orders its sums in another way.

@@ -16,6 +16,8 @@ from jax import lax
 import raclora_jax as rl
 from raclora_jax.flax import to_tree
 
+pytestmark = pytest.mark.smoke
+
 RANK = 2
 
 

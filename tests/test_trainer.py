@@ -13,6 +13,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import raclora_jax as rl
 
+pytestmark = pytest.mark.smoke
+
 LAYERS, DIM = 3, 8
 # Blocks compile in half the time of the default law, which one case has.
 RUN = {"rank": 2, "learning_rate": 0.05, "key": 3, "resample_every": 2, "sketch": "block"}
