@@ -143,6 +143,16 @@ def unstack(eqn: Eqn, weight: Weight) -> list[Weight] | None:
     return pieces
 
 
+def rev(eqn: Eqn, weight: Weight) -> Weight:
+    """What is turned round is so in the factors too, part by part of a merged axis."""
+    dimensions = eqn.params["dimensions"]
+    turned = weight
+    for part in (part for axis in dimensions for part in weight.axes[axis]):
+        both = turned.on_atom(part.atom, lambda array, place: lax.rev(array, (place,)))
+        turned = turned.replace(**both)
+    return turned.replace(base=lax.rev(weight.array, dimensions))
+
+
 def convert_element_type(eqn: Eqn, weight: Weight) -> Weight | None:
     """The factors keep their own dtype."""
     dtype = eqn.params["new_dtype"]
@@ -286,6 +296,7 @@ RULES: dict[str, Callable[..., Any]] = {
     "pvary": pvary,
     "reshape": reshape,
     "reshard": reshard,
+    "rev": rev,
     "sharding_constraint": same,
     "slice": slice_,
     "split": split,
