@@ -19,7 +19,7 @@ from raclora_jax._core.types import Leaves, PyTree
 
 # Odd polynomials a x + b x^3 + c x^5 that together take [0.01, 1] to [0.987, 1.013], the
 # best of their degree for that interval. Six that reach down to 1e-3, and the exact
-# factor, train no better: the language study of benchmarks.polynomials.
+# factor, train no better: the language study of benchmarks.pretrained.polynomials.
 # Amsel et al., The Polar Express, https://arxiv.org/abs/2505.16932, 2025.
 POLYNOMIALS = (
     (8.093368799391966, -23.620431037136424, 17.446152170176244),

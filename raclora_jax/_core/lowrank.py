@@ -33,7 +33,7 @@ from raclora_jax._core.types import RANK, Drawn, FactorValue, Label, Scalar
 
 # Up to this rank a lift is a sum of outer products, which the compiler fuses with the
 # addition to the weights; well above it a matmul is faster, with a dense delta
-# in memory (benchmarks/inner_loop.py).
+# in memory (benchmarks/speed/inner_loop.py).
 _UNROLLED = 16
 _HIGHEST = lax.Precision.HIGHEST
 
