@@ -93,8 +93,8 @@ def test_counts():
         lambda: federated.Privacy(clip=1.0, noise_multiplier=1.0, take=2.5, key=0),
         lambda: federated.sample_clients(5, 6, round=0, key=0),
         lambda: federated.qgd("half"),
-        lambda: theory.fed_step(smoothness=True, local_steps=1),
-        lambda: theory.fed_step(smoothness=1.0, local_steps=0),
+        lambda: theory.FedRacLora(smoothness=True, local_steps=1, lam=0.5),
+        lambda: theory.FedRacLora(smoothness=1.0, local_steps=0, lam=0.5),
     ],
 )
 def test_every_module_says_it_alike(call):

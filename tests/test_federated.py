@@ -401,7 +401,7 @@ def test_a_sketch_is_a_function_of_key_and_link(sketch):
     for link in range(3):
         want = rl.sample_sketch(model(), strategy.spec, key=9, link=link)
         for path, drawn in state.chain.sketches.items():
-            np.testing.assert_array_equal(drawn, want[path])
+            chex.assert_trees_all_equal(drawn, want[path])
         # Whoever answers, and if nobody does.
         step = None
         if link == 0:

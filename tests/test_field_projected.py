@@ -121,7 +121,7 @@ def test_every_direction_with_plain_descent_is_plain_descent():
 @pytest.mark.parametrize("law", ["leading", "random"])
 def test_a_basis_of_the_smaller_side_loses_nothing(law):
     """Rank min(m, n), which a spec hands to the inner rule as it is."""
-    plan = dataclasses.replace(rl.plan(4, PARAMS)["kernel"], sketch="", rank=5)
+    plan = dataclasses.replace(rl.plan(4, PARAMS)["kernel"], law="", rank=5)
     grads = {"kernel": jnp.asarray(grads_of(PARAMS)["kernel"], jnp.float32)}
     if law == "leading":
         basis = _projected.top_directions(grads, {"kernel": plan})

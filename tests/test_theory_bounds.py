@@ -54,7 +54,7 @@ def projectors(law, side, rank, links=240):
 
     draw = jax.vmap(jax.vmap(draw, (None, 0)), (0, None))
     draw = jax.jit(draw)
-    S = np.asarray(draw(keys, jnp.arange(links)))
+    (S,) = map(np.asarray, jax.tree.leaves(draw(keys, jnp.arange(links))))
     if law in ("coordinate", "block"):
         first = S if law == "coordinate" else S[..., None] + np.arange(rank)
         S = np.eye(dim)[first % dim]
@@ -393,7 +393,12 @@ BERNOULLI = {"rows": 8, "cols": 4, "rank": 2, "p": 0.5}
 BAD = [
     (theory.Gd, GD, {"lam": 0.0}, "lam = 0"),
     (theory.Gd, GD, {"lam": 1.5}, "lam"),
-    (theory.Gd, GD, {"smoothness": -1.0}, "smoothness must be positive, got -1.0"),
+    (
+        theory.Gd,
+        GD,
+        {"smoothness": -1.0},
+        "smoothness must be positive and finite, got -1.0",
+    ),
     (theory.Gd, GD, {"smoothness": None}, "smoothness must be a number, got None"),
     (theory.GdPl, PL, {"mu": 20.0}, "no function"),
     (theory.GdPl, PL, {"mu": math.nan}, "mu"),
@@ -412,8 +417,8 @@ BAD = [
     (theory.bernoulli_lambda, BERNOULLI, {"rank": 5}, "rank"),
 ]
 BAD_RUNS = [
-    ({"gap": math.nan}, "gap must be finite"),
-    ({"gap": -1.0}, "gap must not be negative"),
+    ({"gap": math.nan}, "gap must be at least 0 and finite, got nan"),
+    ({"gap": -1.0}, "gap must be at least 0 and finite, got -1.0"),
     ({"links": 0}, "links must be at least 1"),
     ({"links": 2.5}, "links must be an int"),
     ({"gamma": "0.1"}, "gamma must be a number"),

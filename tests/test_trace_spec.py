@@ -499,7 +499,7 @@ def test_fields_and_rules_of_the_user_stay():
     plans = rl.plan(spec, PARAMS)
     query = plans["query"]
     assert (query.rows, query.cols, query.rank, query.side) == ((0,), (1, 2), 3, "left")
-    assert query.sketch == "coordinate"
+    assert query.law == "coordinate"
     assert plans["bias"].mode == "frozen"
     # A view that a rule names is the user's, whatever the model does.
     rules = [rl.Rule("query", rows=(0, 1))]
