@@ -123,7 +123,9 @@ def one_chip() -> str:
                 *("yes" if peak <= 1024 * gib else "no" for gib in _ROOM_GIB),
                 f"{row['compile_cpu_seconds']:.0f}",
             ]
-        lines.append("| " + " | ".join([row["study"], row["method"], *cells]) + " |")
+        lines.append(
+            "| " + " | ".join([row["study"], named(row["method"]), *cells]) + " |"
+        )
     return "\n".join(lines)
 
 
