@@ -418,20 +418,6 @@ add(
     X,
 )
 add(
-    "rows and layers turned round",
-    {"w": (3, 8, 7)},
-    lambda p, x: sum(total(x @ w[::-1]) * i for i, w in enumerate(p["w"][::-1], 1)),
-    X,
-    views=LAYERS,
-)
-add(
-    "a merged axis turned round",
-    {"w": (2, 4, 7)},
-    lambda p, x: total(x @ p["w"].reshape(8, 7)[::-1]),
-    X,
-    views={"w": {"rows": (0, 1)}},
-)
-add(
     "dynamic slice of columns",
     {"w": W},
     lambda p, x, start: total(x @ lax.dynamic_slice(p["w"], (0 * start, start), (8, 4))),
@@ -2149,4 +2135,21 @@ add(
     ),
     X,
     has_aux=True,
+)
+
+# --- Turned round -----------------------------------------------------------------------
+
+add(
+    "rows and layers turned round",
+    {"w": (3, 8, 7)},
+    lambda p, x: sum(total(x @ w[::-1]) * i for i, w in enumerate(p["w"][::-1], 1)),
+    X,
+    views=LAYERS,
+)
+add(
+    "a merged axis turned round",
+    {"w": (2, 4, 7)},
+    lambda p, x: total(x @ p["w"].reshape(8, 7)[::-1]),
+    X,
+    views={"w": {"rows": (0, 1)}},
 )
