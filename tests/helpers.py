@@ -26,6 +26,13 @@ def product(*axes, repeats):
     return with_repeats(itertools.product(*axes), *repeats)
 
 
+def chequered(*axes):
+    """All combinations, every other one a repeat, as the squares of one colour."""
+    numbered = itertools.product(*map(enumerate, axes))
+    pairs = [tuple(zip(*case, strict=True)) for case in numbered]
+    return [case if sum(at) % 2 == 0 else repeat(*case) for at, case in pairs]
+
+
 def refuses(call, *pieces, error=(ValueError, TypeError)):
     """``call`` raises ``error`` with every piece in its message, which is returned."""
     with pytest.raises(error) as caught:

@@ -313,7 +313,7 @@ def test_all_forms_are_one_trajectory(name, spec, make_params):
                 close(adapter[step][path])
 
 
-@pytest.mark.parametrize("sketch", ["block", "coordinate"])
+@pytest.mark.parametrize("sketch", [repeat("block"), "coordinate"])
 def test_forms_agree_where_rows_are_picked(sketch):
     with jax.enable_x64(True):
         spec, params = some_spec(sketch=sketch), some("float64")
@@ -391,7 +391,8 @@ def test_no_cache_and_a_restart_change_no_bit():
 
 
 @pytest.mark.parametrize(
-    ("form", "rounding"), [("dense", "auto"), ("factor", "auto"), ("factor", "master")]
+    ("form", "rounding"),
+    [("dense", "auto"), repeat("factor", "auto"), ("factor", "master")],
 )
 def test_low_precision(form, rounding):
     params = some("bfloat16")

@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from helpers import chequered
 from jax import lax
 
 import raclora_jax as rl
@@ -28,8 +29,7 @@ def gradient(shape):
     return jnp.asarray(rng.standard_normal(shape) * loud, jnp.float32)
 
 
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(("view", "law"), chequered(VIEWS, LAWS))
 def test_shares_have_the_mean_and_the_variance_that_is_said(law, view):
     """Means over draws within five standard errors, of shares by NumPy's projectors."""
     shape, spec = VIEWS[view]

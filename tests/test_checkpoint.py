@@ -15,7 +15,7 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
-from helpers import assert_same_bits
+from helpers import assert_same_bits, chequered
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -189,8 +189,13 @@ def test_an_abstract_state_of_what_has_none_is_refused_by_name():
         checkpoint.abstract_state(run_of().tx, params_of(), shardings=[home])
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool", "complex64"])
+@pytest.mark.parametrize(
+    ("dtype", "kind"),
+    chequered(
+        ["float32", "bfloat16", "int8", "bool", "complex64"],
+        [AxisType.Auto, AxisType.Explicit],
+    ),
+)
 def test_digests_do_not_know_the_mesh_and_know_every_bit(dtype, kind):
     array = 40 * jax.random.normal(jax.random.key(0), (16, 24))
     array = array > 0 if dtype == "bool" else array.astype(dtype)

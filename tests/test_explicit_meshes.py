@@ -187,7 +187,7 @@ QUICK = [
     (EXPLICIT, (4, 2), "both", "factor", "left"),
     repeat(EXPLICIT, (2, 2, 2), "both", "dense", "right"),
     repeat(EXPLICIT, (8,), "fsdp", "factor", "right"),
-    (EXPLICIT, (8,), "data", "factor", "left"),
+    repeat(EXPLICIT, (8,), "data", "factor", "left"),
     (AUTO, (4, 2), "both", "factor", "left"),
     (EXPLICIT, (4, 2), "both", "fused", "left"),
     (AUTO, (4, 2), "both", "fused", "right"),

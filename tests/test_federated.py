@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from helpers import repeat
+from helpers import chequered, repeat
 
 import raclora_jax as rl
 from raclora_jax import federated as fed
@@ -217,8 +217,9 @@ def test_the_residual_travels_in_the_smaller_form():
     chex.assert_trees_all_close(jax.device_get(got), want, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("ranks", [(2, 2, 2, 2, 2), (1, 2, 1, 2, 1)])
+@pytest.mark.parametrize(
+    ("ranks", "side"), chequered([(2, 2, 2, 2, 2), (1, 2, 1, 2, 1)], ["left", "right"])
+)
 def test_flexlora_is_the_nearest_of_its_rank(side, ranks):
     strategy = make("flexlora", side)
     state = fed.init(strategy, model(), key=3)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import chequered
 
 import raclora_jax as rl
 from raclora_jax import federated as fed
@@ -57,8 +58,7 @@ def bounded(messages, norm):
     return {p: np.tensordot(short, a, 1) / len(messages) for p, a in arrays.items()}
 
 
-@pytest.mark.parametrize("clients", [5, 6])
-@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize(("name", "clients"), chequered(STRATEGIES, [5, 6]))
 def test_means_are_those_of_numpy_whatever_the_counts(name, clients):
     strategy, state = begun(STRATEGIES[name])
     messages = messages_of(strategy, state, clients)

@@ -23,6 +23,7 @@ from agreement import (
     sketches,
 )
 from cases import CASES
+from helpers import chequered
 
 import raclora_jax as rl
 from raclora_jax._core.plan import plan_tree
@@ -92,9 +93,12 @@ NEW = [
 
 
 @pytest.mark.parametrize(
-    "name", [*NEW, "leaf times its transpose", "ragged_dot, axes merged"]
+    ("law", "name"),
+    chequered(
+        ["gaussian_raw", "block"],
+        [*NEW, "leaf times its transpose", "ragged_dot, axes merged"],
+    ),
 )
-@pytest.mark.parametrize("law", ["gaussian_raw", "block"])
 def test_case_away_from_zero(name, law):
     """The adapter form, where the factors have a value: against the merged weights."""
     with jax.enable_x64(True):
@@ -158,8 +162,9 @@ def test_no_gradient_of_leaves_side_by_side_is_formed(name, side):
     assert not made(ours) & shapes
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("name", [name for name in CASES if "ragged_dot" in name])
+@pytest.mark.parametrize(
+    ("name", "side"), chequered([name for name in CASES if "ragged_dot" in name], SIDES)
+)
 def test_rows_picked_for_each_group(name, side):
     with jax.enable_x64(True):
         check(CASES[name], [(side, 2, "block"), (side, 2, "coordinate")], 1e-13)
@@ -180,8 +185,8 @@ def test_a_model_is_traced(name):
         )
 
 
-# Every fourth will do: what may differ is dtypes, not rules.
-@pytest.mark.parametrize("name", list(CASES)[::4])
+# Every sixth will do: what may differ is dtypes, not rules.
+@pytest.mark.parametrize("name", list(CASES)[::6])
 def test_case_in_float32(name):
     with jax.enable_x64(False):
         check(CASES[name], [(SIDES[len(name) % 2], 2)], 1e-5)

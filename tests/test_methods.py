@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import states_of
+from helpers import chequered, states_of
 
 import raclora_jax as rl
 from raclora_jax import methods
@@ -37,8 +37,7 @@ CHAINED = {"cola": methods.cola, "published": methods.published_raclora}
 PAIRS = {"lora": methods.lora, "asymmetric": methods.asymmetric, **CHAINED}
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize(("name", "side"), chequered(PAIRS, ["left", "right"]))
 def test_pair_adds_to_frozen_weights(name, side):
     method = PAIRS[name](0.05, spec(side), key=1)
     states = history(method, 3)

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from helpers import repeat
+from helpers import chequered, repeat
 
 import raclora_jax as rl
 from raclora_jax._chain.orthogonal import polar_factor
@@ -68,8 +68,9 @@ def test_no_gradient_gives_no_step_and_no_nan(dtype):
         assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("shape", [(3, 8), (9, 4)])
-@pytest.mark.parametrize("size", [1e-30, 1e18, 1e30, 1e37])
+@pytest.mark.parametrize(
+    ("size", "shape"), chequered([1e-30, 1e18, 1e30, 1e37], [(3, 8), (9, 4)])
+)
 def test_a_gradient_of_any_finite_size(size, shape):
     """The polar factor knows no size; a stack has matrices of several."""
     matrix = np.random.default_rng(0).normal(size=shape).astype("f")

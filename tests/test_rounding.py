@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import repeat
+from helpers import chequered, repeat
 
 import raclora_jax as rl
 from raclora_jax._core import rounding
@@ -272,8 +272,9 @@ def test_the_numbers_behind_the_rounding():
         assert abs(np.corrcoef(left, right)[0, 1]) < 5 / np.sqrt(count)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(
+    ("side", "dtype"), chequered(["left", "right"], ["float32", "bfloat16"])
+)
 def test_no_dense_delta_is_in_memory(side, dtype):
     """Lift, decay, rounding and the addition are one pass over the donated weights."""
     spec = rl.Spec(8, side=side, rules=[rl.Rule("stack", batch=0)])

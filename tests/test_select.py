@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 import reference
-from helpers import repeat
+from helpers import chequered, repeat
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import raclora_jax as rl
@@ -55,9 +55,10 @@ def test_a_cycle_covers_every_row_once(shape, rank, rows):
     assert any((others != one).any() for one in cycles)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize(
+    ("rank", "side", "dtype"),
+    chequered([4, 16], ["left", "right"], ["float32", "bfloat16"]),
+)
 def test_a_matrix_of_a_stack_moves_in_place_as_it_does_alone(rank, side, dtype):
     """One run of rows, and two; the same bits, and no other matrix is touched."""
     rules = [rl.Rule("w", batch=0, rows=1)]
@@ -122,9 +123,7 @@ VIEWS = {
 }
 
 
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("rank", [4, 5])
-@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize(("name", "rank", "law"), chequered(VIEWS, [4, 5], LAWS))
 def test_picking_is_what_a_product_with_the_sketch_is(name, rank, law):
     """``project``, ``lift`` and the change of basis, against the explicit sketch."""
     shape, fields = VIEWS[name]
@@ -157,9 +156,9 @@ def rule_fields(rule):
     return {name: getattr(rule, name) for name in ("side", "rows", "batch")}
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("law", LAWS)
-@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize(
+    ("name", "law", "dtype"), chequered(VIEWS, LAWS, ["float32", "bfloat16"])
+)
 def test_other_rows_keep_their_bits(name, law, dtype):
     """And the picked ones are those of the dense form, rounding included."""
     shape, fields = VIEWS[name]

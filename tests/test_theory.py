@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from helpers import chequered
 from jax import lax
 
 import raclora_jax as rl
@@ -108,8 +109,7 @@ def descended(name, spec, steps):
     return np.asarray(gaps), np.asarray(weights)
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("sketch", PROJECTORS)
+@pytest.mark.parametrize(("sketch", "side"), chequered(PROJECTORS, SIDES))
 def test_projected_steps_reach_the_optimum_of_the_counterexample(side, sketch):
     gaps, _ = descended("counterexample", fresh(1, side, sketch), 1500)
     assert gaps[:, -1].max() < 1e-12
@@ -129,8 +129,7 @@ def test_plain_gd_on_a_raw_gaussian_sketch_diverges_at_the_same_step():
     assert not (gaps[:, -1] < 1e6).any()
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("rank", [1, 2, 4])
+@pytest.mark.parametrize(("rank", "side"), chequered([1, 2, 4], SIDES))
 def test_contraction_per_link_is_below_the_pl_bound(side, rank):
     # Theorem 5.5 with gamma = 1/L: E[gap+ | W] <= (1 - lambda mu / L) gap. Given the
     # past, a link's excess over its mean has mean 0, so links count as independent.
@@ -142,8 +141,7 @@ def test_contraction_per_link_is_below_the_pl_bound(side, rank):
     assert ratios.mean() + 4 * standard_error < bound
 
 
-@pytest.mark.parametrize("side", SIDES)
-@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize(("rank", "side"), chequered([1, 2], SIDES))
 def test_doubling_the_rank_halves_the_links(side, rank):
     def mean_links(rank):
         gaps, _ = descended("least squares", fresh(rank, side), 600)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import chequered
 
 import raclora_jax as rl
 from raclora_jax import theory
@@ -107,8 +108,7 @@ def test_cycles_of_blocks_stay_below_theirs(rank, side):
         assert at.max() < theory.block_pl(**known, cycles=cycle, sure=True)
 
 
-@pytest.mark.parametrize("sigma", [0.1, 1.0])
-@pytest.mark.parametrize("step", [1.0, 0.1])
+@pytest.mark.parametrize(("step", "sigma"), chequered([1.0, 0.1], [0.1, 1.0]))
 def test_stochastic_steps_stay_below_theirs(sigma, step):
     rank, lam, links = 3, 3 / ROWS, 240
     rng = np.random.default_rng(3)

@@ -170,8 +170,7 @@ def test_a_bfloat16_base_keeps_float32_factors():
     assert gap < 0.05  # some steps of bfloat16, 2^-8, through five layers
 
 
-@pytest.mark.parametrize("start", [0.0, 0.3])
-def test_second_derivatives_are_those_of_the_merged_weights(start):
+def test_second_derivatives_are_those_of_the_merged_weights():
     """By the factors, also where two leaves meet, and forwards."""
     keys = jax.random.split(jax.random.key(0), 4)
     base = {
@@ -188,7 +187,6 @@ def test_second_derivatives_are_those_of_the_merged_weights(start):
 
     spec = rl.Spec(2)
     factors, chain = rl.init_adapter(base, spec, key=1)
-    factors = jax.tree.map(lambda f: f + start, factors)
 
     def ours(factors):
         return rl.adapted(loss, spec)(factors, base, chain, x)
@@ -197,7 +195,11 @@ def test_second_derivatives_are_those_of_the_merged_weights(start):
         return loss(rl.effective_params(base, factors, chain, spec), x)
 
     for derivative in (jax.grad, jax.hessian, jax.jacfwd):
-        got, want = (jax.jit(derivative(f))(factors) for f in (ours, merged))
-        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
-    assert float(jnp.abs(jax.hessian(ours)(factors)["down"]["down"]).max()) > 1e-6
+        mine, theirs = (jax.jit(derivative(function)) for function in (ours, merged))
+        for start in (0.0, 0.3):
+            at = jax.tree.map(lambda f, start=start: f + start, factors)
+            got, want = mine(at), theirs(at)
+            for one, other in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-5)
+            if derivative is jax.hessian:
+                assert float(jnp.abs(got["down"]["down"]).max()) > 1e-6

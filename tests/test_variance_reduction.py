@@ -132,7 +132,7 @@ def least_squares(name, seed, steps=2500, rate=0.3):
     return float(gap(run((W, W, tx.init(W)))[0]) / gap(W))
 
 
-@pytest.mark.parametrize("seed", [repeat(0), 1, 2])
+@pytest.mark.parametrize("seed", [repeat(0), 1, repeat(2)])
 def test_page_has_no_floor_and_mvr_a_lower_one(seed):
     with jax.enable_x64(True):
         gaps = {name: least_squares(name, seed) for name in ("sgd", "page", "mvr")}
