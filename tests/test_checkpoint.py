@@ -26,7 +26,6 @@ from raclora_jax.checkpoint._digest import digests
 
 SPEC = rl.Spec(3, resample_every=3, rules=[rl.Rule("stack", batch=0)])
 pytestmark = [
-    pytest.mark.smoke,
     pytest.mark.usefixtures("quick_draws"),
     # orbax reads all arrays at once, and lets the others go when one is damaged.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
@@ -151,6 +150,7 @@ def placed(tree, mesh):
     return jax.tree.map(sharding, tree)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("shape", [(4, 1), (1, 1), (2, 4)])
 def test_onto_another_mesh(shape, tmp_path):
     run = run_of()
@@ -190,6 +190,7 @@ def test_an_abstract_state_of_what_has_none_is_refused_by_name():
         checkpoint.abstract_state(run_of().tx, params_of(), shardings=[home])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("dtype", "kind"),
     chequered(
@@ -209,6 +210,7 @@ def test_digests_do_not_know_the_mesh_and_know_every_bit(dtype, kind):
     assert digests({"a": raw.view(np.asarray(array).dtype)}) != alone
 
 
+@pytest.mark.smoke
 def test_other_trees(tmp_path):
     """linen's TrainState, nnx's State, a key, a bool, nothing, a number of Python."""
     model = nn.Dense(5)

@@ -11,7 +11,10 @@ import raclora_jax as rl
 from raclora_jax.checkpoint import Checkpointer
 from raclora_jax.checkpoint._digest import digests
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+pytestmark = [
+    pytest.mark.smoke,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 def there_and_back(state, folder, like=None):

@@ -265,6 +265,7 @@ backend_config={"known_trip_count":{"n":"12"}}
 """
 
 
+@pytest.mark.smoke
 def test_library_calls_and_loops_are_read():
     found = {p.kind: p for p in hlo.products(LIBRARY_CALLS)}
     gemm, matmul = found["__cublas$gemm"], found["__onednn$matmul"]

@@ -13,8 +13,6 @@ import pytest
 
 import raclora_jax as rl
 
-pytestmark = pytest.mark.smoke
-
 SPEC = rl.Spec(2, resample_every=2)
 STEPS = 5
 
@@ -85,6 +83,7 @@ def step_of(tx, form, spec=SPEC):
     return step
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("name", "make", "form"), CASES)
 def test_outside_jit_and_in_the_users_own_traces(name, make, form):
     """Eager steps, a branch, a scan, a while loop and a vmap: the compiled run."""
@@ -133,6 +132,7 @@ def test_outside_jit_and_in_the_users_own_traces(name, make, form):
     close(jax.tree.map(lambda leaf: leaf[1], both))
 
 
+@pytest.mark.smoke
 def test_a_step_not_taken_in_a_branch_spends_nothing():
     """Factor gradients in one branch, zeros of their structure in the other."""
     tx = core()

@@ -184,12 +184,12 @@ def alone():
 
 
 QUICK = [
-    (EXPLICIT, (4, 2), "both", "factor", "left"),
+    pytest.param(EXPLICIT, (4, 2), "both", "factor", "left", marks=pytest.mark.smoke),
     repeat(EXPLICIT, (2, 2, 2), "both", "dense", "right"),
     repeat(EXPLICIT, (8,), "fsdp", "factor", "right"),
     repeat(EXPLICIT, (8,), "data", "factor", "left"),
     (AUTO, (4, 2), "both", "factor", "left"),
-    (EXPLICIT, (4, 2), "both", "fused", "left"),
+    pytest.param(EXPLICIT, (4, 2), "both", "fused", "left", marks=pytest.mark.smoke),
     (AUTO, (4, 2), "both", "fused", "right"),
 ]
 PLACES = [

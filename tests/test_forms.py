@@ -263,7 +263,7 @@ def assert_one_path(actual, expected):
         repeat("orthogonal, momentum", "right", 6, OTHERS, "orthonormal"),
         repeat("orthogonal", "auto", 7, (*FEW, "layers/second", "query"), "block"),
         repeat("orthogonal", "left", 8, OTHERS, "block"),
-        ("adam", "right", 9, FEW, "block"),
+        pytest.param("adam", "right", 9, FEW, "block", marks=pytest.mark.smoke),
     ],
 )
 def test_all_forms_are_one_trajectory(name, side, seed, only, law):

@@ -17,8 +17,6 @@ import raclora_jax as rl
 from raclora_jax._autodiff.reads import scanned_once
 from raclora_jax._autodiff.stage import stage
 
-pytestmark = pytest.mark.smoke
-
 LAYERS, DIM, HIDDEN, OUT = 3, 10, 14, 6
 RULES = {
     "identity": optax.identity(),
@@ -225,6 +223,7 @@ def test_a_run_changes_form_in_the_middle_of_a_link():
     assert_same(mixed, go_on(parts, *start, 12, *args), 1e-6)
 
 
+@pytest.mark.smoke
 def test_only_what_one_scan_reads_moves_in_it():
     params, args = weights(), batch()
     for model in ("scan", "remat"):
@@ -265,6 +264,7 @@ def test_cases(name):
         assert law == "block" or any(np.any(new != old) for new, old in pairs)
 
 
+@pytest.mark.smoke
 def test_no_gradient_of_a_layer_outlives_it():
     """No array in the program has the shape of all the factors of a stacked leaf."""
     params, args = weights(), batch()
@@ -282,6 +282,7 @@ def test_no_gradient_of_a_layer_outlives_it():
     assert stacked in texts[1]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("model", ["scan", "remat", "unrolled"])
 def test_no_weight_stands_twice(model):
     """What a step holds beside the weights, all rows moving, is less than the weights."""
@@ -355,6 +356,7 @@ def test_whole_matrices(rule):
         assert_same(fused[0], dense, 1e-6)
 
 
+@pytest.mark.smoke
 def test_outside_of_jit_it_says_what_two_copies_take():
     params, x = {"up": weights()["up"][:, :, :DIM]}, jnp.ones((4, DIM))
 
@@ -422,6 +424,7 @@ def test_a_loss_that_is_not_finite_changes_nothing():
         assert_same(after._replace(skipped=state.skipped), state, 0)
 
 
+@pytest.mark.smoke
 def test_a_gradient_that_is_not_finite_leaves_its_matrix():
     """The cotangent of one layer is NaN: it and those below stay, those above move."""
     params, args = weights(), batch()

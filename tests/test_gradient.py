@@ -27,7 +27,7 @@ from helpers import chequered
 
 import raclora_jax as rl
 
-pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("quick_draws")]
+pytestmark = pytest.mark.usefixtures("quick_draws")
 
 TURNS = ((("left", 1), ("right", 3)), (("left", 3), ("right", 1)))
 
@@ -58,6 +58,7 @@ def check(case, settings, tolerance):
     assert_reported(case, messages)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", CASES)
 def test_case(name):
     """A law of real numbers and one that picks rows, each on a side, since it takes long.
@@ -138,6 +139,7 @@ def products(program):
     return made, joined
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize(
     "name", ["LSTM of linen", "GRU of linen", "two leaves concatenated"]
@@ -169,6 +171,7 @@ def test_rows_picked_for_each_group(name, side):
         check(CASES[name], [(side, 2, "block"), (side, 2, "coordinate")], 1e-13)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", cases.MODELS)
 def test_a_model_is_traced(name):
     """The views read off a model are those its gradient is held against."""

@@ -14,6 +14,8 @@ from jax import lax
 
 import raclora_jax as rl
 
+pytestmark = pytest.mark.smoke
+
 X = jax.ShapeDtypeStruct((6, 8), "float32")
 SQUARE = jax.ShapeDtypeStruct((8, 8), "float32")
 IMAGE = jax.ShapeDtypeStruct((2, 7, 7, 4), "float32")

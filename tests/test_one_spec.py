@@ -94,6 +94,7 @@ def test_dense_updates_are_added_as_they_are():
     np.testing.assert_array_equal(rl.apply_updates(W, updates)["kernel"], want["kernel"])
 
 
+@pytest.mark.smoke
 def test_a_stamp_costs_nothing_and_survives_transformations():
     tx = rl.raclora(0.1, RUN, key=0)
     grad_fn = jax.jit(rl.value_and_grad(loss_fn, RUN))
@@ -170,6 +171,7 @@ def test_another_alpha_at_resume_acts_at_once():
     np.testing.assert_allclose(got["kernel"], 1.5**2 * want["kernel"], rtol=1e-5)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("cache", [True, False])
 def test_a_compiled_step_draws_once(cache):
     """Three doors in one program, and no more drawing than in a draw alone."""

@@ -166,6 +166,7 @@ def test_extra_args_are_accepted_and_reach_the_inner_rule(form):
     assert reached[-1] == {"unknown": 1}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("form", FORMS)
 def test_compiles_once(form):
     """Not at step 2, not at a new link, not after a restore from plain arrays."""
@@ -447,6 +448,7 @@ def with_head(seed, body, lead=()):
     return tree_of(seed, {"head": WHOLE["head"]}, lead) | body
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("form", "prefix"), [("dense", False), ("factor", True)])
 def test_masked(form, prefix):
     """Outside the mask nothing changes; inside it is the run of that part alone."""
@@ -464,6 +466,7 @@ def test_masked(form, prefix):
     same_bits(at(seen["head"], -1), params["head"])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("form", "labels"),
     [("dense", "computed"), ("factor", "computed"), ("factor", "tree")],
@@ -491,6 +494,7 @@ def test_partition(form, labels):
     close(seen["head"]["kernel"], descent)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("form", "dtype"),
     [("dense", "float32"), ("factor", "float32"), ("dense", "bfloat16")],
@@ -539,6 +543,7 @@ def test_forms_agree_over_several_leaves():
         assert np.abs(last["body"]["kernel"] - params["body"]["kernel"]).min() > 0
 
 
+@pytest.mark.smoke
 def test_map_params():
     """Alone nothing mirrors the params; in a chain the other states are mapped."""
     alone = rl.raclora(0.1, SPEC, key=0)

@@ -25,6 +25,7 @@ def stacked(matrix, axis):
     )
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [((3, 50), 0), ((40, 7), 0), ((2, 4, 5, 6), 1), ((2, 3, 4, 5), 2), ((1, 9), 0)],

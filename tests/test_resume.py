@@ -163,6 +163,7 @@ def test_a_checkpoint_may_drop_the_sketches(name):
         assert_same_bits(got[1][0]._asdict(), states[-1][1][0]._asdict())
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", ["keep", "bfloat16, a master"])
 def test_orbax_in_a_new_process(name, tmp_path):
     """Nothing is kept but the folder: spec, transformation and step are built anew.
@@ -192,6 +193,7 @@ def test_orbax_in_a_new_process(name, tmp_path):
     assert_same_bits(go_on(step, *restored, done), states[-1])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("cache", [True, False])
 def test_the_adapter_form_resumes(cache, tmp_path):
     """Base weights, factors and chain through msgpack; the sketches may be dropped."""

@@ -15,8 +15,6 @@ import raclora_jax as rl
 from raclora_jax.flax import to_tree
 from raclora_jax.sharding import factor_shardings, state_shardings
 
-pytestmark = pytest.mark.smoke
-
 KINDS = [AxisType.Auto, AxisType.Explicit]
 SPEC = rl.Spec(2, resample_every=3, rules=[rl.Rule("stack", batch=0)])
 
@@ -134,6 +132,7 @@ def test_refuses_what_it_cannot_place():
             call(jax.tree.map(np.asarray, params))
 
 
+@pytest.mark.smoke
 def test_one_compile_and_the_state_stays():
     params = params_on(mesh_of())
     tx = TXS["alone"]
@@ -204,6 +203,7 @@ def close(got, want):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, want)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("form", ["dense", "factor"])
 def test_linen_boxes_carry_through(form):
     """As MaxText derives them: partition specs of the state, logical rules, a mesh."""
@@ -243,6 +243,7 @@ def test_linen_boxes_carry_through(form):
     close(jax.device_get(nn.unbox(spread.params)), one.params)
 
 
+@pytest.mark.smoke
 def test_nnx_metadata_carries_through():
     spec = rl.Spec(2, resample_every=3)
     tx = rl.raclora(0.02, spec, key=0)

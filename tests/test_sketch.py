@@ -20,8 +20,6 @@ from raclora_jax._core import keys, select, sketch
 from raclora_jax._core.cholesky import inverse_cholesky
 from raclora_jax._core.spec import SKETCHES
 
-pytestmark = pytest.mark.smoke
-
 PROJECTORS = tuple(name for name in SKETCHES if name != "gaussian_raw")
 MAX_Z = 5.0
 # What a float32 draw may differ by when the compiler orders its sums in another way.
@@ -196,6 +194,7 @@ def test_axes_of_the_sketched_side_are_kept():
     np.testing.assert_allclose(S.reshape(4, 6), T, rtol=0, atol=COMPILED)
 
 
+@pytest.mark.smoke
 def test_every_form_of_a_key_is_the_same_key():
     forms = {
         "int": 7,
@@ -238,6 +237,7 @@ GOLDEN = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_values(name):
     """A chain begun under one release goes on under the next.

@@ -13,8 +13,6 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import raclora_jax as rl
 
-pytestmark = pytest.mark.smoke
-
 LAYERS, DIM = 3, 8
 # Blocks compile in half the time of the default law, which one case has.
 RUN = {"rank": 2, "learning_rate": 0.05, "key": 3, "resample_every": 2, "sketch": "block"}
@@ -184,6 +182,7 @@ class Linen(nn.Module):
         return nn.Dense(5)(jnp.tanh(nn.Dense(7)(x)))
 
 
+@pytest.mark.smoke
 def test_a_train_state_steps_by_a_trainer():
     (x, y), model = batch(), Linen()
 
@@ -242,6 +241,7 @@ def net_loss(model, x, y):
     return jnp.mean((model(x) - y) ** 2)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("clip_norm", [None, 1e3])
 def test_a_module_in_place(clip_norm):
     """Fused and not: the steps of the parts, statistics and random streams too."""

@@ -66,6 +66,7 @@ def trained(base, spec):
     return jax.tree.map(lambda m, f: m.astype(f.dtype), moved, factors), chain
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("side", [repeat("left"), "right"])
 def test_loss_and_gradient_are_those_of_the_sum(side):
     spec = rl.Spec(2, alpha=3.0, rules=SPEC.rules, side=side)
@@ -88,6 +89,7 @@ def test_loss_and_gradient_are_those_of_the_sum(side):
         np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max())
 
 
+@pytest.mark.smoke
 def test_no_weight_is_formed():
     base, args = params(), inputs()
     factors, chain = trained(base, SPEC)
@@ -102,6 +104,7 @@ def test_no_weight_is_formed():
     assert not made & trained_shapes
 
 
+@pytest.mark.smoke
 def test_an_unknown_use_is_formed_and_reported():
     base = params()
     factors, chain = trained(base, SPEC)
@@ -170,6 +173,7 @@ def test_a_bfloat16_base_keeps_float32_factors():
     assert gap < 0.05  # some steps of bfloat16, 2^-8, through five layers
 
 
+@pytest.mark.smoke
 def test_second_derivatives_are_those_of_the_merged_weights():
     """By the factors, also where two leaves meet, and forwards."""
     keys = jax.random.split(jax.random.key(0), 4)

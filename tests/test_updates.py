@@ -9,8 +9,6 @@ from helpers import product, with_repeats
 
 import raclora_jax as rl
 
-pytestmark = pytest.mark.smoke
-
 EVERY, STEPS = 2, 5
 LAWS = ("orthonormal", "coordinate", "block", "gaussian_raw")
 
