@@ -4,7 +4,6 @@ To add a method, give it a row in ``ROWS``. ``make(learning_rate, spec, key)`` b
 for the problem below; the checks know nothing else of it.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,10 +19,6 @@ RULES = [rl.Rule("stack", batch=(0,)), rl.Rule("offset", mode="frozen")]
 SPEC = rl.Spec(2, alpha=2.0, resample_every=4, rules=RULES)
 ONES = rl.Spec(1, resample_every=4, rules=RULES)
 STEPS = 24
-# The checks compile a program a method and run it for a blink.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-if jax.__version_info__ < (0, 11):  # two programs with equal sums have equal bits by it
-    QUICK["xla_cpu_use_fusion_emitters"] = True
 
 
 class Row(NamedTuple):
@@ -159,12 +154,12 @@ def run(row: Row) -> Run:
     The key is an argument of the step, which is compiled once for all of it.
     """
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def step(key, state, *batch):
         method = row.make(row.learning_rate, row.spec, key)
         return method.step(state, loss_fn, *batch)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def see(key, state):
         return row.make(row.learning_rate, row.spec, key).params(state)
 

@@ -4,20 +4,15 @@ The oracles are the papers' formulae, with ``W (e, d)``, the drawn factor ``A (r
 the zero factor ``B (e, r)``; a leaf with ``side="left"`` is that ``W`` transposed.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from field import QUICK
 from helpers import with_repeats
 
 import raclora_jax as rl
 from raclora_jax import methods
-
-quickly = functools.partial(jax.jit, compiler_options=QUICK)
 
 ROWS, COLS, RANK, SCALING = 7, 5, 3, 1.5
 LEFT_AND_RIGHT = pytest.mark.parametrize("side", ["left", "right"])
@@ -106,7 +101,7 @@ def test_a_stack_with_groups_of_axes_is_its_matrices(name):
         return getattr(methods, name)(0.05, own, key=0, **FORMS[name])
 
     def stepped(method, loss):
-        step = quickly(lambda state: method.step(state, loss)[0])
+        step = jax.jit(lambda state: method.step(state, loss)[0])
         return lambda state: step(step(state))
 
     def stacked(like, *leaves):
@@ -248,7 +243,7 @@ def test_sora_shut_gate_stays_shut_and_can_be_pruned():
     gate = state.extra["gate"]["kernel"].at[jnp.array([0, 2])].set(0)
     state = state._replace(extra={"gate": {"kernel": gate}})
     x, y = kernel(1, (9, ROWS)), kernel(2, (9, COLS))
-    step = quickly(lambda state: method.step(state, quadratic, x, y))
+    step = jax.jit(lambda state: method.step(state, quadratic, x, y))
     for _ in range(4):
         state, _ = step(state)
     gate = np.array(state.extra["gate"]["kernel"])
@@ -441,7 +436,7 @@ def test_lora_rite_does_not_depend_on_the_split_and_adam_does():
     x, y = kernel(1, (9, ROWS)), kernel(2, (9, COLS))
 
     def gap(method):
-        step = quickly(lambda state: method.step(state, quadratic, x, y)[0])
+        step = jax.jit(lambda state: method.step(state, quadratic, x, y)[0])
         one = random_pair(method)
         other = one._replace(
             drawn={"kernel": split.T @ one.drawn["kernel"]},
