@@ -59,7 +59,7 @@ DENSE_ONLY = {
         core(), optax.add_noise(1e-3, 0.5, jax.random.key(0))
     ),
 }
-QUICK = {("nothing", "factor")}
+QUICK = {("nothing", "factor"), ("apply_if_finite", "factor")}
 CASES = [
     pytest.param(name, make, form, id=f"{name}-{form}",
                  marks=[] if (name, form) in QUICK else pytest.mark.slow)
