@@ -21,11 +21,11 @@ from raclora_jax._core.sharding import sharding_of
 from raclora_jax._core.spec import Rule, Spec, as_spec, check_rules_win, winner
 from raclora_jax._core.types import Alpha, Leaf, PyTree, is_number
 
-# A left sketch meets the input of a layer, of which the backward pass then keeps the sketch
-# alone: up to a tenth of a step and of its peak less than a right one
+# Of the input of a layer the backward pass keeps what a left sketch saw, and frees the rest:
+# up to a tenth of a step and of its peak less than with a right one
 # (benchmarks/speed/sides.py). Trained at its own best rate it ends no higher where the
-# rows are four times the columns. Of an embedding of 32,000 words, 62 times its width, it
-# would see next to nothing.
+# rows are four times the columns (the language study's explored settings). Of a table of
+# 32,000 words, 62 times its width, it would see next to nothing.
 _LONGEST = 16
 
 
