@@ -99,7 +99,7 @@ class Orthogonal:
         self.m = self.momentum * self.m + gradient
         ahead = self.momentum * self.m + gradient
         left, values, right = np.linalg.svd(ahead, full_matrices=False)
-        values = values / np.linalg.norm(values)
+        values = values / np.linalg.norm(values, 8)
         for a, b, c in self.polynomials:
             values = a * values + b * values**3 + c * values**5
         return np.sqrt(max(gradient.shape)) * (left * values) @ right

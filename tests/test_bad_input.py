@@ -286,7 +286,7 @@ WIDER = {"body": {"kernel": jnp.ones((9, 8))}, "bias": jnp.ones(7)}
 RENAMED = {"head": {"kernel": jnp.ones((9, 7))}, "bias": jnp.ones(7)}
 MASTER = rl.Spec(2, rounding="master")
 STATES = {
-    "another width": (2, PARAMS, lambda: state_of(WIDER), ["body/kernel", "7", "8"]),
+    "another width": (2, PARAMS, lambda: state_of(WIDER), ["body/kernel", "9", "8"]),
     "another name": (
         2,
         PARAMS,

@@ -22,8 +22,6 @@ SPECS = {
     "frozen rest": ("bfloat16", rl.Spec(2, rest="frozen", sketch="block")),
 }
 
-pytestmark = pytest.mark.usefixtures("quick_draws")
-
 
 def base_of(dtype="float32", seed=0):
     kernel = jax.random.normal(jax.random.key(seed), (9, 7))

@@ -26,7 +26,6 @@ from raclora_jax.checkpoint._digest import digests
 
 SPEC = rl.Spec(3, resample_every=3, rules=[rl.Rule("stack", batch=0)])
 pytestmark = [
-    pytest.mark.usefixtures("quick_draws"),
     # orbax reads all arrays at once, and lets the others go when one is damaged.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]

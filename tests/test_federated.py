@@ -30,7 +30,6 @@ STRATEGIES = {
 PAIRS = ("fedit", "fedex", "flexlora")
 
 
-pytestmark = pytest.mark.usefixtures("quick_draws")
 update_all = jax.jit(fed.client_updates, static_argnums=(0, 3), static_argnames="mesh")
 
 

@@ -13,8 +13,6 @@ from raclora_jax import federated as fed
 PARAMS = {"kernel": np.full((6, 5), 0.5, np.float32), "bias": np.zeros(5, np.float32)}
 COUNTS = [3, 8, 5]
 
-pytestmark = pytest.mark.usefixtures("quick_draws")
-
 
 def begun(make=fed.raclora, **spec):
     strategy = make(rl.Spec(2, side="left", **spec))

@@ -12,7 +12,6 @@ import raclora_jax as rl
 from raclora_jax import federated as fed
 
 PARAMS = {"kernel": np.full((6, 5), 0.5, np.float32), "bias": np.zeros(5, np.float32)}
-pytestmark = pytest.mark.usefixtures("quick_draws")
 STRATEGIES = {"raclora": fed.raclora, "ffa_lora": fed.ffa_lora, "fedavg": fed.fedavg}
 
 

@@ -24,7 +24,6 @@ def toy(learning_rate, spec, *, key):
 
 
 # Drawing with threefry compiles longer than all the rest.
-pytestmark = pytest.mark.usefixtures("quick_draws")
 
 ROWS = field.ROWS | {
     "toy": field.Row(lambda rate, spec, key: toy(rate, spec, key=key), learning_rate=0.01)

@@ -14,7 +14,6 @@ from raclora_jax import methods
 from raclora_jax.methods import _heterolora
 
 # Drawing with threefry compiles longer than all the rest.
-pytestmark = pytest.mark.usefixtures("quick_draws")
 
 SHAPES = {"a": (7, 5), "b": (9, 6), "c": (7, 5), "d": (7, 5)}
 

@@ -19,7 +19,6 @@ LEFT_AND_RIGHT = pytest.mark.parametrize("side", ["left", "right"])
 
 
 # Drawing with threefry compiles longer than all the rest.
-pytestmark = pytest.mark.usefixtures("quick_draws")
 
 
 @pytest.fixture(autouse=True)

@@ -275,7 +275,11 @@ def test_flora_projections_are_the_identity_in_the_mean():
 
 def test_a_new_projection_lengthens_the_momentum():
     """``|A' A^T M|^2`` is ``dim / rank |M|^2`` in the mean: why links must be long."""
-    draws, law, wide = 2000, rl.Spec(2, sketch="gaussian_raw"), jnp.zeros((31, 20))
+    draws, law, wide = (
+        2000,
+        rl.Spec(2, side="smaller", sketch="gaussian_raw"),
+        jnp.zeros((31, 20)),
+    )
     every = jax.vmap(lambda link: rl.sample_sketch(wide, law, key=7, link=link))(
         jnp.arange(2 * draws)
     )

@@ -200,7 +200,7 @@ def test_gradients_in_the_dtype_of_their_weights(model):
         ulp = np.max(np.abs(np.float32(start))) * 2.0**-8
         assert np.max(np.abs(one - other)) <= 2.0**-6 * step + ulp
     params = weights()
-    tx = rl.raclora(0.1, dataclasses.replace(spec, rounding="smaller"), key=KEY)
+    tx = rl.raclora(0.1, dataclasses.replace(spec, rounding="auto"), key=KEY)
     start = params, tx.init(params), *args
     same = [
         str(jax.make_jaxpr(rl.fused_step(loss, tx, low_gradients=low))(*start))

@@ -14,7 +14,6 @@ from raclora_jax.checkpoint._meta import opened
 OURS = pathlib.Path(raclora_jax.__file__).parent
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_draws"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 

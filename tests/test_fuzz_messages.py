@@ -1,11 +1,8 @@
 """Forged messages: no round ends by one, and no mean is another's."""
 
-import pytest
 
 from benchmarks.pods.fuzzing.messages import cases
 from raclora_jax.federated import _checks
-
-pytestmark = pytest.mark.usefixtures("quick_draws")
 
 
 def wrong(seed, count, folder):

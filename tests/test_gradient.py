@@ -27,8 +27,6 @@ from helpers import chequered
 
 import raclora_jax as rl
 
-pytestmark = pytest.mark.usefixtures("quick_draws")
-
 TURNS = ((("left", 1), ("right", 3)), (("left", 3), ("right", 1)))
 
 

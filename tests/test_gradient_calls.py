@@ -29,7 +29,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 import raclora_jax as rl
 
-pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("quick_draws")]
+pytestmark = pytest.mark.smoke
 
 
 @pytest.fixture

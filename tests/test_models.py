@@ -21,7 +21,6 @@ MODELS = {
 }
 
 
-@pytest.mark.usefixtures("quick_draws")
 @pytest.mark.parametrize("name", with_repeats(MODELS, "decoder", "decoder, scan"))
 def test_gradients_are_the_dense_ones_projected(name):
     model = MODELS[name]()

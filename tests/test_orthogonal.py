@@ -12,7 +12,7 @@ import raclora_jax as rl
 from raclora_jax._chain.orthogonal import polar_factor
 
 # Where the docstring says that singular values end.
-WITHIN = 0.013
+WITHIN = 0.007
 
 
 def normal(seed, *shape):
@@ -40,9 +40,9 @@ def test_the_polar_factor(shape, axis):
 
 
 def test_where_singular_values_end():
-    """Down to 0.01 of the norm they end together; below they go to zero."""
+    """Down to 0.05 of the 8-norm they end together; below they go to zero."""
     left, right = (np.linalg.qr(normal(seed, 60, 5))[0] for seed in (1, 2))
-    values = np.array([1.0, 0.3, 5e-2, 1.1e-2, 1e-5])
+    values = np.array([1.0, 0.8, 0.3, 5.5e-2, 1e-5])
     matrix = (left * values) @ right.T
     with jax.enable_x64(True):
         got = np.linalg.svd(np.asarray(polar_factor(jnp.asarray(matrix), 0)))[1]

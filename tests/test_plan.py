@@ -183,15 +183,16 @@ def test_the_left_sketch_of_the_paper_is_the_right_side_of_a_kernel():
         ((9, 5), "smaller", "right"),
         ((5, 9), "smaller", "left"),
         ((7, 7), "smaller", "left"),
-        ((48, 3), "auto", "left"),
-        ((49, 3), "auto", "right"),
+        ((128, 8), "auto", "left"),
+        ((129, 8), "auto", "right"),
+        ((9, 7), "auto", "right"),
         ((3, 49), "auto", "left"),
         ((9, 5), "left", "left"),
         ((5, 9), "right", "right"),
     ],
 )
 def test_sides(sizes, side, want):
-    """The smaller of both, or the rows up to 16 times the columns, or as told."""
+    """The smaller of both, or the rows where they are the better bargain, or as told."""
     assert plan_of(rl.Spec(2, side=side), *sizes).side == want
     other = "right" if side != "right" else "left"
     by_rule = rl.Spec(2, side=other, rules=[rl.Rule("kernel", side=side)])

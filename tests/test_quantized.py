@@ -26,8 +26,6 @@ SPEC = rl.Spec(
 )
 KINDS = [("int8", 5), ("int4", 5), ("nf4", None)]
 
-pytestmark = pytest.mark.usefixtures("quick_draws")
-
 
 def params(seed=0, dtype=jnp.float32):
     draw = np.random.default_rng(seed)
@@ -245,9 +243,10 @@ def test_a_quantised_base_is_tuned():
 
     start = {"kernel": jnp.asarray(hidden, jnp.float32)}
     base, error = quantized.quantize(start, 2, "int8")
-    factors, chain = rl.init_adapter(base, 2, key=0)
-    grad_fn = jax.jit(jax.grad(rl.adapted(loss_fn, 2, dequantize=qwix.dequantize)))
-    following = jax.jit(lambda *run: quantized.next_link(*run, 2))
+    spec = rl.Spec(2, side="smaller")
+    factors, chain = rl.init_adapter(base, spec, key=0)
+    grad_fn = jax.jit(jax.grad(rl.adapted(loss_fn, spec, dequantize=qwix.dequantize)))
+    following = jax.jit(lambda *run: quantized.next_link(*run, spec))
     for _ in range(60):
         for _ in range(4):
             grads = grad_fn(factors, base, chain)

@@ -207,7 +207,7 @@ def close(got, want):
 @pytest.mark.parametrize("form", ["dense", "factor"])
 def test_linen_boxes_carry_through(form):
     """As MaxText derives them: partition specs of the state, logical rules, a mesh."""
-    net, spec = Linen(), rl.Spec(2, resample_every=3)
+    net, spec = Linen(), rl.Spec(2, side="smaller", resample_every=3)
     tx = rl.raclora(0.02, spec, key=0)
 
     def create(key):

@@ -13,7 +13,7 @@ from helpers import chequered
 import raclora_jax as rl
 from raclora_jax import theory
 
-SEEDS = 20
+SEEDS = 60
 # Compiling is nearly all the time these small programs take.
 LAWS = ("orthonormal", "rademacher", "coordinate", "block")
 ROWS, COLS, SAMPLES = 12, 6, 60

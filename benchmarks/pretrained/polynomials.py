@@ -75,8 +75,9 @@ def choices() -> dict[str, Polynomials | None]:
     return {
         "6 from 0.001": composed(1e-3, 6),
         "5 from 0.001": composed(1e-3, 5),
-        "4 from 0.01 (ours)": composed(1e-2, 4),
-        "3 from 0.1": composed(1e-1, 3),
+        "4 from 0.01": composed(1e-2, 4),
+        "3 from 0.05 (ours)": composed(5e-2, 3),
+        "2 from 0.1": composed(1e-1, 2),
         "5 of Muon": MUON,
         "exact": None,
     }

@@ -94,15 +94,41 @@ def fused_table() -> str:
 _OF_A_STEP = ("over_floor", "over_parts")
 
 
+def compile_table() -> str:
+    """Seconds of CPU before the first step: AdamW's, and the others over them."""
+    rows = result_rows.read("speed/trace_time")
+    cells = {(row["model"], row["method"]): row for row in rows}
+    models = [row["model"] for row in rows if row["method"] == "full AdamW"]
+    others = ("floor", "LoRA", "qwix LoRA", "ours", "block, dim / 8")
+    lines = [
+        "| model | AdamW, s: staged, compiled | floor | LoRA | qwix LoRA | RAC-LoRA "
+        "| blocks, no state | the draw, s |",
+        "|---|---|---|---|---|---|---|---:|",
+    ]
+    for model in models:
+        plain = cells[model, "full AdamW"]
+        seconds = plain["trace_seconds"] + plain["lower_seconds"]
+        said = [model, f"{seconds:.2f}, {plain['compile_seconds']:.1f}"]
+        for name in others:
+            one = cells[model, name]
+            said.append(
+                f"{one['staged_over_plain']:.2f}, {one['compile_over_plain']:.2f}"
+            )
+        said.append(f"{cells[model, 'the draw']['compile_seconds']:.2f}")
+        lines.append("| " + " | ".join(said) + " |")
+    return "\n".join(lines)
+
+
 def sides_table() -> str:
     """Steps by the side that is sketched, beside LoRA."""
     rows = result_rows.read("speed/sides")
     header = (
-        "| model | left | right | auto | LoRA | left / LoRA "
-        "| peak MiB: floor, left, right, auto, LoRA |"
+        "| model | left | right | smaller | auto | LoRA | auto / LoRA "
+        "| peak MiB: floor, left, right, smaller, auto, LoRA |"
     )
-    shown = ("ours, left", "ours, right", "ours, auto", "LoRA, rank first")
-    return _over_floor(header, rows, shown, lambda over: [over[0] / over[-1]])
+    sides = ("left", "right", "smaller", "auto")
+    shown = (*(f"ours, {side}" for side in sides), "LoRA, rank first")
+    return _over_floor(header, rows, shown, lambda over: [over[3] / over[-1]])
 
 
 def laws_table() -> str:
@@ -207,6 +233,7 @@ TABLES = {
     "step_time": step_time_table,
     "fused": fused_table,
     "sides": sides_table,
+    "compile": compile_table,
     "language_steps": lambda: pretrained.losses("language", "equal steps"),
     "language_long": lambda: pretrained.losses("language", "long"),
     "language_times": lambda: pretrained.times("language"),

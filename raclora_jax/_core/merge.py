@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -45,7 +47,7 @@ def merge_leaf(
       Array of ``plan.shape`` in the dtype of the weight.
     """
     if isinstance(sketch, Picks) and _is_zero(decay):
-        return _rows_merged(weight, factor, sketch, plan, rounding, key, start)
+        return _rows_merged(weight, factor, sketch, plan.kind, rounding, key, start)
     places = None if start is None else _places(weight.shape, start)
     exact = add_lifted(weight, factor, sketch, decay, plan)
     return _settled(exact, weight.dtype, rounding, key, places)
@@ -103,6 +105,8 @@ def _is_zero(decay: Scalar) -> bool:
     return not isinstance(decay, jax.core.Tracer) and float(decay) == 0
 
 
+# Traced once for all leaves of one kind.
+@functools.partial(jax.jit, static_argnames=("plan", "rounding"))
 def _rows_merged(
     weight: Array,
     factor: Array,
@@ -114,8 +118,10 @@ def _rows_merged(
 ) -> Array:
     """The weight with the step in its picked rows, the others as they were."""
     labels = range(weight.ndim), plan.sketched_axes, plan.batch
-    places = _places(weight.shape, start)
-    rows, positions = (sketch.taken(array, *labels) for array in (weight, places))
+    rows = sketch.taken(weight, *labels)
+    positions = None
+    if key is not None:
+        positions = sketch.taken(_places(weight.shape, start), *labels)
     exact = rows.astype(plan.wide_dtype) + _as_rows(factor, plan)
     new = _settled(exact, weight.dtype, rounding, key, positions)
     return sketch.replaced(weight, new, *labels)

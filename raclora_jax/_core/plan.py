@@ -238,6 +238,11 @@ class LeafPlan:
             sharding=sharding,
         )
 
+    @functools.cached_property
+    def kind(self) -> LeafPlan:
+        """The plan that all leaves of this kind share, whatever they are called."""
+        return dataclasses.replace(self, path="", reason="", sharding=None)
+
     def size_of(self, axes: tuple[int, ...]) -> int:
         """Product of the sizes of some axes."""
         return math.prod(self.shape[axis] for axis in axes)

@@ -21,12 +21,14 @@ from raclora_jax._core.sharding import sharding_of
 from raclora_jax._core.spec import Rule, Spec, as_spec, check_rules_win, winner
 from raclora_jax._core.types import Alpha, Leaf, PyTree, is_number
 
-# Of the input of a layer the backward pass keeps what a left sketch saw, and frees the rest:
-# up to a tenth of a step and of its peak less than with a right one
-# (benchmarks/speed/sides.py). Trained at its own best rate it ends no higher where the
-# rows are four times the columns (the language study's explored settings). Of a table of
-# 32,000 words, 62 times its width, it would see next to nothing.
+# When "auto" takes the rows. Of the input of a layer the backward pass keeps what a left
+# sketch saw, and frees all else: up to a tenth of a step and of its peak less than with a
+# right one (benchmarks/speed/sides.py). Trained at its own best rate it ends no higher
+# where the rows are four times the columns (the language study's explored settings). Of a
+# table of 32,000 words, 62 times its width, it would see next to nothing; and a head so
+# narrow that its columns' sketch sees a quarter or more of it costs nothing either way.
 _LONGEST = 16
+_NARROWEST = 4
 
 
 def plan_tree(spec: Spec | int, tree: PyTree) -> dict[str, LeafPlan]:
@@ -238,8 +240,7 @@ def _sized(spec: Spec, rule: Rule | None, plan: LeafPlan) -> LeafPlan:
 def _best_side(side: str, rank: int, rows: int, cols: int) -> str:
     """The smaller side, or the rows where they are the better bargain."""
     smaller = "left" if rows <= cols else "right"
-    # A leaf whose smaller side the rank fills is trained in full, whichever is sketched.
-    free = side == "auto" and rank < cols and rows <= _LONGEST * cols
+    free = side == "auto" and rows <= _LONGEST * cols and rank <= cols // _NARROWEST
     return "left" if free else smaller
 
 

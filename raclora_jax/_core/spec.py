@@ -132,11 +132,11 @@ class Spec:
       side: ``"left"`` sketches the rows, ``"right"`` the columns. ``"smaller"``
         sketches the smaller of both, ties to the rows, for the largest lambda.
         ``"auto"`` sketches the rows, which takes least time and memory, unless they are
-        more than 16 times the columns, and then the columns, lest lambda be so much
-        smaller. A number p draws it anew for each link, left with probability p and else
-        right: Bernoulli-LoRA. The mean projector is then
-        ``p rank / rows + (1 - p) rank / cols``; both factors and the state of both are
-        held, and one is used.
+        more than 16 times the columns, or the rank is above a quarter of the columns:
+        then it is ``"smaller"``, lest lambda be so much less. A number p draws it anew
+        for each link, left with probability p and else right: Bernoulli-LoRA. The mean
+        projector is then ``p rank / rows + (1 - p) rank / cols``; both factors and the
+        state of both are held, and one is used.
       sketch: Its law: ``"orthonormal"`` (a whitened Gaussian), ``"rademacher"``
         (whitened signs), ``"coordinate"`` (random rows), ``"block"`` (neighbouring rows,
         each once a cycle of ``dim / rank`` links: slices where others need products), or

@@ -174,8 +174,8 @@ def _rule(path: str, ndim: int, views: list[Use], said: Rule | None, spec: Spec)
     if side == "auto" and any(view.is_lookup for view in views):
         # A step sees few of the words, and a sketch of all words would move every one.
         side = "smaller"
-    own = {} if side == spec.side else {"side": side}
-    return dataclasses.replace(said, rows=rows, batch=batch, **own)
+    own = None if side == spec.side else side
+    return dataclasses.replace(said, rows=rows, batch=batch, side=own)
 
 
 def _view(ndim: int, views: list[Use]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

@@ -143,7 +143,12 @@ def of_one_side(spec: Spec | int) -> Spec:
 
 
 def basis_plans(spec: Spec, tree: PyTree) -> Plans:
-    """The plans of a tree, each with a basis that is an array."""
+    """The plans of a tree, each with a basis that is an array.
+
+    These methods are about the smaller side, where the spec leaves it to them.
+    """
+    if spec.side == "auto":
+        spec = dataclasses.replace(spec, side="smaller")
     plans = plan_tree(spec, tree)
     for plan in plans.values():
         other = plan.size_of(plan.kept_axes)

@@ -17,8 +17,8 @@ class Orthogonal(Rate):
     ``W+ = W - eta S^T polar(S grad f)``: by convexity of the nuclear norm
     ``E |S G|_* >= lam |G|_*``. At ``eta = best_step(...)`` it is
     ``sqrt(2 L rank gap / links) / lam``. Our derivation, for exact gradients and an exact
-    polar factor; the one of ``orthogonal()`` is within 1.3 % for singular values of at
-    least 0.01 of the norm.
+    polar factor; the one of ``orthogonal()`` is within 0.7 % for singular values of at
+    least 0.05 of their 8-norm.
 
     Args:
       smoothness: L, the Lipschitz constant of the gradient in the Frobenius norm, in
