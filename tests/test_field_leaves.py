@@ -258,7 +258,7 @@ def test_allora_scales_the_outputs_in_both_gradients(side):
 
 
 def test_allora_leaves_the_gradient_of_the_input_alone():
-    """A bias before the leaf has LoRA's gradient to the last bit."""
+    """A bias before the leaf has LoRA's gradient: zeros have joined its sums."""
     start = {"bias": jnp.arange(7.0) / 7, "a": params()["a"]}
 
     def loss(params):
@@ -272,7 +272,8 @@ def test_allora_leaves_the_gradient_of_the_input_alone():
         state = state._replace(zero={"a": jnp.cos(jnp.arange(14.0)).reshape(2, 7)})
         # Operation by operation: two whole programs may join their sums otherwise.
         ends.append(method.step(state, loss)[0])
-    np.testing.assert_array_equal(ends[0].dense["bias"], ends[1].dense["bias"])
+    biases = [np.asarray(end.dense["bias"]) for end in ends]
+    np.testing.assert_array_max_ulp(*biases, maxulp=2)
     assert np.any(ends[0].zero["a"] != ends[1].zero["a"])
 
 

@@ -170,7 +170,7 @@ def test_pairs_and_numbers(folder, table, tmp_path, monkeypatch):
         label="stars",
         length=10,
         learning_rate=0.01,
-        steps=150,
+        steps=300,
         eval_every=50,
     )
     launch(monkeypatch, finetune_glue, *words, "--regression")
