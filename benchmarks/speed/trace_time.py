@@ -159,7 +159,7 @@ def adapter_without_cache(leaves: int) -> dict[str, Any]:
 def main() -> None:
     """Measures every model, writes rows, prints the table."""
     options = timing.arguments(__doc__, __file__)
-    repeats = 1 if options.quick else 3
+    repeats = 1 if options.quick else 2
     leaves = 4 if options.quick else 24
     results: list[dict[str, Any]] = []
     for model in all_models(options.quick):
