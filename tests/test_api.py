@@ -19,14 +19,16 @@ PACKAGE = pathlib.Path(rl.__file__).parent
 
 # Inside a folder each room imports only from rooms before it.
 ROOMS = {
-    "_core": "types checks parts paths saved stamp sharding contraction select picks "
-    "spec plan planning sides keys cholesky sketch lowrank rounding factor merge",
+    "_core": "types checks parts paths saved digest disk stamp sharding contraction "
+    "select picks spec plan planning sides keys cholesky sketch lowrank rounding factor "
+    "merge",
     "_autodiff": "stage reads elementwise uses axes attach weight rearrange arithmetic "
     "output picked consume join rounds updating interpret watch",
     "_chain": "boxes inner separable orthogonal state around clip start step slices",
     "_forms": "pure apply optimizer gradient fusable fused adapter factor_rules unmerged "
     "trace costs summary shardings trainer",
     "flax": "_tree _optimizer _module _train_state _trainer",
+    "follow": "_position _message _numbers _sketches _exact _encode _apply _log",
     "peft": "_folder _files _targets _families _pairs _best _format _patterns _config "
     "_ties _read _write _models",
     "quantized": "_codes _merge",
@@ -40,6 +42,7 @@ BELOW = {
     "_chain": {"_core"},
     "_forms": {"_core", "_autodiff", "_chain"},
     "flax": {"_core", "_forms"},
+    "follow": {"_core", "_chain", "_forms"},
     "peft": {"_core", "_forms"},
     "quantized": {"_core", "_forms"},
     "theory": {"_core", "_forms"},
@@ -55,6 +58,7 @@ OPTIONAL = {
     "_report.py": {"matplotlib"},
     "_checkpointer.py": {"orbax", "etils"},
     "_files.py": {"safetensors"},
+    "_message.py": {"safetensors"},
     "_codes.py": {"qwix"},
     "_merge.py": {"qwix"},
     "tunix.py": {"flax", "tunix"},
@@ -65,6 +69,7 @@ NAMESPACES = (
     "estimators",
     "federated",
     "flax",
+    "follow",
     "methods",
     "peft",
     "quantized",
@@ -142,6 +147,7 @@ def said(call, extra):
     else:
         raise AssertionError(extra)
 said(lambda: rl.flax, "flax")
+said(lambda: rl.follow, "follow")
 said(lambda: rl.peft, "peft")
 said(lambda: rl.quantized, "quantized")
 said(lambda: rl.tunix, "flax")
@@ -225,6 +231,7 @@ def public_functions():
         "estimators",
         "federated",
         "flax",
+        "follow",
         "methods",
         "peft",
         "quantized",

@@ -1,0 +1,26 @@
+"""Copies of the weights that stay equal to the bit by messages of a few kilobytes.
+
+``pip install 'raclora-jax[follow]'``. Trainer and followers do the same thing: they hold
+weights and a ``Position``, and ``apply`` each message. ``encode`` makes one of an update
+in factor form, ``encode_fused`` of a fused step.
+
+Read in this order: ``_position``, ``_message`` (the wire format), ``_numbers`` (fewer
+bits), ``_sketches`` and ``_exact`` (why the bits are the same), ``_encode`` and
+``_apply``, ``_log``.
+"""
+
+from raclora_jax.follow._apply import apply, join, passed
+from raclora_jax.follow._encode import encode, encode_fused
+from raclora_jax.follow._log import Log
+from raclora_jax.follow._position import Position, start
+
+__all__ = [
+    "Log",
+    "Position",
+    "apply",
+    "encode",
+    "encode_fused",
+    "join",
+    "passed",
+    "start",
+]

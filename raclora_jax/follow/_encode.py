@@ -1,0 +1,316 @@
+"""A step of the trainer as a message."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from raclora_jax._chain.state import RacLoraState, find_state
+from raclora_jax._core import checks, paths
+from raclora_jax._core.digest import digests
+from raclora_jax._core.factor import Factor, Origin, is_factor, plan_of_update
+from raclora_jax._core.keys import leaf_keys
+from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.planning import plan_leaves
+from raclora_jax._core.rounding import is_low
+from raclora_jax._core.sides import in_link
+from raclora_jax._core.types import Leaf, OptState, PyTree
+from raclora_jax._forms.optimizer import RacLora
+from raclora_jax.follow._exact import rows_in
+from raclora_jax.follow._message import Message, Part
+from raclora_jax.follow._numbers import NUMBERS, Numbers, Packed, packed
+from raclora_jax.follow._position import Position, words_of
+from raclora_jax.follow._sketches import Own, everywhere, own_sketches, raw_of
+
+
+def encode(
+    params: PyTree,
+    updates: PyTree,
+    opt_state: OptState,
+    position: Position,
+    *,
+    numbers: Numbers = "float32",
+    digest_every: int = 100,
+) -> bytes:
+    """An update in factor form as a message.
+
+    The trainer moves by the message too, with ``apply`` in the place of
+    ``raclora_jax.apply_updates``: what is rounded is then rounded for all alike. For each
+    adapted leaf it holds ``scaling * F``, ``rank x n`` numbers, the decay and the key for
+    rounding; leaves trained in full are held as their updates are, and leaves that do not
+    move not at all. Sketches are drawn again from the key.
+
+    Args:
+      params: The weights that the update is for.
+      updates: What ``tx.update`` returned, with a ``Factor`` for each adapted leaf; a
+        dense update of one is sent whole.
+      opt_state: The state that it returned beside.
+      position: Where the weights stand.
+      numbers: Dtype of the numbers of a factor. Those of 16 and of 8 bits are rounded
+        without bias, those of 8 to multiples of one bfloat16 for each row.
+      digest_every: In how many messages one has digests of all weights, 4 bytes a leaf
+        that cost a pass over them; the first has them.
+
+    Returns:
+      The message.
+
+    Raises:
+      ValueError: If weights, update, state and position do not belong together, a number
+        is not finite, or a leaf has float32 copies or 64 bits.
+      TypeError: If it is called inside ``jit``.
+
+    Example:
+      >>> import jax.numpy as jnp, raclora_jax as rl
+      >>> W, tx = {"kernel": jnp.zeros((6, 4))}, rl.raclora(0.1, 2, key=0)
+      >>> state, position = tx.init(W), rl.follow.start(W, key=0)
+      >>> sketches = rl.sample_sketch(W, 2, key=0)
+      >>> grads = rl.project({"kernel": jnp.ones((6, 4))}, sketches, 2)
+      >>> updates, state = tx.update(grads, state, W)
+      >>> message = encode(W, updates, state, position)
+      >>> follower, _ = rl.follow.apply(W, message, position)
+      >>> bool(jnp.any(follower["kernel"] != 0))
+      True
+    """
+    checks.choice("numbers", numbers, NUMBERS)
+    checks.count("digest_every", digest_every)
+    state = find_state(opt_state)
+    leaves, _ = paths.flatten(params)
+    steps, _ = paths.flatten(updates, is_leaf=is_factor)
+    _check_outside((params, updates, state))
+    _check_key(state, position)
+    plans = {}
+    for path, step in steps.items():
+        if path not in leaves:
+            raise ValueError(
+                f"the update of {paths.show(path)} has no leaf in params; expected "
+                "updates of the tree whose gradients tx.update took"
+            )
+        if is_factor(step):
+            plans[path] = plan_of_update(path, step, leaves[path])
+            _check_leaf(plans[path])
+    own = own_sketches(position.run, int(state.link), plans)
+    keys = leaf_keys(state.key_data, "message", plans, jnp.int32(position.step))
+    sent = {
+        path: packed(in_link(steps[path].value, one.plan), keys[path], one.plan, numbers)
+        for path, one in own.items()
+    }
+    told = {
+        path: _told(
+            steps[path].origin, dataclasses.replace(plans[path], path=""), one.plan
+        )
+        for path, one in own.items()
+    }
+    sent, told, dense = jax.device_get(
+        (sent, told, {path: s for path, s in steps.items() if path not in plans})
+    )
+    parts = {}
+    for path, step in steps.items():
+        if path in plans:
+            part = _factor_part(path, step, own[path], sent[path], told[path])
+        else:
+            part = _dense_part(path, dense[path], leaves[path])
+        if part is not None:
+            parts[path] = part
+    weights = digests(leaves) if position.step % digest_every == 0 else None
+    return Message(*position, int(state.link), parts, weights, True).to_bytes()
+
+
+def encode_fused(
+    params: PyTree,
+    opt_state: OptState,
+    tx: optax.GradientTransformation,
+    position: Position,
+    *,
+    digest_every: int = 100,
+) -> bytes:
+    """A fused step as a message, which is made when the weights have moved.
+
+    Where the sketch picks rows, as that of the laws ``"block"`` and ``"coordinate"`` and
+    of ``mode="full"`` does, it holds the new values of those rows; leaves trained in full
+    are held whole. The trainer goes on from ``passed(position, message)``.
+
+    Args:
+      params: The weights after the step.
+      opt_state: The state after it.
+      tx: What the step was made with.
+      position: Where the weights stood before it.
+      digest_every: As in ``encode``; they are of the weights after the step.
+
+    Returns:
+      The message.
+
+    Raises:
+      ValueError: If state and position do not belong together, or a leaf moves in more
+        rows than its sketch picks.
+      TypeError: If ``tx`` is not what ``raclora`` returned, or it is called inside
+        ``jit``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, raclora_jax as rl
+      >>> params, key = {"kernel": jnp.ones((6, 4))}, jax.random.key(0)
+      >>> spec = rl.Spec(2, sketch="block", side="left")
+      >>> tx = rl.raclora(0.1, spec, inner=rl.orthogonal(), key=key)
+      >>> step = jax.jit(rl.fused_step(lambda p, x: jnp.sum((x @ p["kernel"]) ** 2), tx))
+      >>> position = rl.follow.start(params, key=key)
+      >>> new, state, _ = step(params, tx.init(params), jnp.ones((3, 6)))
+      >>> message = encode_fused(new, state, tx, position)
+      >>> follower, _ = rl.follow.apply(params, message, position)
+      >>> bool(jnp.all(follower["kernel"] == new["kernel"]))
+      True
+    """
+    checks.count("digest_every", digest_every)
+    if not isinstance(tx, RacLora):
+        raise TypeError(
+            f"tx must be what raclora(...) returned, got {type(tx).__name__}; hand over "
+            "that of fused_step"
+        )
+    state = find_state(opt_state)
+    leaves, _ = paths.flatten(params)
+    _check_outside((params, state))
+    _check_key(state, position)
+    decaying = tx.descent.decaying(params)
+    plans = plan_leaves(tx.descent.run.spec, leaves)
+    for path, plan in plans.items():
+        if plan.adapted:
+            _check_picks(plan, decaying.get(path, False))
+    adapted = {path: plan for path, plan in plans.items() if plan.adapted}
+    own = own_sketches(position.run, int(state.link), adapted)
+    moved = {
+        path: rows_in(leaves[path], everywhere(one.sketch, leaves[path]), one.plan)
+        for path, one in own.items()
+    }
+    moved |= {path: leaves[path] for path, plan in plans.items() if plan.mode == "dense"}
+
+    def part(path: str, values: np.ndarray) -> Part:
+        dtype = str(leaves[path].dtype)
+        if path not in own:
+            return Part("whole", dtype, values)
+        stamp, digest = plans[path].stamp, own[path].digest
+        return Part("rows", dtype, values, stamp=stamp, sketch=digest)
+
+    parts = {path: part(path, values) for path, values in jax.device_get(moved).items()}
+    weights = digests(leaves) if position.step % digest_every == 0 else None
+    return Message(*position, int(state.link), parts, weights, False).to_bytes()
+
+
+def _factor_part(
+    path: str, step: Factor, own: Own, sent: Packed, told: tuple[np.ndarray, np.ndarray]
+) -> Part | None:
+    """What is sent of a factor, ``None`` if it moves nothing."""
+    plan, decay = own.plan, float(step.decay)
+    where = f"leaf {paths.show(path)}"
+    if not (sent.finite and np.isfinite(decay)):
+        raise ValueError(
+            f"{where}: expected finite numbers, got an update with others; leave such "
+            "steps out, as optax.apply_if_finite does"
+        )
+    if not sent.moves and decay == 0:
+        return None
+    words, seen = told
+    here = np.asarray(_probe(own.sketch, plan), np.float64)
+    if np.max(np.abs(here - seen)) > 1e-2 * np.max(np.abs(here)):
+        raise ValueError(
+            f"{where}: expected an update on the sketch of the link that opt_state is "
+            "in, got one on another; encode each update with the state that tx.update "
+            "returned beside it, and begin a new run where the law of sketches changes"
+        )
+    key = (int(words[0]), int(words[1])) if is_low(plan.dtype) else None
+    return Part(
+        kind="factor",
+        dtype=plan.dtype,
+        numbers=np.asarray(sent.numbers),
+        scales=None if sent.scales is None else np.asarray(sent.scales),
+        stamp=step.stamp,
+        sketch=own.digest,
+        decay=decay,
+        key=key,
+    )
+
+
+def _dense_part(path: str, update: np.ndarray, weight: Leaf) -> Part | None:
+    """What is sent of a leaf that is trained in full, ``None`` if it stays."""
+    if update.dtype == jax.dtypes.float0 or not np.any(update):
+        return None
+    where = f"leaf {paths.show(path)}"
+    if update.shape != weight.shape:
+        raise ValueError(
+            f"{where}: expected an update of shape {weight.shape}, got {update.shape}; "
+            "encode what tx.update returned"
+        )
+    if not np.all(np.isfinite(update)):
+        raise ValueError(
+            f"{where}: expected finite numbers, got an update with others; leave such "
+            "steps out, as optax.apply_if_finite does"
+        )
+    return Part("added", str(weight.dtype), update)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "used"))
+def _told(origin: Origin, plan: LeafPlan, used: LeafPlan) -> tuple[Array, Array]:
+    """The key for rounding of an update, and some of its sketch."""
+    read = origin.read(plan)
+    words = jnp.zeros(2, jnp.uint32)
+    if read.key is not None:
+        words = jax.random.key_data(read.key)
+    return words, _probe(in_link(read.sketch, used), used)
+
+
+def _probe(sketch: Array, plan: LeafPlan) -> Array:
+    """Enough of a sketch to know it by: its first column, or all its picks."""
+    raw = raw_of(sketch)
+    if plan.selection is not None:
+        return raw
+    return raw.reshape(*raw.shape[: len(plan.batch) + 1], -1)[..., 0]
+
+
+def _check_outside(tree: PyTree) -> None:
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
+        raise TypeError(
+            "a message is made of numbers, got traced ones; encode outside of jit what "
+            "the compiled step returned"
+        )
+
+
+def _check_key(state: RacLoraState, position: Position) -> None:
+    words = words_of(state.key_data)
+    if words != position.run[16:]:
+        raise ValueError(
+            f"opt_state has another key than the run: expected {position.run[16:]}, got "
+            f"{words}; hand start the key that raclora was given"
+        )
+
+
+def _check_leaf(plan: LeafPlan) -> None:
+    where = f"leaf {paths.show(plan.path)}"
+    if plan.wide_dtype != jnp.float32:
+        raise ValueError(
+            f"{where}: expected a weight of at most 32 bits, got {plan.dtype}; sums of "
+            "64 bits are not the same in every program: train it in float32"
+        )
+    if plan.rounding == "master" and is_low(plan.dtype):
+        raise ValueError(
+            f"{where}: expected rounding='auto', 'stochastic' or 'nearest', got "
+            "'master'; a follower has no float32 copy of the weight: take 'auto'"
+        )
+
+
+def _check_picks(plan: LeafPlan, decays: bool) -> None:
+    where = f"leaf {paths.show(plan.path)}"
+    one = plan.each[0]
+    if one.selection is None:
+        raise ValueError(
+            f"{where}: expected a law that picks rows, got {one.law!r}, by which "
+            "all rows move and a fused step keeps no factor; take sketch='block', or "
+            "rl.value_and_grad, tx.update and encode"
+        )
+    if decays:
+        raise ValueError(
+            f"{where}: expected no weight decay, which moves rows that are not sent; "
+            "leave the leaf out by mask=, or take rl.value_and_grad, tx.update and encode"
+        )
