@@ -500,3 +500,12 @@ def test_a_step_that_is_left_out_moves_nothing():
     moved, position = follow.apply(base, message, position)
     assert_same_bits(moved, base)
     assert position.step == 1
+
+
+def test_a_message_is_as_large_as_was_said():
+    spec, base = spec_of(), params_of("bfloat16")
+    for numbers in ("float32", "bfloat16", "int8"):
+        sent = messages_of(spec, base, 2, numbers=numbers)
+        said = follow.message_bytes(jax.eval_shape(lambda: base), spec, numbers=numbers)
+        for message, *_ in sent:
+            assert 0 < len(message) - said < 500 * len(base)
