@@ -95,7 +95,7 @@ def encode(
             plans[path] = plan_of_update(path, step, leaves[path])
             _check_leaf(plans[path])
     own = own_sketches(position.run, int(state.link), plans)
-    keys = leaf_keys(state.key_data, "message", plans, jnp.int32(position.step))
+    keys = _keys(state.key_data, jnp.int32(position.step), tuple(plans))
     sent = {
         path: packed(in_link(steps[path].value, one.plan), keys[path], one.plan, numbers)
         for path, one in own.items()
@@ -249,6 +249,12 @@ def _dense_part(path: str, update: np.ndarray, weight: Leaf) -> Part | None:
             "steps out, as optax.apply_if_finite does"
         )
     return Part("added", str(weight.dtype), update)
+
+
+@functools.partial(jax.jit, static_argnames="names")
+def _keys(data: Array, step: Array, names: tuple[str, ...]) -> dict[str, Array]:
+    """The key by which each leaf's numbers are rounded in a message."""
+    return leaf_keys(data, "message", names, step)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "used"))

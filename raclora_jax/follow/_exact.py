@@ -22,7 +22,7 @@ from raclora_jax._core.lowrank import lift_picks
 from raclora_jax._core.merge import merge_leaf
 from raclora_jax._core.picks import Picks, picked_axes
 from raclora_jax._core.plan import LeafPlan
-from raclora_jax._core.rounding import settle
+from raclora_jax._core.rounding import nearest, settle
 from raclora_jax._core.sharding import auto_axes, constrained
 from raclora_jax._core.types import RANK, Drawn, Label
 
@@ -147,10 +147,7 @@ def added(weight: Array, update: Array) -> Array:
     if weight.dtype.itemsize >= 4:
         return (weight + update.astype(weight.dtype)).astype(weight.dtype)
     exact = weight.astype(jnp.float32) + update.astype(jnp.float32)
-    info = jnp.finfo(weight.dtype)
-    return lax.reduce_precision(exact, int(info.nexp), int(info.nmant)).astype(
-        weight.dtype
-    )
+    return nearest(exact, weight.dtype).astype(weight.dtype)
 
 
 def _row_labels(
