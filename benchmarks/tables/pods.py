@@ -146,15 +146,12 @@ def followers() -> str:
 def followed() -> str:
     """Long runs: whether the followers were equal after every step."""
     lines = [
-        "| dtype, numbers, law, where the trainer is | steps | links | equal after "
-        "| bytes a step | of the weights |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| weights, numbers, law, where the trainer is | steps | links | equal after |",
+        "|---|---:|---:|---:|",
     ]
     for row in result_rows.read("pods/followers"):
         if row["study"] == "steps":
-            share = row["bytes_a_step"] / row["weight_bytes"]
-            cells = f"{row['steps']:,} | {row['links']} | {row['equal']:,} | "
-            cells += f"{row['bytes_a_step']:,.0f} | {share:.2f}"
+            cells = f"{row['steps']:,} | {row['links']} | {row['equal']:,}"
             lines.append(f"| {row['method']} | {cells} |")
     return "\n".join(lines)
 

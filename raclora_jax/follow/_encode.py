@@ -26,7 +26,7 @@ from raclora_jax.follow._exact import rows_in
 from raclora_jax.follow._message import Message, Part
 from raclora_jax.follow._numbers import NUMBERS, Numbers, Packed, packed
 from raclora_jax.follow._position import Position, words_of
-from raclora_jax.follow._sketches import Own, everywhere, own_sketches, raw_of
+from raclora_jax.follow._sketches import Own, everywhere, own_sketches, probe
 
 
 def encode(
@@ -213,7 +213,7 @@ def _factor_part(
     if not sent.moves and decay == 0:
         return None
     words, seen = told
-    here = np.asarray(_probe(own.sketch, plan), np.float64)
+    here = own.seen.astype(np.float64)
     if np.max(np.abs(here - seen)) > 1e-2 * np.max(np.abs(here)):
         raise ValueError(
             f"{where}: expected an update on the sketch of the link that opt_state is "
@@ -264,15 +264,7 @@ def _told(origin: Origin, plan: LeafPlan, used: LeafPlan) -> tuple[Array, Array]
     words = jnp.zeros(2, jnp.uint32)
     if read.key is not None:
         words = jax.random.key_data(read.key)
-    return words, _probe(in_link(read.sketch, used), used)
-
-
-def _probe(sketch: Array, plan: LeafPlan) -> Array:
-    """Enough of a sketch to know it by: its first column, or all its picks."""
-    raw = raw_of(sketch)
-    if plan.selection is not None:
-        return raw
-    return raw.reshape(*raw.shape[: len(plan.batch) + 1], -1)[..., 0]
+    return words, probe(in_link(read.sketch, used), used)
 
 
 def _check_outside(tree: PyTree) -> None:

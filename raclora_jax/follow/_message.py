@@ -189,11 +189,12 @@ def check_next(message: Message, position: Position, raw: bytes) -> None:
       ValueError: Which says what it is instead.
     """
     if message.run != position.run:
-        which = "base" if message.run[16:] == position.run[16:] else "base or key"
+        parts = {"weights": slice(16), "key": slice(16, None)}
+        others = [n for n, at in parts.items() if message.run[at] != position.run[at]]
         raise ValueError(
             f"this message is of another run: expected run {position.run}, got "
-            f"{message.run}; hand over messages of a run that began with the same "
-            f"weights and key ({which} differs)"
+            f"{message.run}, which began with other {' and '.join(others)}; "
+            "hand over messages of one run, and start with its base and key"
         )
     step = position.step
     if message.step < step:

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from raclora_jax._core.digest import digests
 from raclora_jax._core.picks import Picks
 from raclora_jax._core.plan import LeafPlan, with_sharding
+from raclora_jax._core.rounding import places_of
 from raclora_jax._core.sides import in_link
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.types import Drawn, Leaf, PyTree
@@ -28,11 +30,13 @@ class Own(NamedTuple):
         so that leaves of one kind share a program.
       sketch: Its sketch, on one device.
       digest: A number that tells its bits.
+      seen: Its ``probe``.
     """
 
     plan: LeafPlan
     sketch: Drawn
     digest: int
+    seen: np.ndarray
 
 
 def own_sketches(run: str, link: int, plans: dict[str, LeafPlan]) -> dict[str, Own]:
@@ -57,14 +61,16 @@ def own_sketches(run: str, link: int, plans: dict[str, LeafPlan]) -> dict[str, O
 def _drawn(
     run: str, link: int, plans: tuple[LeafPlan, ...], device: Any
 ) -> dict[str, Own]:
-    # On one device and of no mesh, whatever the weights are on: where a draw is
-    # partitioned, or fused with its use, it may round otherwise.
-    data = jax.device_put(key_of(run), device)
-    both = _draw(data, jax.device_put(jnp.int32(link), device), plans)
-    used = {plan.path: _side(plan, both[plan.path]) for plan in plans}
-    sketches = {p: in_link(both[p], plan) for p, plan in used.items()}
-    found = digests({p: raw_of(sketch) for p, sketch in sketches.items()})
-    return {p: Own(plan, sketches[p], found[p]) for p, plan in used.items()}
+    # On a mesh of one device, whatever the weights are on: where a draw is partitioned,
+    # or fused with its use, it may round otherwise.
+    auto = (AxisType.Auto,)
+    with jax.set_mesh(jax.make_mesh((1,), ("one",), auto, devices=[device])):
+        both = _draw(key_of(run), np.int32(link), plans)
+        used = {plan.path: _side(plan, both[plan.path]) for plan in plans}
+        sketches = {p: in_link(both[p], plan) for p, plan in used.items()}
+        found = digests({p: raw_of(sketch) for p, sketch in sketches.items()})
+        seen = {p: np.asarray(probe(sketches[p], plan)) for p, plan in used.items()}
+    return {p: Own(plan, sketches[p], found[p], seen[p]) for p, plan in used.items()}
 
 
 @functools.partial(jax.jit, static_argnames="plans")
@@ -83,6 +89,17 @@ def _side(plan: LeafPlan, drawn: Drawn) -> LeafPlan:
 def raw_of(sketch: Drawn) -> Leaf:
     """A sketch as one array."""
     return sketch.index if isinstance(sketch, Picks) else sketch
+
+
+def probe(sketch: Drawn, plan: LeafPlan) -> Array:
+    """Enough of a sketch to know it by: a number of each row, or all its picks."""
+    raw: Array = raw_of(sketch)
+    if plan.selection is not None:
+        return raw
+    side = raw.shape[len(plan.batch) + 1 :]
+    # Another draw has other sums; those of two programs are the same up to rounding.
+    weights = jnp.cos(places_of(side).astype(raw.dtype))
+    return jnp.sum(raw * weights, axis=tuple(range(-len(side), 0)))
 
 
 def everywhere(arrays: PyTree, weight: Leaf) -> Any:
