@@ -27,7 +27,7 @@ LAWS = ["orthonormal", "rademacher", "gaussian_raw", "coordinate", "block"]
 
 
 def spec_of(**given):
-    return rl.Spec(2, **{"resample_every": 3, "rules": RULES, **given})
+    return rl.Spec(2, **{"resample_every": 3, "side": "auto", "rules": RULES, **given})
 
 
 def params_of(dtype="float32"):

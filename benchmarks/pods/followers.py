@@ -43,7 +43,7 @@ def byte_rows() -> list[dict[str, Any]]:
     params, batch = model.shapes()
     leaves = jax.tree.leaves(params)
     full = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    spec = rl.trace_spec(model.loss, params, batch, rank=RANK)
+    spec = rl.trace_spec(model.loss, params, batch, rank=RANK, side="auto")
     plans = [plan for plan in rl.plan(spec, params).values() if plan.adapted]
     pairs = 0
     for plan in plans:
@@ -52,7 +52,13 @@ def byte_rows() -> list[dict[str, Any]]:
     # Of all matrices the shorter side is that of the residual stream.
     (dim,) = {plan.dim for plan in plans}
     blocks = rl.trace_spec(
-        model.loss, params, batch, rank=dim // PART, sketch="block", alpha="dim"
+        model.loss,
+        params,
+        batch,
+        rank=dim // PART,
+        side="auto",
+        sketch="block",
+        alpha="dim",
     )
     sent = {"full weights, bfloat16": full, "LoRA r16, bfloat16": 2 * pairs}
     for name, own in ((f"r{RANK}", spec), (f"blocks of dim / {PART}", blocks)):

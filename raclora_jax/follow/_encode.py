@@ -15,7 +15,7 @@ from raclora_jax._chain.state import RacLoraState, find_state
 from raclora_jax._core import checks, paths
 from raclora_jax._core.digest import digests
 from raclora_jax._core.factor import Factor, Origin, is_factor, plan_of_update
-from raclora_jax._core.keys import leaf_keys
+from raclora_jax._core.keys import leaf_key, path_words
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.planning import plan_leaves
 from raclora_jax._core.rounding import is_low
@@ -95,7 +95,7 @@ def encode(
             plans[path] = plan_of_update(path, step, leaves[path])
             _check_leaf(plans[path])
     own = own_sketches(position.run, int(state.link), plans)
-    keys = _keys(state.key_data, jnp.int32(position.step), tuple(plans))
+    keys = _keys(state.key_data, position.step, tuple(plans))
     sent = {
         path: packed(in_link(steps[path].value, one.plan), keys[path], one.plan, numbers)
         for path, one in own.items()
@@ -252,9 +252,12 @@ def _dense_part(path: str, update: np.ndarray, weight: Leaf) -> Part | None:
 
 
 @functools.partial(jax.jit, static_argnames="names")
-def _keys(data: Array, step: Array, names: tuple[str, ...]) -> dict[str, Array]:
+def _keys(data: Array, step: int, names: tuple[str, ...]) -> dict[str, Array]:
     """The key by which each leaf's numbers are rounded in a message."""
-    return leaf_keys(data, "message", names, step)
+    key = jax.random.fold_in(leaf_key(data, "message", ""), step)
+    words = [path_words("message", path)[0] for path in names]
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.array(words, jnp.uint32))
+    return {path: keys[index] for index, path in enumerate(names)}
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "used"))
