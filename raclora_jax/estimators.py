@@ -238,7 +238,7 @@ def _zeros(params: PyTree) -> PyTree:
 
 def _coin(data: Array, count: Array) -> Array:
     """A number in [0, 1) for one update."""
-    key = keys.leaf_keys(data, "page", [""], count)[""]
+    key = keys.step_keys(data, "page", [""], count)[""]
     # The process-wide flag changes the bits of every draw; a run must not depend on it.
     with jax.threefry_partitionable(True):
         return jax.random.uniform(key, (), jnp.float32)

@@ -19,9 +19,9 @@ PACKAGE = pathlib.Path(rl.__file__).parent
 
 # Inside a folder each room imports only from rooms before it.
 ROOMS = {
-    "_core": "types checks parts paths saved digest disk stamp sharding contraction "
-    "select picks spec plan planning sides keys cholesky sketch lowrank rounding factor "
-    "merge",
+    "_core": "types checks parts bits polar cholesky orthonormal paths saved digest "
+    "disk stamp sharding contraction select picks spec plan planning sides keys sketch "
+    "lowrank rounding factor merge",
     "_autodiff": "stage reads elementwise uses axes attach weight rearrange arithmetic "
     "output picked consume join rounds updating interpret watch",
     "_chain": "boxes inner separable orthogonal state around clip start step slices",

@@ -47,7 +47,7 @@ RULES = (
 FEW = ("dense/kernel", "dense/bias")
 SOME = (*FEW, "layers/second", "query", "norm", "table")
 OTHERS = ("dense/bias", "layers/first", "conv")
-# (rows, batch, scaling, side that "auto" must take)
+# (rows, batch, scaling, side that "smaller" must take)
 VIEWS = {
     "dense/kernel": ((0,), (), 1.5, "right"),
     "layers/first": ((1,), (0,), 1.5, "left"),
@@ -96,7 +96,7 @@ def leaf_of(path, side):
     if path in others:
         return reference.Leaf(others[path])
     rows, batch, scaling, best = VIEWS[path]
-    return reference.Leaf(best if side == "auto" else side, rows, batch, scaling)
+    return reference.Leaf(best if side == "smaller" else side, rows, batch, scaling)
 
 
 def by_path(tree):
@@ -254,14 +254,14 @@ def assert_one_path(actual, expected):
 @pytest.mark.parametrize(
     ("name", "side", "seed", "only", "law"),
     [
-        ("adam", "auto", 0, SOME, "orthonormal"),
+        ("adam", "smaller", 0, SOME, "orthonormal"),
         repeat("trace", "left", 1, OTHERS, "orthonormal"),
         ("identity", "right", 2, FEW, "orthonormal"),
-        ("lion", "auto", 3, FEW, "orthonormal"),
-        repeat("orthogonal", "auto", 4, OTHERS, "orthonormal"),
+        ("lion", "smaller", 3, FEW, "orthonormal"),
+        repeat("orthogonal", "smaller", 4, OTHERS, "orthonormal"),
         repeat("orthogonal", "left", 5, ("query", "dense/kernel"), "coordinate"),
         repeat("orthogonal, momentum", "right", 6, OTHERS, "orthonormal"),
-        repeat("orthogonal", "auto", 7, (*FEW, "layers/second", "query"), "block"),
+        repeat("orthogonal", "smaller", 7, (*FEW, "layers/second", "query"), "block"),
         repeat("orthogonal", "left", 8, OTHERS, "block"),
         pytest.param("adam", "right", 9, FEW, "block", marks=pytest.mark.smoke),
     ],
@@ -312,7 +312,7 @@ def test_oracle_is_equations_3_and_4(name):
 
 def test_raw_gaussian_sketches_agree_without_being_projectors():
     """S S^T is no projector here: only forms that use S as it is, twice, agree."""
-    seed, spec = 5, spec_of("auto", FEW, sketch="gaussian_raw")
+    seed, spec = 5, spec_of("smaller", FEW, sketch="gaussian_raw")
     params, loss, targets, gradient = problem(seed, FEW)
     sketches = drawn(spec, seed, FEW)
     expected = oracle(spec, seed, MAKERS["trace"][1], params, gradient, sketches)
@@ -327,7 +327,7 @@ def test_raw_gaussian_sketches_agree_without_being_projectors():
 def test_weight_decay_and_schedule_in_both_forms():
     """Decoupled decay acts on the dense weights, with the rate of its step."""
     only = (*FEW, "layers/second", "norm", "table")
-    seed, spec = 6, spec_of("auto", only)
+    seed, spec = 6, spec_of("smaller", only)
     params, loss, targets, gradient = problem(seed, only)
     sketches = drawn(spec, seed, only)
     mask = {
@@ -365,11 +365,11 @@ def test_without_cache_bit_for_bit():
     """A seed in place of the sketches changes no bit of the run, in either form."""
     seed = 7
     params, loss, targets, _ = problem(seed, FEW)
-    spec = spec_of("auto", FEW)
+    spec = spec_of("smaller", FEW)
     sketches = drawn(spec, seed, FEW)
 
     def runs(cache):
-        spec = spec_of("auto", FEW, cache=cache)
+        spec = spec_of("smaller", FEW, cache=cache)
         tx = rl.raclora(RATE, spec, inner=optax.scale_by_adam(), key=seed)
         state = jax.jit(tx.init)(params)
         assert bool(state.sketches.values) == cache

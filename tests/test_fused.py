@@ -110,17 +110,17 @@ def moved_in_scans(loss, params, *args):
 
 CELLS = [
     ("block", "left", "orthogonal", "scan"),
-    ("block", "auto", "identity", "remat"),
+    ("block", "smaller", "identity", "remat"),
     ("coordinate", "right", "adam", "scan"),
     ("orthonormal", "left", "orthogonal with momentum", "remat"),
-    ("orthonormal", "auto", "trace", "unrolled"),
+    ("orthonormal", "smaller", "trace", "unrolled"),
     ("block", "right", "orthogonal with momentum", "unrolled"),
 ]
 LAWS = ("block", "coordinate", "orthonormal")
 PRODUCT = [
     repeat(law, side, rule, model)
     for law in LAWS
-    for side in ("left", "right", "auto")
+    for side in ("left", "right", "smaller")
     for rule in RULES
     for model in ("unrolled", "scan", "remat")
     if (law, side, rule, model) not in CELLS
@@ -200,7 +200,7 @@ def test_gradients_in_the_dtype_of_their_weights(model):
         ulp = np.max(np.abs(np.float32(start))) * 2.0**-8
         assert np.max(np.abs(one - other)) <= 2.0**-6 * step + ulp
     params = weights()
-    tx = rl.raclora(0.1, dataclasses.replace(spec, rounding="auto"), key=KEY)
+    tx = rl.raclora(0.1, dataclasses.replace(spec, rounding="smaller"), key=KEY)
     start = params, tx.init(params), *args
     same = [
         str(jax.make_jaxpr(rl.fused_step(loss, tx, low_gradients=low))(*start))

@@ -121,7 +121,7 @@ VIEWS = {
 def test_views(name):
     sizes, fields, rows, cols, batch, side, sketch_shape, factor_shape = VIEWS[name]
     rules = [rl.Rule("kernel", **fields)] if fields else []
-    spec = rl.Spec(2, rules=rules)
+    spec = rl.Spec(2, side="smaller", rules=rules)
     plan = plan_of(spec, *sizes)
     assert (plan.mode, plan.rows, plan.cols, plan.batch) == ("lowrank", rows, cols, batch)
     assert (plan.side, plan.sketch_shape, plan.factor_shape) == (
@@ -180,17 +180,20 @@ def test_the_left_sketch_of_the_paper_is_the_right_side_of_a_kernel():
 @pytest.mark.parametrize(
     ("sizes", "side", "want"),
     [
-        ((9, 5), "auto", "right"),
-        ((5, 9), "auto", "left"),
-        ((7, 7), "auto", "left"),
+        ((9, 5), "smaller", "right"),
+        ((5, 9), "smaller", "left"),
+        ((7, 7), "smaller", "left"),
+        ((48, 3), "auto", "left"),
+        ((49, 3), "auto", "right"),
+        ((3, 49), "auto", "left"),
         ((9, 5), "left", "left"),
         ((5, 9), "right", "right"),
     ],
 )
 def test_sides(sizes, side, want):
-    """The smaller of both, ties to the contracted side; a rule before the spec."""
+    """The smaller of both, or the rows up to 16 times the columns, or as told."""
     assert plan_of(rl.Spec(2, side=side), *sizes).side == want
-    other = {"auto": "left", "left": "right", "right": "left"}[side]
+    other = "right" if side != "right" else "left"
     by_rule = rl.Spec(2, side=other, rules=[rl.Rule("kernel", side=side)])
     assert plan_of(by_rule, *sizes).side == want
 
@@ -244,7 +247,7 @@ def test_the_first_rule_that_matches_the_whole_path_wins():
         rl.Rule(".*kernel", rank=5, side="left"),
         rl.Rule("(?i:BODY)/bias", mode="frozen"),
     ]
-    plans = rl.plan(rl.Spec(2, rules=rules), params)
+    plans = rl.plan(rl.Spec(2, side="smaller", rules=rules), params)
     found = {p: (x.mode, x.rank, x.side, x.law) for p, x in plans.items()}
     assert found == {
         "body/bias": ("frozen", 0, "", ""),

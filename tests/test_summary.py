@@ -20,6 +20,7 @@ PARAMS = {
 }
 SPEC = rl.Spec(
     4,
+    side="smaller",
     rules=[
         rl.Rule("attention/query", batch=0, rows=1, rank=2),
         rl.Rule("attention/bias", mode="dense"),

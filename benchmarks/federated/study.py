@@ -75,7 +75,7 @@ MOMENTUM = optax.chain(optax.clip_by_global_norm(CLIP), optax.trace(0.9))
 # Fed-RAC-LoRA otherwise; see ``--explore``.
 EXPLORED: dict[str, Rule] = {
     "blocks": Rule(lambda rank: fed.raclora(rl.Spec(rank, side="left", sketch="block"))),
-    "the smaller side": Rule(lambda rank: fed.raclora(rl.Spec(rank))),
+    "the smaller side": Rule(lambda rank: fed.raclora(rl.Spec(rank, side="smaller"))),
     "the other side": Rule(lambda rank: fed.raclora(rl.Spec(rank, side="right"))),
     "orthogonal local steps": Rule(
         lambda rank: fed.raclora(rl.Spec(rank, side="left", alpha="dim")),

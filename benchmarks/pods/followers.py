@@ -43,7 +43,7 @@ def byte_rows() -> list[dict[str, Any]]:
     params, batch = model.shapes()
     leaves = jax.tree.leaves(params)
     full = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    spec = rl.trace_spec(model.loss, params, batch, rank=RANK, side="auto")
+    spec = rl.trace_spec(model.loss, params, batch, rank=RANK, side="smaller")
     plans = [plan for plan in rl.plan(spec, params).values() if plan.adapted]
     pairs = 0
     for plan in plans:
@@ -56,7 +56,7 @@ def byte_rows() -> list[dict[str, Any]]:
         params,
         batch,
         rank=dim // PART,
-        side="auto",
+        side="smaller",
         sketch="block",
         alpha="dim",
     )

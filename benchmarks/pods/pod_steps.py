@@ -437,7 +437,7 @@ METHODS: dict[str, Callable[[Model, int], Method]] = {
     "AdamW": lambda model, width: adamw(model),
     "LoRA": lambda model, width: lora(model),
     "ours, left": lambda model, width: rivals.ours(model, rank=RANK, side="left"),
-    "ours, auto": lambda model, width: rivals.ours(model, rank=RANK),
+    "ours, smaller": lambda model, width: rivals.ours(model, rank=RANK, side="smaller"),
     "ours, dense form": lambda model, width: rivals.dense_form(
         model, rank=RANK, side="left"
     ),

@@ -89,7 +89,8 @@ def ours(
 ) -> Entry:
     """RAC-LoRA with ``alpha="dim"``; the side whose dim is above the rank, so that no
     leaf is trained in full."""
-    spec = {"resample_every": 25, "alpha": "dim", "rest": "frozen", **spec}
+    spec = {"side": "smaller", "resample_every": 25, "alpha": "dim", **spec}
+    spec = {"rest": "frozen", **spec}
     # The key and value matrices are 64 x 32: their columns leave no room for rank 32.
     rules = [rl.Rule("w[kv]$", side="left")] if rank >= 32 else []
     made = rl.Spec(rank, **{"rules": [path_rule(rule) for rule in rules], **spec})
@@ -117,7 +118,7 @@ def pair(
     **spec: Any,
 ) -> Entry:
     """A method with a pair of factors beside the weights."""
-    made = rl.Spec(rank, **{"rest": "frozen", **spec})
+    made = rl.Spec(rank, **{"side": "smaller", "rest": "frozen", **spec})
 
     def make(schedule: optax.Schedule, key: Array) -> Method:
         options = {} if inner is None else {"inner": inner()}

@@ -72,7 +72,8 @@ class Contender(NamedTuple):
     def spec(self) -> rl.Spec:
         """Of the chain; of LoRA it says which leaves are quantised."""
         every = self.link or LINKS[0]
-        return rl.Spec(RANK, resample_every=every, alpha="dim", rest="frozen")
+        options = {"resample_every": every, "alpha": "dim", "rest": "frozen"}
+        return rl.Spec(RANK, side="smaller", **options)
 
     def entry(self) -> Entry:
         """For a ``contest``."""
@@ -130,7 +131,7 @@ class Contender(NamedTuple):
 
     def _lora(self, schedule: optax.Schedule, key: Array) -> Method:
         """Beside weights that are read from their codes once: they never change."""
-        spec = rl.Spec(LORA_RANK, rest="frozen")
+        spec = rl.Spec(LORA_RANK, side="smaller", rest="frozen")
         made = methods.lora(schedule, spec, key=key)
         return made._replace(init=lambda params: made.init(self.read(params)))
 

@@ -1,4 +1,4 @@
-"""Which side to sketch: time and peak of left, right and auto, beside LoRA.
+"""Which side to sketch: time and peak of every choice, beside LoRA.
 
 A left sketch meets a layer's input and frees it; a right one meets the cotangent.
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from benchmarks.shared import models, rivals, timing
 from benchmarks.shared.models import Model
+
+SIDES = ("left", "right", "smaller", "auto")
 
 
 def all_models(quick: bool) -> list[Model]:
@@ -25,8 +27,8 @@ def all_models(quick: bool) -> list[Model]:
 
 
 def measure(model: Model, **times: int) -> list[dict]:
-    """The floor, ours on either side, LoRA."""
-    sides = [rivals.ours(model, f"ours, {s}", side=s) for s in ("left", "right", "auto")]
+    """The floor, ours with every choice of side, LoRA."""
+    sides = [rivals.ours(model, f"ours, {s}", side=s) for s in SIDES]
     methods = [rivals.floor(model), *sides, rivals.lora(model)]
     return timing.compare(model, methods, **times)
 

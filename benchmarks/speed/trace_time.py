@@ -1,43 +1,69 @@
-"""What a step costs before it runs: tracing and lowering, beside plain JAX.
+"""What a step costs before it runs: tracing, lowering and compiling, beside plain JAX.
 
-Every repeat builds its functions anew, so no cache of traced functions answers. The
-steps are whole: gradient, optimizer, apply. Two programs are compiled too: the step of
-the 4-layer decoder, and the adapter form's gradient on 24 leaves without a cache.
+Every repeat starts with JAX's caches empty, as a program does. The steps are whole:
+gradient, optimizer, apply. Beside them the draw alone, and the adapter form's gradient
+on 24 leaves without a cache.
 
     python -m benchmarks.speed.trace_time [--quick]
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 
 import raclora_jax as rl
 from benchmarks.shared import models, rivals, timing
 from benchmarks.shared.models import Model
 from benchmarks.shared.rivals import Method
 
+PARTS = ("trace", "lower", "compile")
+
+
+def stateless(model: Model, make: Callable[..., Method], law: str) -> Method:
+    """Rank an eighth of the width, the orthogonal rule and no state."""
+    rank = 8 if model.name.startswith("conv") else 64
+    options = {"side": "left", "alpha": "dim", "inner": rl.orthogonal()}
+    return make(model, rank=rank, sketch=law, **options)
+
+
 METHODS: dict[str, Callable[[Model], Method]] = {
     "full AdamW": rivals.adamw,
-    "ours": rivals.ours,
+    "floor": rivals.floor,
     "LoRA": rivals.lora,
+    "LoRA, merged": rivals.merged_lora,
     "qwix LoRA": rivals.qwix_lora,
+    "ours": rivals.ours,
+    **{
+        f"ours, {law}": functools.partial(rivals.ours, sketch=law)
+        for law in ("rademacher", "coordinate", "block")
+    },
+    "ours, no cache": functools.partial(rivals.ours, cache=False),
+    "ours, fused": functools.partial(rivals.fused, inner=None),
+    "block, dim / 8": functools.partial(stateless, make=rivals.ours, law="block"),
+    "orthonormal, dim / 8": functools.partial(
+        stateless, make=rivals.ours, law="orthonormal"
+    ),
+    "fused block, dim / 8": functools.partial(stateless, make=rivals.fused, law="block"),
 }
 
 
 def all_models(quick: bool) -> list[Model]:
-    """Decoders of two depths in two forms, and the nnx encoder."""
-    sizes = models.TINY if quick else {"layers": 12}
-    shallow = [] if quick else [models.decoder(), models.decoder(scan=True, remat=True)]
+    """The models of ``step_time``, and decoders of twelve layers."""
+    if quick:
+        return [models.decoder(**models.TINY)]
     return [
-        *shallow,
-        models.decoder(**sizes),
-        models.decoder(**sizes, scan=True, remat=True),
-        models.encoder(**sizes),
+        models.decoder(),
+        models.decoder(scan=True, remat=True),
+        models.decoder(layers=12),
+        models.decoder(layers=12, scan=True, remat=True),
+        models.conv_net(),
+        models.encoder(),
+        models.mlp(),
     ]
 
 
@@ -48,42 +74,71 @@ def clocked(function: Callable[[], Any]) -> tuple[Any, float]:
     return result, time.process_time() - start
 
 
-def once(model: Model, make: Callable[[Model], Method]) -> tuple[float, float, float]:
-    """Seconds to build, trace and lower one new step."""
-    method, building = clocked(lambda: make(model))
+def staged(function: Callable[..., Any], *args: Any, **options: Any) -> dict[str, Any]:
+    """Seconds to trace, lower and compile a function, and its size as lowered."""
+    jax.clear_caches()
+    step = jax.jit(function, **options)
+    traced, tracing = clocked(lambda: step.trace(*args))
+    lowered, lowering = clocked(traced.lower)
+    _, compiling = clocked(lowered.compile)
+    seconds = dict(zip(PARTS, (tracing, lowering, compiling), strict=True))
+    return seconds | {"lines": lowered.as_text().count("\n")}
+
+
+def whole_step(model: Model, make: Callable[[Model], Method]) -> dict[str, Any]:
+    """``staged`` of a method's step."""
+    method = make(model)
     state = jax.eval_shape(method.init, jax.random.key(0))
-    _, batch = model.shapes()
-    step = jax.jit(method.step, donate_argnums=0)
-    traced, tracing = clocked(lambda: step.trace(state, batch))
-    _, lowering = clocked(traced.lower)
-    return building, tracing, lowering
+    return staged(method.step, state, model.shapes()[1], donate_argnums=0)
 
 
-def measure(model: Model, repeats: int) -> list[dict]:
-    """Medians per method, the first repeat, which fills JAX's own caches, left out."""
-    spent: dict[str, list[tuple[float, float, float]]] = {name: [] for name in METHODS}
-    for _ in range(repeats + 1):
-        for name, make in METHODS.items():
-            spent[name].append(once(model, make))
-    middle = {name: np.median(times[1:], axis=0) for name, times in spent.items()}
-    plain = middle["full AdamW"]
+def the_draw(model: Model) -> dict[str, Any]:
+    """``staged`` of all sketches of a link."""
+    params, _ = model.shapes()
+    spec = rivals.spec_of(model)
+    return staged(lambda key: rl.sample_sketch(params, spec, key=key), jax.random.key(0))
+
+
+def row(name: str, method: str, repeats: list[dict[str, Any]]) -> dict[str, Any]:
+    """The least seconds of CPU of each part: what disturbs a run only adds to them."""
+    least = {part: min(one[part] for one in repeats) for part in PARTS}
+    return {
+        "model": name,
+        "method": method,
+        **{f"{part}_seconds": round(seconds, 3) for part, seconds in least.items()},
+        "lines": repeats[0]["lines"],
+    }
+
+
+def over_plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one model, with their ratios to full AdamW."""
+    plain = next(one for one in rows if one["method"] == "full AdamW")
+
+    def ratio(one: dict[str, Any], *parts: str) -> float:
+        own, its = (sum(r[f"{p}_seconds"] for p in parts) for r in (one, plain))
+        return round(own / its, 3)
+
     return [
-        {
-            "model": model.name,
-            "method": name,
-            "build_seconds": float(seconds[0]),
-            "trace_seconds": float(seconds[1]),
-            "lower_seconds": float(seconds[2]),
-            "trace_over_plain": float(seconds[1] / plain[1]),
-            "lower_over_plain": float(seconds[2] / plain[2]),
-            "both_over_plain": float(sum(seconds[1:]) / sum(plain[1:])),
+        one
+        | {
+            "staged_over_plain": ratio(one, "trace", "lower"),
+            "compile_over_plain": ratio(one, "compile"),
         }
-        for name, seconds in middle.items()
+        for one in rows
     ]
 
 
-def adapter_without_cache(leaves: int) -> Any:
-    """The adapter form's loss and gradient on a stack of layers, lowered."""
+def measure(model: Model, repeats: int) -> list[dict[str, Any]]:
+    """A row per method, the repeats in turn."""
+    spent: dict[str, list[dict[str, Any]]] = {name: [] for name in METHODS}
+    for _ in range(repeats):
+        for name, make in METHODS.items():
+            spent[name].append(whole_step(model, make))
+    return over_plain([row(model.name, name, found) for name, found in spent.items()])
+
+
+def adapter_without_cache(leaves: int) -> dict[str, Any]:
+    """``staged`` of the adapter form's loss and gradient on a stack of layers."""
     spec = rl.Spec(rivals.RANK, cache=False)
     params = {
         f"layer_{i:02}": jax.ShapeDtypeStruct((256, 256), "float32")
@@ -97,42 +152,25 @@ def adapter_without_cache(leaves: int) -> Any:
         return jax.numpy.mean(x**2)
 
     factors, chain = jax.eval_shape(lambda p: rl.init_adapter(p, spec, key=0), params)
-    step = jax.jit(jax.value_and_grad(rl.adapted(loss, spec)))
-    return step.lower(factors, params, chain, x)
-
-
-def decoder_step(quick: bool) -> Any:
-    """The whole step of the 4-layer decoder, lowered."""
-    model = models.decoder(**(models.TINY if quick else {}))
-    method = rivals.ours(model)
-    state = jax.eval_shape(method.init, jax.random.key(0))
-    return jax.jit(method.step, donate_argnums=0).lower(state, model.shapes()[1])
-
-
-def compiled(name: str, lower: Callable[[], Any]) -> dict:
-    """CPU seconds to lower and to compile one program, and its lines as lowered."""
-    lowered, lowering = clocked(lower)
-    _, compiling = clocked(lowered.compile)
-    return {
-        "model": name,
-        "method": "ours",
-        "lower_seconds": lowering,
-        "compile_seconds": compiling,
-        "lines": lowered.as_text().count("\n"),
-    }
+    step = jax.value_and_grad(rl.adapted(loss, spec))
+    return staged(step, factors, params, chain, x)
 
 
 def main() -> None:
     """Measures every model, writes rows, prints the table."""
     options = timing.arguments(__doc__, __file__)
-    repeats = 1 if options.quick else 7
-    results = [r for m in all_models(options.quick) for r in measure(m, repeats)]
+    repeats = 1 if options.quick else 3
     leaves = 4 if options.quick else 24
-    results += [
-        compiled("decoder step", lambda: decoder_step(options.quick)),
-        compiled(f"adapter, {leaves} leaves", lambda: adapter_without_cache(leaves)),
-    ]
-    timing.finish(options, "speed.trace_time", results, repeats=repeats, rank=rivals.RANK)
+    results: list[dict[str, Any]] = []
+    for model in all_models(options.quick):
+        results += measure(model, repeats)
+        draws = [the_draw(model) for _ in range(repeats)]
+        results.append(row(model.name, "the draw", draws))
+        # After every model: a run cut short keeps what it has.
+        timing.finish(options, "speed.trace_time", results, rank=rivals.RANK)
+    adapters = [adapter_without_cache(leaves) for _ in range(repeats)]
+    results.append(row(f"adapter, {leaves} leaves", "ours", adapters))
+    timing.finish(options, "speed.trace_time", results, rank=rivals.RANK)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "side": "left",
         "resample_every": 25,
     },
-    "raclora": {"alpha": "dim", "resample_every": 100},
-    "lora": {},
+    "raclora": {"alpha": "dim", "side": "smaller", "resample_every": 100},
+    "lora": {"side": "smaller"},
     "full": {},
 }
 # By method; 0 is half of the model's width. A full one has none.

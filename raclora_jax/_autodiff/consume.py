@@ -244,7 +244,7 @@ def gather(eqn: Eqn, weight: Operand, indices: Operand) -> Array | None:
         return None
     numbers = params["dimension_numbers"]
     (part,) = weight.axes[axis]
-    weight.saw([part.atom])
+    weight.saw([part.atom], is_lookup=True)
     y: Array = eqn.primitive.bind(weight.array, indices, **params)
     if weight.sketch is None or weight.factor is None:
         return y

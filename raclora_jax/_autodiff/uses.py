@@ -14,10 +14,17 @@ from raclora_jax._core import paths
 
 
 class Use(NamedTuple):
-    """The axes of a leaf as one operation of the model used them."""
+    """The axes of a leaf as one operation of the model used them.
+
+    Attributes:
+      contracted: Those that it sums over, or looks up along.
+      batch: Those that it takes one by one.
+      is_lookup: Whether it looks up.
+    """
 
     contracted: frozenset[int]
     batch: frozenset[int]
+    is_lookup: bool = False
 
 
 @dataclasses.dataclass

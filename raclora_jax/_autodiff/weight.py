@@ -155,11 +155,18 @@ class Weight:
         sketch = self.sketch.formed(self.side_sizes, self.factor.dtype)
         return dataclasses.replace(self, sketch=sketch)
 
-    def saw(self, contracted: Sequence[Atom], batch: Sequence[Atom] = ()) -> None:
+    def saw(
+        self,
+        contracted: Sequence[Atom],
+        batch: Sequence[Atom] = (),
+        *,
+        is_lookup: bool = False,
+    ) -> None:
         """Writes down a use."""
         use = Use(
             frozenset(atom[0] for atom in contracted if atom[0] >= 0),
             frozenset(atom[0] for atom in batch if atom[0] >= 0),
+            is_lookup,
         )
         self.leaf.uses.found.setdefault(self.leaf.path, []).append(use)
 

@@ -14,19 +14,10 @@ from raclora_jax._chain.separable import per_matrix
 from raclora_jax._core import checks, paths
 from raclora_jax._core.parts import cut
 from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.polar import POLYNOMIALS, matmul, polynomial
 from raclora_jax._core.sharding import auto_axes, sharding_of
 from raclora_jax._core.types import Leaves, PyTree
 
-# Odd polynomials a x + b x^3 + c x^5 that together take [0.01, 1] to [0.987, 1.013], the
-# best of their degree for that interval. Six that reach down to 1e-3, and the exact
-# factor, train no better: the language study of benchmarks.pretrained.polynomials.
-# Amsel et al., The Polar Express, https://arxiv.org/abs/2505.16932, 2025.
-POLYNOMIALS = (
-    (8.093368799391966, -23.620431037136424, 17.446152170176244),
-    (3.6365862104625775, -2.72192716740955, 0.5365463524495679),
-    (2.661299995173923, -1.9771548132588126, 0.45261651568789935),
-    (1.9561716197710801, -1.3375077670497297, 0.38385273073851706),
-)
 _SECOND_MOMENT_DECAY = 0.95
 
 
@@ -196,21 +187,14 @@ def _inverse_root(gram: Array) -> Array:
     ) -> tuple[tuple[Array, Array], None]:
         gram, root = carry
         # Everything here is a polynomial of one symmetric matrix, so all of it commutes.
-        step = _polynomial(coefficients, gram)
-        return (_matmul(_matmul(step, gram), step), _matmul(step, root)), None
+        step = polynomial(coefficients, gram)
+        return (matmul(matmul(step, gram), step), matmul(step, root)), None
 
     # A loop, so that a compiler which tunes its products does so once.
     *first, last = jnp.asarray(POLYNOMIALS, gram.dtype)
     start = gram, jnp.eye(gram.shape[-1], dtype=gram.dtype)[None] / jnp.sqrt(square)
     (gram, root), _ = lax.scan(turn, start, jnp.stack(first))
-    return _matmul(_polynomial(last, gram), root)
-
-
-def _polynomial(coefficients: Array, gram: Array) -> Array:
-    """``p(x) / x`` of an odd polynomial, as a function of ``x^2``."""
-    a, b, c = coefficients
-    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    return a * eye + b * gram + c * _matmul(gram, gram)
+    return matmul(polynomial(last, gram), root)
 
 
 def _of_size_one(matrix: Array, axis: int) -> Array:
@@ -283,7 +267,3 @@ def _even(
 
 def _product(left: Array, right: Array, dims: Any) -> Array:
     return lax.dot_general(left, right, dims, precision=lax.Precision.HIGHEST)
-
-
-def _matmul(left: Array, right: Array) -> Array:
-    return jnp.matmul(left, right, precision=lax.Precision.HIGHEST)

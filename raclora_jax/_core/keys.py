@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
+from raclora_jax._core.bits import cipher, mixed
 from raclora_jax._core.checks import kind
-from raclora_jax._core.parts import cut
 
 # Named, since the default is a flag of the process and the others draw other bits.
 _IMPL = "threefry2x32"
@@ -86,39 +86,50 @@ def leaf_key(data: Array, domain: str, path: str) -> Array:
     return folded(data, jnp.array(path_words(domain, path), jnp.uint32)[:, None])[0]
 
 
-def leaf_keys(
-    data: Array, domain: str, names: Iterable[str], word: Array
+def step_keys(
+    data: Array, domain: str, names: Iterable[str], count: Array | int
 ) -> dict[str, Array]:
-    """``{path: fold_in(leaf_key(data, domain, path), word)}``, all at once.
+    """Keys of some leaves for one purpose in one step.
+
+    A cipher for the step, and of a leaf no more than a hash of its name.
 
     Args:
       data: Key data of the chain, uint32 of shape (2,).
       domain: What the keys are for.
       names: Canonical paths.
-      word: Integer scalar, such as the count of the step.
+      count: Count of the step, an integer scalar.
+
+    Returns:
+      ``{path: typed key}``.
     """
-    names = list(names)
-    if not names:
+    words = {path: path_words(domain, path) for path in names}
+    if not words:
         return {}
-    words = jnp.array([path_words(domain, path) for path in names], jnp.uint32)
-    counts = jnp.full((1, len(names)), word).astype(jnp.uint32)
-    keys = folded(data, jnp.concatenate([words.T, counts]))
-    # A count is never below zero, which the compiler cannot know: see cut.
-    parts = cut(keys, [1] * len(names), jnp.asarray(word) < 0)
-    return {path: part[0] for path, part in zip(names, parts, strict=True)}
+    high, low = jax.random.key_data(_step_key(data, count, path_words(domain, "")))
+    return {
+        path: _typed((mixed(high ^ jnp.uint32(one)), mixed(low ^ jnp.uint32(other))))
+        for path, (one, other) in words.items()
+    }
+
+
+# Traced and lowered once, however many places of a program ask for it.
+@functools.partial(jax.jit, static_argnums=2)
+def _step_key(data: Array, count: Array | int, words: tuple[int, int]) -> Array:
+    key = cipher((data[0], data[1]), *map(jnp.uint32, words))
+    return _typed(cipher(key, jnp.uint32(0), jnp.asarray(count).astype(jnp.uint32)))
 
 
 @jax.jit
 def folded(data: Array, words: Array) -> Array:
     """The keys that start from ``data`` and take in the words of a column in turn."""
-    key = jax.random.wrap_key_data(data, impl=_IMPL)
-    # A loop, because a cipher takes long to compile and nothing to run.
-    keys, _ = lax.scan(
-        lambda keys, word: (jax.vmap(jax.random.fold_in)(keys, word), None),
-        jnp.broadcast_to(key, words.shape[1:]),
-        words,
-    )
-    return keys
+    key = data[0], data[1]
+    for row in words:
+        key = cipher(key, jnp.zeros_like(row), row)
+    return _typed(key)
+
+
+def _typed(words: tuple[Array, Array]) -> Array:
+    return jax.random.wrap_key_data(jnp.stack(words, axis=-1), impl=_IMPL)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -21,6 +21,13 @@ from raclora_jax._core.sharding import sharding_of
 from raclora_jax._core.spec import Rule, Spec, as_spec, check_rules_win, winner
 from raclora_jax._core.types import Alpha, Leaf, PyTree, is_number
 
+# Of the input of a layer the backward pass keeps what a left sketch saw, and frees the rest:
+# up to a tenth of a step and of its peak less than with a right one
+# (benchmarks/speed/sides.py). Trained at its own best rate it ends no higher where the
+# rows are four times the columns (the language study's explored settings). Of a table of
+# 32,000 words, 62 times its width, it would see next to nothing.
+_LONGEST = 16
+
 
 def plan_tree(spec: Spec | int, tree: PyTree) -> dict[str, LeafPlan]:
     """Plans every leaf of a tree of arrays or abstract arrays.
@@ -187,9 +194,9 @@ def _sized(spec: Spec, rule: Rule | None, plan: LeafPlan) -> LeafPlan:
         return getattr(spec, name) if value is None else value
 
     side = choose("side")
-    if side == "auto":
-        side = "left" if plan.size_of(plan.rows) <= plan.size_of(plan.cols) else "right"
     rank, alpha = choose("rank"), choose("alpha")
+    if side in ("auto", "smaller"):
+        side = _best_side(side, rank, plan.size_of(plan.rows), plan.size_of(plan.cols))
 
     def sketching(side: str) -> LeafPlan:
         sketched = plan.rows if side == "left" else plan.cols
@@ -226,6 +233,14 @@ def _sized(spec: Spec, rule: Rule | None, plan: LeafPlan) -> LeafPlan:
         cause="rank",
         reason=f"rank {rank} >= sketched side {small.dim}",
     )
+
+
+def _best_side(side: str, rank: int, rows: int, cols: int) -> str:
+    """The smaller side, or the rows where they are the better bargain."""
+    smaller = "left" if rows <= cols else "right"
+    # A leaf whose smaller side the rank fills is trained in full, whichever is sketched.
+    free = side == "auto" and rank < cols and rows <= _LONGEST * cols
+    return "left" if free else smaller
 
 
 def _scaling(alpha: Alpha, rank: int, dim: int) -> float:

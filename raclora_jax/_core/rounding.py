@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
+from raclora_jax._core.bits import hashed
 from raclora_jax._core.types import is_number
 
 
@@ -149,29 +150,15 @@ def places_of(shape: tuple[int, ...]) -> Array:
 
 
 def _hash(key: Array, places: Array) -> Array:
-    """32 bits per weight for rounding: a hash of place and key.
-
-    A cipher per weight would take longer than the step itself, and its loop would hold
-    weight-shaped words; a hash is computed where it is used. The key is a cipher's.
-    """
+    """32 bits per weight for rounding, of its place and a key."""
     words = jax.random.key_data(key)
-    return _mix(_mix(places ^ words[0]) + words[-1])
+    return hashed((words[0], words[-1]), places)
 
 
 def _fraction(bits: Array) -> Array:
     """Random bits as a number in [0, 1)."""
     # 24 bits are what a float32 holds: 32 of them could round up to 1.
     return (bits >> 8).astype(jnp.float32) * jnp.float32(2**-24)
-
-
-def _mix(bits: Array) -> Array:
-    """A bijection of 32 bits in which every bit depends on every bit.
-
-    Wellons, `Hash function prospector <https://github.com/skeeto/hash-prospector>`_.
-    """
-    bits = (bits ^ (bits >> 16)) * jnp.uint32(0x7FEB352D)
-    bits = (bits ^ (bits >> 15)) * jnp.uint32(0x846CA68B)
-    return bits ^ (bits >> 16)
 
 
 def _neighbours(exact: Array, dtype: DTypeLike) -> tuple[Array, Array]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
 
-from raclora_jax._core.cholesky import inverse_cholesky
-from raclora_jax._core.keys import folded, path_words
+from raclora_jax._core.bits import bits, cipher, normal, shuffled
+from raclora_jax._core.keys import path_words
+from raclora_jax._core.orthonormal import orthonormal, signs
 from raclora_jax._core.parts import cut
 from raclora_jax._core.plan import LeafPlan, with_sharding
 from raclora_jax._core.select import Selection
@@ -47,8 +49,9 @@ def draw_all(
 ) -> dict[str, Drawn]:
     """The sketches of every adapted leaf, ``{path: sketch}``, as ``draw`` gives them.
 
-    Leaves whose sketches have one size and one law are drawn as one stack: a
-    program has one drawing for all layers, and is compiled in a fraction of the time.
+    All matrices get their keys at once, those of one size their numbers, those of one
+    rank their normalisation, and the laws that pick rows all their picks: a program has
+    one drawing for all layers, and is compiled in a fraction of the time.
     """
     adapted = tuple(plan for plan in plans if plan.mode == "lowrank")
     if not adapted:
@@ -66,23 +69,12 @@ def draw_all(
 def _draw_adapted(
     data: Array, link: Array | int, plans: tuple[LeafPlan, ...]
 ) -> dict[str, Drawn]:
-    groups: dict[tuple[_Kind, _Place | None], list[LeafPlan]] = {}
-    for one in (one for plan in plans for one in plan.each):
-        kind = _Kind(one.law, one.rank, one.dim, str(one.sketch_dtype), one.selection)
-        groups.setdefault((kind, _lives(one)), []).append(one)
-    drawn: dict[LeafPlan, Drawn] = {}
-    for (kind, place), members in groups.items():
-        sizes = [math.prod(plan.batch_shape) for plan in members]
-        words = [
-            (*path_words("sketch", plan.path), index)
-            for plan, size in zip(members, sizes, strict=True)
-            for index in range(size)
-        ]
-        stack = _draw_stack(data, link, jnp.array(words, jnp.uint32), kind, place)
-        for plan, own in zip(
-            members, cut(stack, sizes, jnp.asarray(link) < 0), strict=True
-        ):
-            drawn[plan] = plan.as_sketch(_apart(own, plan))
+    link = jnp.asarray(link, jnp.int32)
+    each = [one for plan in plans for one in plan.each]
+    picking = [one for one in each if one.selection is not None]
+    arrays = [one for one in each if one.selection is None]
+    drawn = _picked(data, link, picking) if picking else {}
+    drawn |= _arrays(data, link, arrays) if arrays else {}
 
     def of(plan: LeafPlan) -> Drawn:
         if plan.chance is None:
@@ -94,13 +86,74 @@ def _draw_adapted(
     return {plan.path: of(plan) for plan in plans}
 
 
-def _is_left(data: Array, link: Array | int, chance: float) -> Array:
+def _is_left(data: Array, link: Array, chance: float) -> Array:
     """Whether the link uses the left side of a leaf, one number for all leaves."""
-    words = jnp.array([*path_words("side", ""), 0], jnp.uint32)
-    words = words.at[2].set(jnp.asarray(link).astype(jnp.uint32))
-    with jax.threefry_partitionable(True):
-        number = jax.random.bits(folded(data, words[:, None])[0], (), jnp.uint32)
+    words = map(jnp.uint32, (*path_words("side", ""), 0))
+    number = bits(_Matrices(*words).keys(data, link), jnp.uint32(0), jnp.uint32(0))
     return number < jnp.uint32(min(round(chance * 2**32), 2**32 - 1))
+
+
+class _Matrices(NamedTuple):
+    """What tells the matrices of some leaves from each other, one after the other.
+
+    Attributes:
+      one: The first word of their leaf's path, uint32.
+      other: The second one.
+      place: Their place in the stack of the leaf, uint32.
+    """
+
+    one: Array
+    other: Array
+    place: Array
+
+    @classmethod
+    def of(cls, plans: Sequence[LeafPlan]) -> _Matrices:
+        sizes = [math.prod(plan.batch_shape) for plan in plans]
+        words = np.array([path_words("sketch", plan.path) for plan in plans], np.uint32)
+        place = np.concatenate([np.arange(size, dtype=np.uint32) for size in sizes])
+        return cls(*map(jnp.asarray, (*np.repeat(words, sizes, axis=0).T, place)))
+
+    def keys(self, data: Array, link: Array) -> tuple[Array, Array]:
+        """The two words of the key of each in a link, or in one of its own."""
+        shape = self.place.shape
+        links = jnp.broadcast_to(link.astype(jnp.uint32), shape)
+        words = jnp.stack([self.one, self.place]), jnp.stack([self.other, links])
+
+        def take_in(
+            key: tuple[Array, Array], two: tuple[Array, Array]
+        ) -> tuple[tuple[Array, Array], None]:
+            return cipher(key, *two), None
+
+        # A loop, since a compiler may write a cipher out again wherever a key is used.
+        start = jnp.broadcast_to(data[0], shape), jnp.broadcast_to(data[1], shape)
+        key, _ = lax.scan(take_in, start, words)
+        return key
+
+
+def _arrays(data: Array, link: Array, plans: Sequence[LeafPlan]) -> dict[LeafPlan, Drawn]:
+    """The sketches of the laws whose sketches are arrays, of one kind as one stack."""
+    groups: dict[_Kind, list[LeafPlan]] = {}
+    for plan in plans:
+        groups.setdefault(_Kind.of(plan), []).append(plan)
+    ordered = [plan for members in groups.values() for plan in members]
+    keys = _Matrices.of(ordered).keys(data, link)
+    sizes = {
+        kind: [math.prod(plan.batch_shape) for plan in members]
+        for kind, members in groups.items()
+    }
+    ends = itertools.accumulate(map(sum, sizes.values()), initial=0)
+    stacks = {
+        kind: _numbers(keys[0][start:end], keys[1][start:end], kind)
+        for kind, (start, end) in zip(groups, itertools.pairwise(ends), strict=True)
+    }
+    projectors = [kind for kind in groups if _LAWS[kind.law].projects]
+    whole = orthonormal([stacks[kind] for kind in projectors])
+    stacks |= dict(zip(projectors, whole, strict=True))
+    drawn: dict[LeafPlan, Drawn] = {}
+    for kind, members in groups.items():
+        parts = cut(stacks[kind], sizes[kind], link < 0)
+        drawn |= {p: _apart(one, p) for p, one in zip(members, parts, strict=True)}
+    return drawn
 
 
 def _apart(sketch: Array, plan: LeafPlan) -> Array:
@@ -147,142 +200,99 @@ def _lives(plan: LeafPlan) -> _Place | None:
 
 
 class _Kind(NamedTuple):
-    """What sketches must share to be drawn together; static and hashable."""
+    """What sketches must share to be drawn as one stack; static and hashable."""
 
     law: str
     rank: int
     dim: int
     dtype: str
-    selection: Selection | None
+    place: _Place | None
+
+    @classmethod
+    def of(cls, plan: LeafPlan) -> _Kind:
+        return cls(plan.law, plan.rank, plan.dim, str(plan.sketch_dtype), _lives(plan))
 
 
-# Traced once for all stacks of one size, wherever they are drawn.
-@functools.partial(jax.jit, static_argnames=("kind", "place"))
-def _draw_stack(
-    data: Array, link: Array | int, words: Array, kind: _Kind, place: _Place | None
-) -> Array:
-    """Sketches ``(n, rank, dim)`` from ``n`` rows of (two words of a path, index)."""
-    first, second, index = words.T
-    turn = jnp.zeros((), jnp.int32)
-    if kind.selection is not None and kind.law == "block":
-        # One draw a cycle: the order of its blocks.
-        link, turn = jnp.divmod(jnp.asarray(link, jnp.int32), kind.selection.blocks)
-    links = jnp.full_like(index, link)
-    keys = folded(data, jnp.stack([first, second, links, index]))
-    # The process-wide flag changes the bits of every draw; a chain must not depend on it.
-    with jax.threefry_partitionable(True):
-        if kind.selection is not None and kind.law == "block":
-            return _block(keys, turn, kind.selection)
-        shape = (kind.rank, kind.dim)
-        stack = _LAWS[kind.law](keys, shape, jnp.dtype(kind.dtype))
-    return stack if place is None else constrained(stack, place.sharding)
+class _Law(NamedTuple):
+    """A law whose sketches are arrays.
 
-
-def _gram(sketches: Array) -> Array:
-    """S S^T of each sketch, (n, rank, rank)."""
-    # In parts: where all terms are alike, one long sum of them rounds to one side.
-    count, rank, dim = sketches.shape
-    parts = 1
-    while dim % (2 * parts) == 0 and dim // (2 * parts) >= 256 and parts < 16:
-        parts *= 2
-    split = sketches.reshape(count, rank, parts, dim // parts)
-    dims = (((3,), (3,)), ((0, 2), (0, 2)))
-    grams = lax.dot_general(split, split, dims, precision=lax.Precision.HIGHEST)
-    return jnp.sum(grams, axis=1)
-
-
-def _whiten_once(sketches: Array, shift: float) -> Array:
-    """L^-1 S with L L^T = S S^T + shift * trace(S S^T) I."""
-    gram = _gram(sketches)
-    trace = jnp.trace(gram, axis1=1, axis2=2)[:, None, None]
-    eye = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    # Inverting at rank x rank and multiplying is far cheaper than a triangular solve
-    # on the tall matrix.
-    inverse = inverse_cholesky(gram + shift * trace * eye[None])
-    return jnp.matmul(inverse, sketches, precision=lax.Precision.HIGHEST)
-
-
-def _whiten(sketches: Array) -> Array:
-    """Orthonormal rows by Cholesky QR; the shift keeps an ill-conditioned draw finite.
-
-    Fukaya et al., `Shifted Cholesky QR <https://arxiv.org/abs/1809.11085>`_, 2018.
+    Attributes:
+      start: What it makes of normal numbers ``(n, rank, dim)``.
+      projects: Whether the rows are then made orthonormal.
     """
-    shift = 4 * float(jnp.finfo(sketches.dtype).eps)
-    sketches = _whiten_once(sketches, shift)
-    if not _well_conditioned(*sketches.shape[1:]):
-        sketches = _whiten_once(sketches, shift)
-    return _whiten_once(sketches, 0.0)
+
+    start: Callable[[Array], Array]
+    projects: bool
 
 
-def _well_conditioned(rank: int, dim: int) -> bool:
-    """Whether two passes are enough for any draw.
-
-    Two passes give orthonormal rows up to condition numbers of some hundreds in float32.
-    A Gaussian exceeds 500 with probability below (13 / 500)^(dim / 2) here, 1e-25.
-
-    Chen and Dongarra, `Condition numbers of Gaussian random matrices
-    <https://arxiv.org/abs/0810.0800>`_, 2005.
-    """
-    return dim >= 32 and dim >= 2 * rank
+_LAWS = {
+    "orthonormal": _Law(lambda numbers: numbers, projects=True),
+    "rademacher": _Law(signs, projects=True),
+    "gaussian_raw": _Law(lambda numbers: numbers, projects=False),
+}
 
 
-def _gaussian_raw(keys: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
-    return jax.vmap(lambda key: jax.random.normal(key, shape, dtype))(keys)
+def _numbers(one: Array, other: Array, kind: _Kind) -> Array:
+    """What the sketches ``(n, rank, dim)`` of ``n`` keys are made of."""
+    shape = (len(one), kind.rank, kind.dim)
+    row, column = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (1, 2))
+    key = one[:, None, None], other[:, None, None]
+    drawn = bits(key, jnp.uint32(0), row * jnp.uint32(kind.dim) + column)
+    numbers = normal(drawn).astype(kind.dtype)
+    numbers = _LAWS[kind.law].start(numbers)
+    return numbers if kind.place is None else constrained(numbers, kind.place.sharding)
 
 
-def _orthonormal(keys: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
-    # Rows of L^-1 G with a positive diagonal in L are Haar: whitening a Gaussian draw
-    # and making it orthonormal are one thing.
-    return _whiten(_gaussian_raw(keys, shape, dtype))
+def _picked(data: Array, link: Array, plans: Sequence[LeafPlan]) -> dict[LeafPlan, Drawn]:
+    """The picks of the laws that pick rows, all of one law at once."""
+    drawn: dict[LeafPlan, Drawn] = {}
+    for law, draw in _PICKING_LAWS.items():
+        members = [plan for plan in plans if plan.law == law]
+        if not members:
+            continue
+        sizes = [math.prod(plan.sketch_shape) for plan in members]
+        parts = cut(draw(data, link, members), sizes, link < 0)
+        drawn |= {
+            plan: plan.as_sketch(_apart(own, plan))
+            for plan, own in zip(members, parts, strict=True)
+        }
+    return drawn
 
 
-def _rademacher(keys: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
-    def with_word(word: int) -> Array:
-        return jax.vmap(lambda key: jax.random.fold_in(key, word))(keys)
-
-    # Not jax.random.rademacher, which draws other bits when x64 is on.
-    bits = jax.vmap(lambda key: jax.random.bits(key, shape, jnp.uint32))(with_word(0))
-    signs = jnp.where(bits >> 31, -1, 1).astype(dtype)
-    # A singular draw gives way to a Gaussian one. Both laws, and being singular, are
-    # blind to permutations and signs of the axes, so the mean projector stays
-    # (rank / dim) I.
-    spare = _gaussian_raw(with_word(1), shape, dtype)
-    inverse = inverse_cholesky(_gram(signs) / shape[1])
-    # A diagonal of L above 1e-2; NaN compares false.
-    diagonal = jnp.diagonal(inverse, axis1=1, axis2=2)
-    regular = jnp.all(diagonal < 1e2, axis=1)[:, None, None]
-    return _whiten(jnp.where(regular, signs, spare))
-
-
-def _coordinate(keys: Array, shape: tuple[int, int], dtype: DTypeLike) -> Array:
-    rank, dim = shape
-    chosen = jax.vmap(lambda key: jax.random.permutation(key, dim)[:rank])(keys)
-    return chosen.astype(dtype)
-
-
-def _block(keys: Array, turn: Array, chosen: Selection) -> Array:
-    """Where the blocks of a turn start, int32 (n,).
+def _blocks(data: Array, link: Array, plans: Sequence[LeafPlan]) -> Array:
+    """Where the block of every matrix starts, int32.
 
     Each cycle takes its blocks in an order of its own. Where the rank does not divide
     the side they start at a place of its own too, and wrap around: every row is then as
     likely as any other, and ``dim % rank`` rows wait for another cycle.
     """
-
-    def one(key: Array) -> Array:
-        bits = jax.random.bits(key, (chosen.blocks + 1,), jnp.uint32)
-        block = jnp.argsort(bits[1:])[turn].astype(jnp.int32)
-        start = block * (chosen.rank // chosen.runs)
-        if chosen.sliced:
-            return start
-        offset = (bits[0] % chosen.dim).astype(jnp.int32)
-        return (start + offset) % chosen.dim
-
-    return jax.vmap(one)(keys)
+    blocks = _each(plans, lambda chosen: chosen.blocks)
+    lengths = _each(plans, lambda chosen: chosen.rank // chosen.runs)
+    dims = _each(plans, lambda chosen: chosen.dim)
+    wraps = _each(plans, lambda chosen: 1 if chosen.sliced else chosen.dim)
+    cycle, turn = jnp.divmod(link.astype(jnp.uint32), blocks)
+    keys = _Matrices.of(plans).keys(data, cycle)
+    offsets = bits(keys, jnp.uint32(0), jnp.uint32(0)) % wraps
+    starts = shuffled(keys, turn, jnp.asarray(blocks)) * lengths
+    return ((starts + offsets) % dims).astype(jnp.int32)
 
 
-_LAWS = {
-    "orthonormal": _orthonormal,
-    "rademacher": _rademacher,
-    "coordinate": _coordinate,
-    "gaussian_raw": _gaussian_raw,
-}
+def _coordinates(data: Array, link: Array, plans: Sequence[LeafPlan]) -> Array:
+    """The rows that every matrix picks, int32, one matrix after the other."""
+    ranks = _each(plans, lambda chosen: chosen.rank)
+    dims = _each(plans, lambda chosen: chosen.dim)
+    places = np.concatenate([np.arange(rank, dtype=np.uint32) for rank in ranks])
+    matrix = np.repeat(np.arange(len(ranks)), ranks)
+    one, other = _Matrices.of(plans).keys(data, link)
+    keys, sizes = (one[matrix], other[matrix]), jnp.asarray(dims[matrix])
+    return shuffled(keys, jnp.asarray(places), sizes).astype(jnp.int32)
+
+
+def _each(plans: Sequence[LeafPlan], number: Callable[[Selection], int]) -> np.ndarray:
+    """A number of the selection of every matrix, uint32."""
+    sizes = [math.prod(plan.batch_shape) for plan in plans]
+    found = [number(plan.selection) for plan in plans if plan.selection is not None]
+    return np.repeat(np.asarray(found, np.uint32), sizes)
+
+
+_PICKING_LAWS = {"block": _blocks, "coordinate": _coordinates}

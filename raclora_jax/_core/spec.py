@@ -44,8 +44,8 @@ class Rule:
         as biases are; or ``"frozen"``.
       rank: Rank of the sketch.
       alpha: Numerator of the scaling ``alpha / rank``, or ``"dim"``.
-      side: ``"left"`` sketches the rows, ``"right"`` the columns, ``"auto"`` the
-        smaller of both; a number draws it, as in ``Spec``.
+      side: ``"left"`` sketches the rows, ``"right"`` the columns; ``"auto"``,
+        ``"smaller"`` and a number as in ``Spec``.
       sketch: Distribution of the sketch.
       rows: Axes of the rows, an int or a tuple of ints.
       batch: Axes of the stack, an int or a tuple of ints.
@@ -129,11 +129,14 @@ class Spec:
         (``orthogonal``, Adam, sign) takes full fine-tuning's learning rate at every
         rank. One that does not, such as ``optax.identity()``, steps by
         ``gamma = learning_rate * dim / rank``, which must stay below ``1 / L``.
-      side: ``"left"`` sketches the rows, ``"right"`` the columns, ``"auto"`` the
-        smaller of both (largest lambda), ties to the rows. A number p draws it anew for
-        each link, left with probability p and else right: Bernoulli-LoRA. The mean
-        projector is then ``p rank / rows + (1 - p) rank / cols``; both factors and the
-        state of both are held, and one is used.
+      side: ``"left"`` sketches the rows, ``"right"`` the columns. ``"smaller"``
+        sketches the smaller of both, ties to the rows, for the largest lambda.
+        ``"auto"`` sketches the rows, which takes least time and memory, unless they are
+        more than 16 times the columns, and then the columns, lest lambda be so much
+        smaller. A number p draws it anew for each link, left with probability p and else
+        right: Bernoulli-LoRA. The mean projector is then
+        ``p rank / rows + (1 - p) rank / cols``; both factors and the state of both are
+        held, and one is used.
       sketch: Its law: ``"orthonormal"`` (a whitened Gaussian), ``"rademacher"``
         (whitened signs), ``"coordinate"`` (random rows), ``"block"`` (neighbouring rows,
         each once a cycle of ``dim / rank`` links: slices where others need products), or

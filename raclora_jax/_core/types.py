@@ -36,7 +36,7 @@ FactorValue: TypeAlias = Any
 
 Alpha: TypeAlias = float | Literal["dim"] | None
 Mode = Literal["lowrank", "full", "dense", "frozen"]
-Side = Literal["left", "right", "auto"]
+Side = Literal["left", "right", "auto", "smaller"]
 # A side, or the probability with which a link takes the left one.
 SideOrChance: TypeAlias = Side | float
 Sketch = Literal["orthonormal", "rademacher", "coordinate", "block", "gaussian_raw"]

@@ -26,7 +26,7 @@ from raclora_jax._chain.state import RacLoraState, is_state
 from raclora_jax._chain.step import Step
 from raclora_jax._core import paths, rounding
 from raclora_jax._core.factor import Factor
-from raclora_jax._core.keys import leaf_keys
+from raclora_jax._core.keys import step_keys
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.sides import apart, in_link, switched
 from raclora_jax._core.types import Drawn, FactorValue, Leaf, Leaves, OptState, PyTree
@@ -273,7 +273,7 @@ class _Fused(NamedTuple):
         key = decay = None
         rate = self.descent.rate(count)
         if rounding.is_low(plan.dtype):
-            keys = leaf_keys(self.before.key_data, "rounding", [path], count)
+            keys = step_keys(self.before.key_data, "rounding", [path], count)
             key = jax.random.key_data(keys[path])
         if self.decaying.get(path):
             decay = rate * self.descent.weight_decay

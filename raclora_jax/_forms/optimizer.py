@@ -18,7 +18,7 @@ from raclora_jax._chain.state import RacLoraState
 from raclora_jax._chain.step import Run, Step
 from raclora_jax._core import checks, paths, rounding
 from raclora_jax._core.factor import Factor, Origin, is_factor
-from raclora_jax._core.keys import key_data, leaf_keys
+from raclora_jax._core.keys import key_data, step_keys
 from raclora_jax._core.lowrank import lift_leaf
 from raclora_jax._core.merge import merge_leaf
 from raclora_jax._core.plan import LeafPlan
@@ -416,7 +416,7 @@ def _low_keys(
         for plan in plans
         if plan.mode != "frozen" and rounding.is_low(plan.dtype)
     ]
-    return leaf_keys(data, domain, low, count)
+    return step_keys(data, domain, low, count)
 
 
 def _rounding_keys(step: Step, count: Array) -> dict[str, Array]:

@@ -33,7 +33,8 @@ def trace_spec(
 
     The function is staged, not run. Axes that a product or a convolution contracts are
     the rows, and so is the axis of a lookup; axes that a scan, an index or a stacked
-    product takes one by one are the batch; the others are the columns. Where uses
+    product takes one by one are the batch; the others are the columns. A leaf that is
+    looked up takes its smaller side where the spec says ``"auto"``. Where uses
     disagree, as for an embedding that is the head too, the stored order decides. A leaf
     with two or more axes that is never contracted is no matrix: it joins the ``rest``.
     So does one whose use cannot be read, with a warning that names the rule to add.
@@ -169,7 +170,12 @@ def _rule(path: str, ndim: int, views: list[Use], said: Rule | None, spec: Spec)
     if found is None:
         return dataclasses.replace(said, mode=spec.rest, side=None)
     rows, batch = found
-    return dataclasses.replace(said, rows=rows, batch=batch)
+    side = spec.side if said.side is None else said.side
+    if side == "auto" and any(view.is_lookup for view in views):
+        # A step sees few of the words, and a sketch of all words would move every one.
+        side = "smaller"
+    own = {} if side == spec.side else {"side": side}
+    return dataclasses.replace(said, rows=rows, batch=batch, **own)
 
 
 def _view(ndim: int, views: list[Use]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

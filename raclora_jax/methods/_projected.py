@@ -151,7 +151,7 @@ def basis_plans(spec: Spec, tree: PyTree) -> Plans:
             raise ValueError(
                 f"leaf {paths.show(plan.path)} of shape {plan.shape}: a basis of rank "
                 f"{plan.rank} has more directions than the {other} numbers beside it; "
-                "lower the rank, or take side='auto'"
+                "lower the rank, or take side='smaller'"
             )
     return {p: dataclasses.replace(plan, law="") for p, plan in plans.items()}
 
