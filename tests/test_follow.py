@@ -507,7 +507,11 @@ def test_a_step_that_is_left_out_moves_nothing():
     grads = rl.project(wrong, sketches, spec_of())
     updates, state = tx.update(grads, state, base)
     message = follow.encode(base, updates, state, position)
-    assert not Message.from_bytes(message).parts
+    parts = Message.from_bytes(message).parts
+    assert {name: part.kind for name, part in parts.items()} == {
+        "kernel": "still",
+        "stack": "still",
+    }
     moved, position = follow.apply(base, message, position)
     assert_same_bits(moved, base)
     assert position.step == 1
@@ -520,3 +524,19 @@ def test_a_message_is_as_large_as_was_said():
         said = follow.message_bytes(jax.eval_shape(lambda: base), spec, numbers=numbers)
         for message, *_ in sent:
             assert 0 < len(message) - said < 500 * len(base)
+
+
+def test_a_matrix_that_stays_is_drawn_with_the_others():
+    base, spec = params_of(), spec_of()
+    step, init = trainer_of(spec)
+    updates, state = step(base, init(base), batches(1)[0])
+    kernel = updates["kernel"]
+    still = dataclasses.replace(kernel, value=jnp.zeros_like(kernel.value))
+    position = follow.start(base, key=3)
+    messages = [
+        follow.encode(base, updates | changed, state, position)
+        for changed in ({}, {"kernel": still})
+    ]
+    (first, _), (other, _) = (follow.apply(base, m, position) for m in messages)
+    assert_same_bits(other["kernel"], base["kernel"])
+    assert_same_bits(other["stack"], first["stack"])

@@ -180,6 +180,8 @@ def _check_sketch(path: str, part: Part, own: Own) -> None:
             "here; run trainer and follower on one kind of device with one version of "
             "jax, or take sketch='block', which is whole numbers"
         )
+    if part.kind == "still":
+        return
     wanted = plan.factor_shape if part.kind == "factor" else rows_shape(plan)
     if part.numbers.shape != wanted:
         raise ValueError(
@@ -190,6 +192,8 @@ def _check_sketch(path: str, part: Part, own: Own) -> None:
 
 def _moved(weight: Leaf, part: Part, own: Own | None) -> Leaf:
     """One leaf after its part of a message."""
+    if part.kind == "still":
+        return weight
     weight = jnp.asarray(weight)
     if own is None:
         values = jax.device_put(part.numbers, weight.sharding)

@@ -43,8 +43,8 @@ def encode(
     The trainer moves by the message too, with ``apply`` in the place of
     ``raclora_jax.apply_updates``: what is rounded is then rounded for all alike. For each
     adapted leaf it holds ``scaling * F``, ``rank x n`` numbers, the decay and the key for
-    rounding; leaves trained in full are held as their updates are, and leaves that do not
-    move not at all. Sketches are drawn again from the key.
+    rounding; leaves trained in full are held as their updates are. Leaves that stay
+    cost no number. Sketches are drawn again from the key.
 
     Args:
       params: The weights that the update is for.
@@ -112,10 +112,8 @@ def encode(
     parts = {}
     for path, step in steps.items():
         if path in plans:
-            part = _factor_part(path, step, own[path], sent[path], told[path])
-        else:
-            part = _dense_part(path, dense[path], leaves[path])
-        if part is not None:
+            parts[path] = _factor_part(path, step, own[path], sent[path], told[path])
+        elif (part := _dense_part(path, dense[path], leaves[path])) is not None:
             parts[path] = part
     weights = digests(leaves) if position.step % digest_every == 0 else None
     return Message(*position, int(state.link), parts, weights, True).to_bytes()
@@ -201,8 +199,8 @@ def encode_fused(
 
 def _factor_part(
     path: str, step: Factor, own: Own, sent: Packed, told: tuple[np.ndarray, np.ndarray]
-) -> Part | None:
-    """What is sent of a factor, ``None`` if it moves nothing."""
+) -> Part:
+    """What is sent of a factor."""
     plan, decay = own.plan, float(step.decay)
     where = f"leaf {paths.show(path)}"
     if not (sent.finite and np.isfinite(decay)):
@@ -211,7 +209,7 @@ def _factor_part(
             "steps out, as optax.apply_if_finite does"
         )
     if not sent.moves and decay == 0:
-        return None
+        return Part("still", plan.dtype, stamp=step.stamp, sketch=own.digest)
     words, seen = told
     here = own.seen.astype(np.float64)
     if np.max(np.abs(here - seen)) > 1e-2 * np.max(np.abs(here)):

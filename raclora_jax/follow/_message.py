@@ -36,15 +36,20 @@ _DTYPES: dict[str, Any] = {
 }
 
 
+_NONE = np.zeros(0, np.float32)
+
+
 class Part(NamedTuple):
     """What a message says of one leaf.
 
     Attributes:
       kind: ``"factor"``: scaled numbers that are lifted on the sketch and added;
-        ``"rows"``: new values of the rows that the sketch picks; ``"added"``: an update
-        of the leaf's shape; ``"whole"``: new values of the leaf.
+        ``"still"``: the same for a leaf that does not move, with no number, since its
+        sketch is drawn with the others; ``"rows"``: new values of the rows that the
+        sketch picks; ``"added"``: an update of the leaf's shape; ``"whole"``: new values
+        of the leaf.
       dtype: Dtype of the weight.
-      numbers: The array.
+      numbers: The array, empty of a leaf that is still.
       scales: Where the numbers are of 8 bits, what one of each row is worth.
       stamp: The facts of the plan, of a leaf that has a sketch.
       sketch: Digest of the sketch as the trainer drew it.
@@ -54,7 +59,7 @@ class Part(NamedTuple):
 
     kind: str
     dtype: str
-    numbers: np.ndarray
+    numbers: np.ndarray = _NONE
     scales: np.ndarray | None = None
     stamp: Stamp | None = None
     sketch: int | None = None
@@ -90,7 +95,8 @@ class Message:
         tensors: dict[str, np.ndarray] = {}
         leaves: dict[str, dict[str, Any]] = {}
         for path, part in self.parts.items():
-            tensors[f"numbers:{path}"] = np.asarray(part.numbers, order="C")
+            if part.kind != "still":
+                tensors[f"numbers:{path}"] = np.asarray(part.numbers, order="C")
             if part.scales is not None:
                 tensors[f"scales:{path}"] = np.asarray(part.scales, order="C")
             said = {k: v for k, v in part._asdict().items() if v is not None}
@@ -159,7 +165,9 @@ class Message:
 
         def part(path: str, said: dict[str, Any]) -> Part:
             own: dict[str, Any] = {
-                "numbers": tensors[f"numbers:{path}"],
+                "numbers": _NONE
+                if said["kind"] == "still"
+                else tensors[f"numbers:{path}"],
                 "scales": tensors.get(f"scales:{path}"),
             }
             if "stamp" in said:
