@@ -28,7 +28,8 @@ ROOMS = {
     "_forms": "pure apply optimizer gradient fusable fused adapter factor_rules unmerged "
     "trace costs summary shardings trainer",
     "flax": "_tree _optimizer _module _train_state _trainer",
-    "follow": "_position _message _numbers _size _sketches _exact _encode _apply _log",
+    "follow": "_position _message _numbers _size _sketches _exact _checks _encode _fused "
+    "_apply _log",
     "peft": "_folder _files _targets _families _pairs _best _format _patterns _config "
     "_ties _read _write _models",
     "quantized": "_codes _merge",

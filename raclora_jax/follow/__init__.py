@@ -5,12 +5,13 @@ weights and a ``Position``, and ``apply`` each message. ``encode`` makes one of 
 in factor form, ``encode_fused`` of a fused step.
 
 Read in this order: ``_position``, ``_message`` (the wire format), ``_numbers`` (fewer
-bits), ``_size``, ``_sketches`` and ``_exact`` (why the bits are the same), ``_encode``
-and ``_apply``, ``_log``.
+bits), ``_size``, ``_sketches`` and ``_exact`` (why the bits are the same), ``_checks``,
+``_encode``, ``_fused`` and ``_apply``, ``_log``.
 """
 
 from raclora_jax.follow._apply import apply, join, passed
-from raclora_jax.follow._encode import encode, encode_fused
+from raclora_jax.follow._encode import encode
+from raclora_jax.follow._fused import encode_fused
 from raclora_jax.follow._log import Log
 from raclora_jax.follow._position import Position, start
 from raclora_jax.follow._size import message_bytes

@@ -8,25 +8,22 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
-from raclora_jax._chain.state import RacLoraState, find_state
+from raclora_jax._chain.state import find_state
 from raclora_jax._core import checks, paths
 from raclora_jax._core.digest import digests
 from raclora_jax._core.factor import Factor, Origin, is_factor, plan_of_update
 from raclora_jax._core.keys import leaf_key, path_words
 from raclora_jax._core.plan import LeafPlan
-from raclora_jax._core.planning import plan_leaves
 from raclora_jax._core.rounding import is_low
 from raclora_jax._core.sides import in_link
 from raclora_jax._core.types import Leaf, OptState, PyTree
-from raclora_jax._forms.optimizer import RacLora
-from raclora_jax.follow._exact import rows_in
+from raclora_jax.follow._checks import check_key, check_leaf, check_outside
 from raclora_jax.follow._message import Message, Part
 from raclora_jax.follow._numbers import NUMBERS, Numbers, Packed, packed
-from raclora_jax.follow._position import Position, words_of
-from raclora_jax.follow._sketches import Own, everywhere, own_sketches, probe
+from raclora_jax.follow._position import Position
+from raclora_jax.follow._sketches import Own, own_sketches, probe
 
 
 def encode(
@@ -82,8 +79,8 @@ def encode(
     state = find_state(opt_state)
     leaves, _ = paths.flatten(params)
     steps, _ = paths.flatten(updates, is_leaf=is_factor)
-    _check_outside((params, updates, state))
-    _check_key(state, position)
+    check_outside((params, updates, state))
+    check_key(state, position)
     plans = {}
     for path, step in steps.items():
         if path not in leaves:
@@ -93,7 +90,7 @@ def encode(
             )
         if is_factor(step):
             plans[path] = plan_of_update(path, step, leaves[path])
-            _check_leaf(plans[path])
+            check_leaf(plans[path])
     own = own_sketches(position.run, int(state.link), plans)
     keys = _keys(state.key_data, position.step, tuple(plans))
     sent = {
@@ -117,84 +114,6 @@ def encode(
             parts[path] = part
     weights = digests(leaves) if position.step % digest_every == 0 else None
     return Message(*position, int(state.link), parts, weights, True).to_bytes()
-
-
-def encode_fused(
-    params: PyTree,
-    opt_state: OptState,
-    tx: optax.GradientTransformation,
-    position: Position,
-    *,
-    digest_every: int = 100,
-) -> bytes:
-    """A fused step as a message, which is made when the weights have moved.
-
-    Where the sketch picks rows, as that of the laws ``"block"`` and ``"coordinate"`` and
-    of ``mode="full"`` does, it holds the new values of those rows; leaves trained in full
-    are held whole. The trainer goes on from ``passed(position, message)``.
-
-    Args:
-      params: The weights after the step.
-      opt_state: The state after it.
-      tx: What the step was made with.
-      position: Where the weights stood before it.
-      digest_every: As in ``encode``; they are of the weights after the step.
-
-    Returns:
-      The message.
-
-    Raises:
-      ValueError: If state and position do not belong together, or a leaf moves in more
-        rows than its sketch picks.
-      TypeError: If ``tx`` is not what ``raclora`` returned, or it is called inside
-        ``jit``.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, raclora_jax as rl
-      >>> params, key = {"kernel": jnp.ones((6, 4))}, jax.random.key(0)
-      >>> spec = rl.Spec(2, sketch="block", side="left")
-      >>> tx = rl.raclora(0.1, spec, inner=rl.orthogonal(), key=key)
-      >>> step = jax.jit(rl.fused_step(lambda p, x: jnp.sum((x @ p["kernel"]) ** 2), tx))
-      >>> position = rl.follow.start(params, key=key)
-      >>> new, state, _ = step(params, tx.init(params), jnp.ones((3, 6)))
-      >>> message = encode_fused(new, state, tx, position)
-      >>> follower, _ = rl.follow.apply(params, message, position)
-      >>> bool(jnp.all(follower["kernel"] == new["kernel"]))
-      True
-    """
-    checks.count("digest_every", digest_every)
-    if not isinstance(tx, RacLora):
-        raise TypeError(
-            f"tx must be what raclora(...) returned, got {type(tx).__name__}; hand over "
-            "that of fused_step"
-        )
-    state = find_state(opt_state)
-    leaves, _ = paths.flatten(params)
-    _check_outside((params, state))
-    _check_key(state, position)
-    decaying = tx.descent.decaying(params)
-    plans = plan_leaves(tx.descent.run.spec, leaves)
-    for path, plan in plans.items():
-        if plan.adapted:
-            _check_picks(plan, decaying.get(path, False))
-    adapted = {path: plan for path, plan in plans.items() if plan.adapted}
-    own = own_sketches(position.run, int(state.link), adapted)
-    moved = {
-        path: rows_in(leaves[path], everywhere(one.sketch, leaves[path]), one.plan)
-        for path, one in own.items()
-    }
-    moved |= {path: leaves[path] for path, plan in plans.items() if plan.mode == "dense"}
-
-    def part(path: str, values: np.ndarray) -> Part:
-        dtype = str(leaves[path].dtype)
-        if path not in own:
-            return Part("whole", dtype, values)
-        stamp, digest = plans[path].stamp, own[path].digest
-        return Part("rows", dtype, values, stamp=stamp, sketch=digest)
-
-    parts = {path: part(path, values) for path, values in jax.device_get(moved).items()}
-    weights = digests(leaves) if position.step % digest_every == 0 else None
-    return Message(*position, int(state.link), parts, weights, False).to_bytes()
 
 
 def _factor_part(
@@ -266,50 +185,3 @@ def _told(origin: Origin, plan: LeafPlan, used: LeafPlan) -> tuple[Array, Array]
     if read.key is not None:
         words = jax.random.key_data(read.key)
     return words, probe(in_link(read.sketch, used), used)
-
-
-def _check_outside(tree: PyTree) -> None:
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree)):
-        raise TypeError(
-            "a message is made of numbers, got traced ones; encode outside of jit what "
-            "the compiled step returned"
-        )
-
-
-def _check_key(state: RacLoraState, position: Position) -> None:
-    words = words_of(state.key_data)
-    if words != position.run[16:]:
-        raise ValueError(
-            f"opt_state has another key than the run: expected {position.run[16:]}, got "
-            f"{words}; hand start the key that raclora was given"
-        )
-
-
-def _check_leaf(plan: LeafPlan) -> None:
-    where = f"leaf {paths.show(plan.path)}"
-    if plan.wide_dtype != jnp.float32:
-        raise ValueError(
-            f"{where}: expected a weight of at most 32 bits, got {plan.dtype}; sums of "
-            "64 bits are not the same in every program: train it in float32"
-        )
-    if plan.rounding == "master" and is_low(plan.dtype):
-        raise ValueError(
-            f"{where}: expected rounding='auto', 'stochastic' or 'nearest', got "
-            "'master'; a follower has no float32 copy of the weight: take 'auto'"
-        )
-
-
-def _check_picks(plan: LeafPlan, decays: bool) -> None:
-    where = f"leaf {paths.show(plan.path)}"
-    one = plan.each[0]
-    if one.selection is None:
-        raise ValueError(
-            f"{where}: expected a law that picks rows, got {one.law!r}, by which "
-            "all rows move and a fused step keeps no factor; take sketch='block', or "
-            "rl.value_and_grad, tx.update and encode"
-        )
-    if decays:
-        raise ValueError(
-            f"{where}: expected no weight decay, which moves rows that are not sent; "
-            "leave the leaf out by mask=, or take rl.value_and_grad, tx.update and encode"
-        )
