@@ -71,6 +71,7 @@ _MODULES = (
     "estimators",
     "federated",
     "flax",
+    "follow",
     "methods",
     "peft",
     "quantized",

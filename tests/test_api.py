@@ -19,15 +19,17 @@ PACKAGE = pathlib.Path(rl.__file__).parent
 
 # Inside a folder each room imports only from rooms before it.
 ROOMS = {
-    "_core": "types checks parts bits polar cholesky orthonormal paths saved stamp "
-    "sharding contraction select picks spec plan planning sides keys sketch lowrank "
-    "rounding factor merge",
+    "_core": "types checks parts bits polar cholesky orthonormal paths saved digest "
+    "disk stamp sharding contraction select picks spec plan planning sides keys sketch "
+    "lowrank rounding factor merge",
     "_autodiff": "stage reads elementwise uses axes attach weight rearrange arithmetic "
     "output picked consume join rounds updating interpret watch",
     "_chain": "boxes inner separable orthogonal state around clip start step slices",
     "_forms": "pure apply optimizer gradient fusable fused adapter factor_rules unmerged "
     "trace costs summary shardings trainer",
     "flax": "_tree _optimizer _module _train_state _trainer",
+    "follow": "_position _message _numbers _size _sketches _exact _checks _encode _fused "
+    "_apply _log",
     "peft": "_folder _files _targets _families _pairs _best _format _patterns _config "
     "_ties _read _write _models",
     "quantized": "_codes _merge",
@@ -41,6 +43,7 @@ BELOW = {
     "_chain": {"_core"},
     "_forms": {"_core", "_autodiff", "_chain"},
     "flax": {"_core", "_forms"},
+    "follow": {"_core", "_chain", "_forms"},
     "peft": {"_core", "_forms"},
     "quantized": {"_core", "_forms"},
     "theory": {"_core", "_forms"},
@@ -56,6 +59,7 @@ OPTIONAL = {
     "_report.py": {"matplotlib"},
     "_checkpointer.py": {"orbax", "etils"},
     "_files.py": {"safetensors"},
+    "_message.py": {"safetensors"},
     "_codes.py": {"qwix"},
     "_merge.py": {"qwix"},
     "tunix.py": {"flax", "tunix"},
@@ -66,6 +70,7 @@ NAMESPACES = (
     "estimators",
     "federated",
     "flax",
+    "follow",
     "methods",
     "peft",
     "quantized",
@@ -143,6 +148,7 @@ def said(call, extra):
     else:
         raise AssertionError(extra)
 said(lambda: rl.flax, "flax")
+said(lambda: rl.follow, "follow")
 said(lambda: rl.peft, "peft")
 said(lambda: rl.quantized, "quantized")
 said(lambda: rl.tunix, "flax")
@@ -226,6 +232,7 @@ def public_functions():
         "estimators",
         "federated",
         "flax",
+        "follow",
         "methods",
         "peft",
         "quantized",

@@ -21,8 +21,8 @@ from jax.sharding import PartitionSpec as P
 
 import raclora_jax as rl
 from raclora_jax import checkpoint
+from raclora_jax._core.digest import digests
 from raclora_jax.checkpoint import _position
-from raclora_jax.checkpoint._digest import digests
 
 SPEC = rl.Spec(3, resample_every=3, rules=[rl.Rule("stack", batch=0)])
 pytestmark = [

@@ -8,8 +8,8 @@ import pytest
 from helpers import assert_same_bits
 
 import raclora_jax as rl
+from raclora_jax._core.digest import digests
 from raclora_jax.checkpoint import Checkpointer
-from raclora_jax.checkpoint._digest import digests
 
 pytestmark = [
     pytest.mark.smoke,

@@ -129,6 +129,35 @@ def one_chip() -> str:
     return "\n".join(lines)
 
 
+def followers() -> str:
+    """Bytes that a step of 7B sends, and how long they take on a link."""
+    lines = [
+        "| sent in a step | MB | of full weights | seconds at 10 Gbit/s |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in result_rows.read("pods/followers"):
+        if row["study"] == "bytes, 7B":
+            seconds = row["bytes"] / _LINK_BYTES
+            cells = f"{row['bytes'] / 1e6:,.1f} | 1 / {row['part']:.0f} | {seconds:.2f}"
+            lines.append(f"| {row['method']} | {cells} |")
+    return "\n".join(lines)
+
+
+def followed() -> str:
+    """Long runs: whether the followers were equal after every step."""
+    lines = [
+        "| weights, numbers, law, where the trainer is | steps | links | equal after |",
+        "|---|---:|---:|---:|",
+    ]
+    for row in result_rows.read("pods/followers"):
+        if row["study"] == "steps":
+            cells = f"{row['steps']:,} | {row['links']} | {row['equal']:,}"
+            lines.append(f"| {row['method']} | {cells} |")
+    return "\n".join(lines)
+
+
+_LINK_BYTES = 10e9 / 8
+
 # What a program may take of a device of 16, 32 and 80 GB.
 _ROOM_GIB = (15.75, 31.25, 74.5)
 

@@ -237,13 +237,13 @@ def plan_of_update(path: str, update: Factor, weight: Leaf) -> LeafPlan:
             f"leaf {paths.show(path)}: this Factor was made by hand and has no sketch to "
             "be lifted on; apply what tx.update returned"
         )
-    plan = _stamped_plan(path, update.stamp, weight)
+    plan = stamped_plan(path, update.stamp, weight)
     check_factor(update, plan)
     _check_origin(update, plan)
     return plan
 
 
-def _stamped_plan(path: str, stamp: Stamp, weight: Leaf) -> LeafPlan:
+def stamped_plan(path: str, stamp: Stamp, weight: Leaf) -> LeafPlan:
     """The plan that a stamp was taken of, for the weight it is about.
 
     Raises:

@@ -3,9 +3,8 @@
 ``pip install 'raclora-jax[checkpoint]'``; ``ChainLog`` needs no orbax.
 
 Read in this order: ``_checkpointer`` (save and restore), ``_state`` and ``_leaves`` (what
-is saved, and how it lies there), ``_digest`` and ``_meta`` (how damage is seen),
-``_everyone`` and ``_position`` (runs of several processes). ``_log`` is ``ChainLog``, on
-``_digest`` and ``_disk``.
+is saved, and how it lies there), ``_meta`` (how damage is seen), ``_everyone`` and
+``_position`` (runs of several processes). ``_log`` is ``ChainLog``.
 """
 
 from raclora_jax.checkpoint._checkpointer import Checkpointer

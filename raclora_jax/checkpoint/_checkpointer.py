@@ -14,11 +14,11 @@ from typing import Any
 import jax
 
 from raclora_jax._core import checks, paths
+from raclora_jax._core.digest import digests
+from raclora_jax._core.disk import flush_all
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaves, PyTree
 from raclora_jax._extras import extra
-from raclora_jax.checkpoint._digest import digests
-from raclora_jax.checkpoint._disk import flush_all
 from raclora_jax.checkpoint._everyone import agreed, attempt, everyone, one_line
 from raclora_jax.checkpoint._leaves import is_empty, loaded, stored, target, zeros
 from raclora_jax.checkpoint._meta import check_format, opened, sealed

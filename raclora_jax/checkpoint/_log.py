@@ -17,11 +17,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from raclora_jax._core import checks, paths
+from raclora_jax._core.digest import digests
+from raclora_jax._core.disk import write
 from raclora_jax._core.spec import Spec, as_spec
 from raclora_jax._core.types import Leaf, Leaves, PyTree
 from raclora_jax._forms.adapter import AdapterChain, init_adapter, next_link
-from raclora_jax.checkpoint._digest import digests
-from raclora_jax.checkpoint._disk import write
 from raclora_jax.checkpoint._everyone import one_line
 
 _FORMAT = "raclora_jax chain log 1"
