@@ -22,7 +22,6 @@ from raclora_jax.follow._message import Message
 from raclora_jax.follow._numbers import packed
 
 RULES = [rl.Rule("stack", batch=0)]
-pytestmark = pytest.mark.usefixtures("quick_draws")
 LAWS = ["orthonormal", "rademacher", "gaussian_raw", "coordinate", "block"]
 
 

@@ -1,6 +1,5 @@
 """Forged messages: no round ends by one, and no mean is another's."""
 
-
 from benchmarks.pods.fuzzing.messages import cases
 from raclora_jax.federated import _checks
 
