@@ -1,8 +1,8 @@
 """What a step costs before it runs: tracing, lowering and compiling, beside plain JAX.
 
 Every repeat starts with JAX's caches empty, as a program does. The steps are whole:
-gradient, optimizer, apply. Beside them the draw alone, and the adapter form's gradient
-on 24 leaves without a cache.
+gradient, optimizer, apply. Beside them the adapter form's gradient on 24 leaves without a
+cache.
 
     python -m benchmarks.speed.trace_time [--quick]
 """
@@ -21,7 +21,7 @@ from benchmarks.shared import models, rivals, timing
 from benchmarks.shared.models import Model
 from benchmarks.shared.rivals import Method
 
-PARTS = ("trace", "lower", "compile")
+PARTS = ("trace_seconds", "lower_seconds", "compile_seconds")
 
 
 def stateless(model: Model, make: Callable[..., Method], law: str) -> Method:
@@ -81,7 +81,11 @@ def staged(function: Callable[..., Any], *args: Any, **options: Any) -> dict[str
     traced, tracing = clocked(lambda: step.trace(*args))
     lowered, lowering = clocked(traced.lower)
     _, compiling = clocked(lowered.compile)
-    seconds = dict(zip(PARTS, (tracing, lowering, compiling), strict=True))
+    seconds = {
+        "trace_seconds": tracing,
+        "lower_seconds": lowering,
+        "compile_seconds": compiling,
+    }
     return seconds | {"lines": lowered.as_text().count("\n")}
 
 
@@ -92,20 +96,13 @@ def whole_step(model: Model, make: Callable[[Model], Method]) -> dict[str, Any]:
     return staged(method.step, state, model.shapes()[1], donate_argnums=0)
 
 
-def the_draw(model: Model) -> dict[str, Any]:
-    """``staged`` of all sketches of a link."""
-    params, _ = model.shapes()
-    spec = rivals.spec_of(model)
-    return staged(lambda key: rl.sample_sketch(params, spec, key=key), jax.random.key(0))
-
-
 def row(name: str, method: str, repeats: list[dict[str, Any]]) -> dict[str, Any]:
     """The least seconds of CPU of each part: what disturbs a run only adds to them."""
     least = {part: min(one[part] for one in repeats) for part in PARTS}
     return {
         "model": name,
         "method": method,
-        **{f"{part}_seconds": round(seconds, 3) for part, seconds in least.items()},
+        **{part: round(seconds, 3) for part, seconds in least.items()},
         "lines": repeats[0]["lines"],
     }
 
@@ -115,14 +112,14 @@ def over_plain(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     plain = next(one for one in rows if one["method"] == "full AdamW")
 
     def ratio(one: dict[str, Any], *parts: str) -> float:
-        own, its = (sum(r[f"{p}_seconds"] for p in parts) for r in (one, plain))
+        own, its = (sum(r[part] for part in parts) for r in (one, plain))
         return round(own / its, 3)
 
     return [
         one
         | {
-            "staged_over_plain": ratio(one, "trace", "lower"),
-            "compile_over_plain": ratio(one, "compile"),
+            "staged_over_plain": ratio(one, *PARTS[:2]),
+            "compile_over_plain": ratio(one, PARTS[2]),
         }
         for one in rows
     ]
@@ -164,8 +161,6 @@ def main() -> None:
     results: list[dict[str, Any]] = []
     for model in all_models(options.quick):
         results += measure(model, repeats)
-        draws = [the_draw(model) for _ in range(repeats)]
-        results.append(row(model.name, "the draw", draws))
         # After every model: a run cut short keeps what it has.
         timing.finish(options, "speed.trace_time", results, rank=rivals.RANK)
     adapters = [adapter_without_cache(leaves) for _ in range(repeats)]

@@ -103,8 +103,8 @@ def compile_table() -> str:
     others = ("floor", "LoRA", "qwix LoRA", "ours", "block, dim / 8")
     lines = [
         "| model | AdamW, s: staged, compiled | floor | LoRA | qwix LoRA | RAC-LoRA "
-        "| blocks, no state | the draw, s |",
-        "|---|---|---|---|---|---|---|---:|",
+        "| blocks, no state |",
+        "|---|---|---|---|---|---|---|",
     ]
     for model in models:
         plain = cells[model, "full AdamW"]
@@ -115,8 +115,27 @@ def compile_table() -> str:
             said.append(
                 f"{one['staged_over_plain']:.2f}, {one['compile_over_plain']:.2f}"
             )
-        said.append(f"{cells[model, 'the draw']['compile_seconds']:.2f}")
         lines.append("| " + " | ".join(said) + " |")
+    return "\n".join(lines)
+
+
+def draws_table() -> str:
+    """What a new link costs, a column for each law."""
+    rows = result_rows.read("speed/draws")
+    laws = list(dict.fromkeys(row["law"] for row in rows))
+    lines = [
+        "| compile s, run ms | " + " | ".join(laws) + " |",
+        "|---" * (len(laws) + 1) + "|",
+    ]
+    for model in dict.fromkeys(row["model"] for row in rows):
+        own = {row["law"]: row for row in rows if row["model"] == model}
+        cells = [
+            f"{own[law]['compile_seconds']:.2f}, {own[law]['milliseconds']:.1f}"
+            if law in own
+            else ""
+            for law in laws
+        ]
+        lines.append("| " + " | ".join([model, *cells]) + " |")
     return "\n".join(lines)
 
 
@@ -235,6 +254,7 @@ TABLES = {
     "fused": fused_table,
     "sides": sides_table,
     "compile": compile_table,
+    "draws": draws_table,
     "language_steps": lambda: pretrained.losses("language", "equal steps"),
     "language_long": lambda: pretrained.losses("language", "long"),
     "language_times": lambda: pretrained.times("language"),
