@@ -162,7 +162,7 @@ def test_a_clip_acts_alike_in_both_forms(law):
     spec = rl.Spec(2, sketch=law, alpha=3.0)
     steps = {}
     for form in ("dense", "factor"):
-        tx = rl.raclora(1.0, spec, inner=optax.identity(), clip_norm=1e-3, key=0)
+        tx = rl.raclora(1.0, spec, inner=optax.identity(), clip_norm=2e-2, key=0)
         new, _ = step_of(tx, form, spec)(PARAMS, tx.init(PARAMS), X[0])
         steps[form] = jax.tree.map(jnp.subtract, new, PARAMS)
     chex.assert_trees_all_close(steps["factor"], steps["dense"], rtol=1e-4, atol=1e-9)

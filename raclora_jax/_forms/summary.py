@@ -65,7 +65,7 @@ def summary(
       >>> params = {"kernel": jax.ShapeDtypeStruct((1024, 512), "float32")}
       >>> costs = summary(params, 8)
       >>> costs.rows[0].view, costs.total.trained, costs.full.trained
-      ('1024 x 512', 8192, 524288)
+      ('1024 x 512', 4096, 524288)
       >>> "layers/{0..11}/kernel" in str(summary({"layers": [params] * 12}, 8))
       True
     """
