@@ -15,7 +15,7 @@ from helpers import refuses, repeat
 import raclora_jax as rl
 import raclora_jax.methods
 
-EVERY, LINKS, RATE, SEED = 3, 3, 0.05, 11
+EVERY, LINKS, RATE, SEED = 3, 3, 0.05, 1
 STEPS = EVERY * LINKS
 SHAPES = {"body": (6, 5), "bias": (5,), "query": (5, 2, 3), "stack": (2, 6, 6)}
 RULES = (
