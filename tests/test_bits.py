@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from raclora_jax._core import bits, keys
+from raclora_jax._core import bits, keys, orthonormal
 
 
 def words(seed, *shape):
@@ -73,3 +73,25 @@ def test_a_long_order_has_every_place_once_and_no_pattern(size):
     # Neighbours are a third of the side apart on average, as two random places are.
     gaps = np.abs(np.diff(orders, axis=1)).mean()
     assert abs(gaps * 3 / size - 1) < 0.02
+
+
+def test_keys_of_a_step_differ_by_leaf_purpose_step_and_run():
+    def one(seed=3, domain="rounding", name="a/kernel", count=7, among=("b",)):
+        found = keys.step_keys(keys.key_data(seed), domain, (*among, name), count)
+        return tuple(jax.random.key_data(found[name]).tolist())
+
+    # Other leaves do not enter.
+    assert one() == one(among=("c", "d"))
+    others = [{"seed": 4}, {"domain": "landing"}, {"name": "a/bias"}, {"count": 8}]
+    assert len({one(), *(one(**other) for other in others)}) == 5
+
+
+@pytest.mark.parametrize(("rank", "dim"), [(1, 16), (16, 32), (63, 64), (100, 128)])
+def test_draws_of_any_shape_become_orthonormal(rank, dim):
+    """On either side of where a draw counts as well conditioned."""
+    places = jnp.arange(100 * rank * dim, dtype=jnp.uint32).reshape(100, rank, dim)
+    numbers = bits.normal(bits.bits(words(rank), 0, places))
+    for start in (numbers, orthonormal.signs(numbers)):
+        (rows,) = orthonormal.orthonormal([start])
+        gram = np.einsum("nri,nsi->nrs", *[np.asarray(rows, float)] * 2)
+        assert np.abs(gram - np.eye(rank)).max() < 1e-5

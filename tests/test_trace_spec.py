@@ -509,6 +509,24 @@ def test_fields_and_rules_of_the_user_stay():
         rl.trace_spec(use, PARAMS, X, rank=RANK, rules=[rl.Rule("tail", rank=3)])
 
 
+def test_a_table_that_is_looked_up_takes_its_smaller_side():
+    """By use and not by shape; what the user says of a side stays."""
+    params = {name: jax.ShapeDtypeStruct((80, 16), "float32") for name in ("up", "table")}
+    ids = jax.ShapeDtypeStruct((5,), "int32")
+
+    def fn(params, ids):
+        return jnp.sum(params["table"][ids]) + jnp.sum(jnp.ones((3, 80)) @ params["up"])
+
+    def sides(**fields):
+        spec = rl.trace_spec(fn, params, ids, rank=RANK, **fields)
+        return {path: plan.side for path, plan in rl.plan(spec, params).items()}
+
+    assert sides() == {"table": "right", "up": "left"}
+    assert sides(side="left") == {"table": "left", "up": "left"}
+    said = [rl.Rule("table", side="left"), rl.Rule("up", side="auto")]
+    assert sides(rules=said, side="right") == {"table": "left", "up": "left"}
+
+
 def test_a_leaf_that_is_never_used():
     params = PARAMS | {"spare": jax.ShapeDtypeStruct((5, 6), "float32")}
     with pytest.raises(ValueError, match="'spare'"):

@@ -14,7 +14,7 @@ from raclora_jax._chain.state import find_state
 from raclora_jax._core import checks, paths
 from raclora_jax._core.digest import digests
 from raclora_jax._core.factor import Factor, Origin, is_factor, plan_of_update
-from raclora_jax._core.keys import leaf_key, path_words
+from raclora_jax._core.keys import step_keys
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.rounding import is_low
 from raclora_jax._core.sides import in_link
@@ -92,7 +92,7 @@ def encode(
             plans[path] = plan_of_update(path, step, leaves[path])
             check_leaf(plans[path])
     own = own_sketches(position.run, int(state.link), plans)
-    keys = _keys(state.key_data, position.step, tuple(plans))
+    keys = step_keys(state.key_data, "message", plans, position.step)
     sent = {
         path: packed(in_link(steps[path].value, one.plan), keys[path], one.plan, numbers)
         for path, one in own.items()
@@ -166,15 +166,6 @@ def _dense_part(path: str, update: np.ndarray, weight: Leaf) -> Part | None:
             "steps out, as optax.apply_if_finite does"
         )
     return Part("added", str(weight.dtype), update)
-
-
-@functools.partial(jax.jit, static_argnames="names")
-def _keys(data: Array, step: int, names: tuple[str, ...]) -> dict[str, Array]:
-    """The key by which each leaf's numbers are rounded in a message."""
-    key = jax.random.fold_in(leaf_key(data, "message", ""), step)
-    words = [path_words("message", path)[0] for path in names]
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.array(words, jnp.uint32))
-    return {path: keys[index] for index, path in enumerate(names)}
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "used"))
