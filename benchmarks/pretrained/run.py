@@ -26,12 +26,13 @@ class Task:
     """The model and the text; another task has the same methods.
 
     Args:
-      data_dir: The folder with ``stories260k`` and ``tinyshakespeare``.
+      data_dir: The folder with ``stories260k`` and the texts.
+      text: A key of ``stories.TEXTS``.
     """
 
-    def __init__(self, data_dir: pathlib.Path):
+    def __init__(self, data_dir: pathlib.Path, text: str = "Shakespeare"):
         self.model, tokenizer = stories.files(data_dir)
-        self.text = stories.shakespeare(data_dir, tokenizer)
+        self.text = stories.encoded(stories.TEXTS[text](data_dir), tokenizer)
         spread = stories.spread_windows(self.text.validation, WINDOWS, LENGTH)
         self._validation = jnp.asarray(spread)
         self._score = jax.jit(self.loss)

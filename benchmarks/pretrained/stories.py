@@ -6,6 +6,7 @@ The checkpoint and the tokenizer have the layout of llama2.c; the model is plain
 from __future__ import annotations
 
 import gzip
+import json
 import pathlib
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from jax import Array
 
 EPSILON = 1e-5
 ROTARY_BASE = 10_000.0
+PROBLEMS = 2000  # of GSM8K
 # By their llama2.c names: the matrices of a layer, and what is not tuned.
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 REST = ("embedding", "attention_norm", "feed_forward_norm", "final_norm")
@@ -159,11 +161,33 @@ class Tokenizer(Merges):
         return b"".join(parts).decode(errors="replace")
 
 
-def shakespeare(data_dir: pathlib.Path, tokenizer: Tokenizer) -> Text:
-    """Tiny Shakespeare in tokens, its characters split nine to one."""
-    path = data_dir / "tinyshakespeare" / "input.txt.gz"
+def shakespeare(data_dir: pathlib.Path) -> str:
+    """Tiny Shakespeare."""
+    return _unzipped(data_dir / "tinyshakespeare" / "input.txt.gz")
+
+
+def gsm8k(data_dir: pathlib.Path) -> str:
+    """The first problems of GSM8K's training split, each with its worked answer."""
+    lines = _unzipped(data_dir / "gsm8k" / "train.jsonl.gz").splitlines()[:PROBLEMS]
+    problems = map(json.loads, lines)
+    return "\n\n".join(f"{one['question']}\n{one['answer']}" for one in problems)
+
+
+def wikitext(data_dir: pathlib.Path) -> str:
+    """WikiText-2, its validation split."""
+    return _unzipped(data_dir / "wikitext2" / "valid.txt.gz")
+
+
+TEXTS = {"Shakespeare": shakespeare, "GSM8K": gsm8k, "WikiText-2": wikitext}
+
+
+def _unzipped(path: pathlib.Path) -> str:
     with gzip.open(path, "rt", encoding="utf-8", newline="") as file:
-        text = file.read()
+        return file.read()
+
+
+def encoded(text: str, tokenizer: Tokenizer) -> Text:
+    """A text in tokens, its characters split nine to one."""
     cut = len(text) * 9 // 10
     parts = (tokenizer.encode(part) for part in (text[:cut], text[cut:]))
     return Text(*(np.array(ids, np.int32) for ids in parts))
