@@ -21,6 +21,7 @@ COLOURS = {
     "full": "black",
     "pairs": "tab:blue",
     "projected": "tab:green",
+    "some layers": "tab:orange",
     "RAC-LoRA": "tab:red",
 }
 
@@ -165,7 +166,7 @@ def _size(row: Row) -> str:
 def ahead() -> str:
     """The first of full fine-tuning, of the other methods and of ours, task by task."""
     rows = read()
-    groups = (("full",), ("pairs", "projected"), ("RAC-LoRA",))
+    groups = (("full",), ("pairs", "projected", "some layers"), ("RAC-LoRA",))
     lines = [
         "| task | study | first of RAC-LoRA | | over the first in full "
         "| over the first of the others |",
