@@ -21,7 +21,7 @@ def rso(
     learning_rate: optax.ScalarOrSchedule,
     spec: Spec | int,
     *,
-    proximal: float = 0.0,
+    proximal: float,
     inner: optax.GradientTransformation | None = None,
     key: KeyLike,
 ) -> Method:
@@ -32,7 +32,8 @@ def rso(
     ``raclora`` differs in two things: its law is orthonormal, so that ``P P^T`` is a
     projector, and it has no proximal term, with which the paper's guarantee holds for any
     inner solver (``proximal`` is its ``1 / eta``, at least twice the smoothness of f).
-    The paper's code was not read; what its runs of Adam take for it is unverified.
+    The paper's code was not read: what its runs of Adam take for it is unverified, and
+    there is no default.
 
     Args:
       learning_rate: A float or a schedule of the steps.
@@ -50,7 +51,7 @@ def rso(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> rso(1e-3, Spec(2), key=0).trained({"kernel": jnp.zeros((6, 4))})
+      >>> rso(1e-3, Spec(2), proximal=0.1, key=0).trained({"kernel": jnp.zeros((6, 4))})
       12
 
     References:
