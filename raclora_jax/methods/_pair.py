@@ -107,6 +107,9 @@ class PairMethod:
         chosen = () if subset is None else subset.init(len(zero))
         count = jnp.zeros((), jnp.int32)
         state = PairState(base, drawn, zero, groups, dense, {}, chosen, count)
+        if self.pieces.cases is not None:
+            # Leaves that give no choice are refused here, before any compute.
+            self.pieces.cases.live(paths_of(self.groups(state)))
         return state._replace(inner=self.begin_rules(plans, state))
 
     def plans(self, base: PyTree) -> dict[str, LeafPlan]:
