@@ -4,6 +4,8 @@ Leaves are lopsided, several steps and links long, and what is drawn is drawn by
 library's own function of (key, path, link).
 """
 
+import itertools
+
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
@@ -135,7 +137,9 @@ def test_pissa_starts_at_the_weight_with_its_leading_triples(side, seed):
     scaling, start = 1.5, weights(seed)
     method = methods.pissa(RATE, rl.Spec(RANK, side=side, alpha=scaling * RANK))
     state = method.init(jax.tree.map(jnp.asarray, start))
-    np.testing.assert_allclose(method.params(state)["kernel"], start["kernel"], rtol=1e-12)
+    np.testing.assert_allclose(
+        method.params(state)["kernel"], start["kernel"], rtol=1e-12
+    )
     U, S, V = np.linalg.svd(start["kernel"])
     leading = U[:, :RANK] * S[:RANK] @ V[:RANK]
     drawn, zero = (np.asarray(f["kernel"]) for f in (state.drawn, state.zero))
@@ -352,7 +356,10 @@ def test_apollo_in_every_direction_is_adam_by_channels(monkeypatch):
         G[:, -1] = 0
         N = rule(G)
         scale = np.linalg.norm(N, axis=1) / (np.linalg.norm(G, axis=1) + 1e-8)
-        kernel, bias = kernel - RATE * scale[:, None] * G, np.asarray(state.params["bias"])
+        kernel, bias = (
+            kernel - RATE * scale[:, None] * G,
+            np.asarray(state.params["bias"]),
+        )
         np.testing.assert_allclose(state.params["kernel"], kernel, atol=1e-9)
 
 
@@ -381,16 +388,16 @@ def test_a_stack_with_groups_of_axes_is_its_matrices(name):
     def run(params, rule):
         spec = rl.Spec(RANK, side="right", rules=[rule], resample_every=2)
         method = getattr(methods, name)(RATE, spec, **options)
-        return method, states_of(method, params, each, steps=5)[-1]
+        return states_of(method, params, each, steps=5)[-1]
 
     rule = rl.Rule("w", rows=0, batch=1)
-    method, whole = run({"w": jnp.asarray(stack)}, rule)
+    whole = run({"w": jnp.asarray(stack)}, rule)
     # Alone, a matrix draws another P than in a stack: Fira draws none.
     if name == "fira":
         for index in range(2):
             alone = stack.copy()
             alone[:, 1 - index] = 100 * alone[:, 1 - index]
-            _, other = run({"w": jnp.asarray(alone)}, rule)
+            other = run({"w": jnp.asarray(alone)}, rule)
             np.testing.assert_allclose(
                 other.params["w"][:, index], whole.params["w"][:, index], atol=1e-9
             )
@@ -419,10 +426,9 @@ def muon_by_hand(kernel, gradients, nesterov=True):
             ahead = 0.95 * ahead + 0.05 * G / (1 - 0.95**t)
         else:
             ahead = momentum / (1 - 0.95**t)
-        wide = ahead if len(ahead) <= len(ahead.T) else ahead.T
-        O = newton_schulz(wide)
-        O = O if len(ahead) <= len(ahead.T) else O.T
-        kernel = kernel - RATE * 0.2 * np.sqrt(max(G.shape)) * O
+        wide = len(ahead) <= len(ahead.T)
+        polar = newton_schulz(ahead) if wide else newton_schulz(ahead.T).T
+        kernel = kernel - RATE * 0.2 * np.sqrt(max(G.shape)) * polar
     return kernel
 
 
@@ -525,7 +531,7 @@ INPUT, TARGET = normal(30, 9, SIZES[0]), normal(31, 9, SIZES[-1])
 
 def network(seed=0):
     made = {}
-    for index, shape in enumerate(zip(SIZES, SIZES[1:], strict=False)):
+    for index, shape in enumerate(itertools.pairwise(SIZES)):
         made[f"layer_{index}"] = {
             "kernel": jnp.asarray(normal(seed + index, *shape) / 2),
             "bias": jnp.asarray(normal(seed + 9 + index, shape[1])),
@@ -564,7 +570,7 @@ NETWORK_GRAD = jax.jit(jax.grad(network_loss))
 def adam_by_hand(found, name, rule_of):
     """The leaves of a layer after each step, by Adam on the true gradients."""
     rules: dict = {}
-    for step, (before, after) in enumerate(zip(found, found[1:], strict=False)):
+    for step, (before, after) in enumerate(itertools.pairwise(found)):
         grads = NETWORK_GRAD(before, INPUT, TARGET)[name]
         rules = rule_of(step, rules)
         if rules is None:
@@ -589,7 +595,9 @@ def test_badam_is_adam_on_one_block_with_moments_that_start_again(seed):
     _, found = network_history(method, steps)
     visits = []
     for first in range(0, steps, EVERY):
-        moved = [moved_between(found[k], found[k + 1]) for k in range(first, first + EVERY)]
+        moved = [
+            moved_between(found[k], found[k + 1]) for k in range(first, first + EVERY)
+        ]
         # Not a bit of another block moves.
         assert all(len(one) == 1 for one in moved)
         assert moved[0] == moved[-1]
@@ -645,7 +653,9 @@ def test_lisa_is_adam_on_drawn_layers_and_on_the_rest(seed):
     _, found = network_history(method, steps)
     drawn = []
     for first in range(0, steps, EVERY):
-        moved = [moved_between(found[k], found[k + 1]) for k in range(first, first + EVERY)]
+        moved = [
+            moved_between(found[k], found[k + 1]) for k in range(first, first + EVERY)
+        ]
         assert moved[0] == moved[-1]
         live = moved[0] - {"shift"}
         assert "shift" in moved[0]

@@ -31,7 +31,7 @@ def fed_krso(
     There is no proximal term.     A round has ``links`` links and its own seeds; each
     link draws one of them, with replacement, and trains B from zero in it. The change of
     a round is then ``sum_k P_k B_k`` with B_k the sum over the links of seed k, which is
-    all that a client sends: ``raclora_jax.federated.fed_krso`` is that, with many
+    all that a client sends: ``raclora_jax.federated.fedkrso`` is that, with many
     clients. With one client seeds matter only in that links of a round may share a
     subspace.
 
