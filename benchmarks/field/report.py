@@ -169,7 +169,7 @@ def ahead() -> str:
     groups = (("full",), ("projected", "some layers"), ("pairs",), ("RAC-LoRA",))
     lines = [
         "| task | study | first of RAC-LoRA | | over the first in full "
-        "| over the first of full gradients with a small state | over the first pair |",
+        "| over the first of full gradients and a small state | over the first pair |",
         "|---|---|---|---:|---|---|---|",
     ]
     for study in STUDIES:
