@@ -84,14 +84,16 @@ def ranking() -> str:
     lines = ["| method | " + " | ".join(heads) + " |", "|---" + "|---:" * 3 + "|"]
     order = sorted(means["equal steps"].items(), key=lambda item: item[1][0])
     for method, _ in order:
-        cells = [_place(means[study].get(method), counts[study]) for study in STUDIES]
+        cells = [
+            _place(study, means[study].get(method), counts[study]) for study in STUDIES
+        ]
         lines.append("| " + " | ".join([method, *cells]) + " |")
     return "\n".join(lines)
 
 
-def _place(found: tuple[float, float, int] | None, count: int) -> str:
+def _place(study: str, found: tuple[float, float, int] | None, count: int) -> str:
     if found is None:
-        return "does not fit"
+        return "does not fit" if study == "equal bytes" else "not raced"
     mean, spread, own = found
     return f"{mean:.2f} ± {spread:.2f}" + (f" ({own})" if own < count else "")
 
