@@ -32,6 +32,7 @@ class Row(NamedTuple):
       whole: Whether it trains every number whatever the spec says.
       draws: Whether its key matters.
       subset: Whether it leaves some adapted leaves at rest.
+      rounded: Whether it starts within a rounding of the weights and not at them.
     """
 
     make: Callable[..., methods.Method]
@@ -41,10 +42,19 @@ class Row(NamedTuple):
     whole: bool = False
     draws: bool = True
     subset: bool = False
+    rounded: bool = False
 
 
 # What ``methods`` has beside the methods: what they are made of.
-PARTS = {"Joint", "Method", "Pieces", "Subset", "from_transform", "pair_method"}
+PARTS = {
+    "Cases",
+    "Joint",
+    "Method",
+    "Pieces",
+    "Subset",
+    "from_transform",
+    "pair_method",
+}
 
 
 def pair(name: str, **options: Any) -> Callable[..., methods.Method]:
@@ -59,8 +69,9 @@ def inner_state(state: Any) -> Any:
 
 
 def in_a_basis(state: Any) -> Any:
-    """What GaLore and GoLore keep, the basis included."""
-    return state.opt_state[0].basis, state.opt_state[0].inner
+    """What GaLore and its kin keep, the basis and the norms of a limiter included."""
+    own = state.opt_state[0]
+    return own.basis, own.inner, own.norms
 
 
 def compressed(state: Any) -> Any:
@@ -68,10 +79,18 @@ def compressed(state: Any) -> Any:
     return state.opt_state[0].momentum, state.opt_state[0].inner
 
 
+def in_opt_state(state: Any) -> Any:
+    """All that an optax transformation keeps."""
+    return state.opt_state
+
+
+LAYERS = {"up": "0", "stack": "1", "down": "2"}.get
+PLAIN = rl.Spec(2, resample_every=4, rules=RULES)  # without a scaling
+
 ROWS = {
     "full": Row(
         lambda rate, spec, key: methods.full(rate),
-        moments=lambda state: state.opt_state,
+        moments=in_opt_state,
         whole=True,
         draws=False,
     ),
@@ -99,6 +118,41 @@ ROWS = {
     "golore": Row(pair("golore", random_from=STEPS // 2), moments=in_a_basis),
     "flora": Row(pair("flora"), spec=rl.Spec(2, rules=RULES), moments=compressed),
     "allora": Row(pair("allora", eta=2.0), spec=rl.Spec(2, rules=RULES)),
+    "lora_plus": Row(pair("lora_plus", ratio=4.0)),
+    "pissa": Row(
+        lambda rate, spec, key: methods.pissa(rate, spec), draws=False, rounded=True
+    ),
+    "rso": Row(pair("rso", proximal=1.0), spec=PLAIN),
+    "fed_krso": Row(pair("fed_krso", seeds=2, links=3), spec=PLAIN),
+    "layered": Row(pair("layered", layer=LAYERS)),
+    "fira": Row(
+        lambda rate, spec, key: methods.fira(rate, spec), moments=in_a_basis, draws=False
+    ),
+    "apollo": Row(pair("apollo"), spec=PLAIN, moments=in_a_basis),
+    "apollo_mini": Row(pair("apollo_mini"), spec=PLAIN, moments=in_a_basis),
+    "muon": Row(
+        lambda rate, spec, key: methods.muon(rate, spec),
+        moments=in_opt_state,
+        draws=False,
+    ),
+    "adalomo": Row(
+        lambda rate, spec, key: methods.adalomo(rate),
+        moments=lambda state: state.opt_state[0],
+        whole=True,
+        draws=False,
+    ),
+    "badam": Row(
+        lambda rate, spec, key: methods.badam(rate, steps=4, key=key),
+        moments=lambda state: state.moments,
+        whole=True,
+    ),
+    "lisa": Row(
+        lambda rate, spec, key: methods.lisa(
+            rate, steps=4, layers=2, layer=LAYERS, key=key
+        ),
+        moments=lambda state: (state.drawn, state.rest),
+        whole=True,
+    ),
 }
 
 
@@ -184,9 +238,11 @@ def leaf_arrays(tree: Any) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def check_loss_falls(done: Run) -> None:
-    """The first loss is that of the weights given, and the last is well below."""
-    assert np.isclose(done.losses[0], float(loss_fn(params(), *batch())), rtol=1e-5)
+def check_loss_falls(done: Run, row: Row) -> None:
+    """The first loss is that of the weights shown, and the last is well below."""
+    first = float(loss_fn(done.shown[0], *batch()))
+    # A pair beside a weight of 16 bits is added to its product, not to its entries.
+    assert np.isclose(done.losses[0], first, rtol=1e-3 if row.rounded else 1e-5)
     assert done.losses[-1] < 0.9 * done.losses[0]
     assert np.all(np.isfinite(done.losses))
 
@@ -201,7 +257,7 @@ def check_what_is_trained(done: Run, row: Row) -> None:
     assert np.any(moved["offset"]) == row.whole
 
 
-def check_params(done: Run) -> None:
+def check_params(done: Run, row: Row) -> None:
     """The weights keep their structure, shapes and dtypes, and start as given."""
     given = params()
     for shown in (*done.shown, jax.eval_shape(done.method.params, done.states[0])):
@@ -210,7 +266,9 @@ def check_params(done: Run) -> None:
             assert (shown[name].shape, shown[name].dtype) == (leaf.shape, leaf.dtype)
     for name, leaf in given.items():
         wide = np.asarray(leaf, np.float32), np.asarray(done.shown[0][name], np.float32)
-        np.testing.assert_allclose(*wide, rtol=1e-6)
+        largest = jnp.finfo(leaf.dtype).eps * np.abs(wide[0]).max()
+        atol = float(largest) if row.rounded else 0
+        np.testing.assert_allclose(*wide, rtol=1e-6, atol=atol)
 
 
 def check_state(done: Run, row: Row) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import chex
 import jax
@@ -700,3 +701,82 @@ def one_update(local, data=None, **fields):
     state = fed.init(strategy, model(), key=0)
     own = tuple(array[0] for array in examples()) if data is None else data
     return fed.client_update(strategy, state, own, local, key=0, **{"client": 0} | fields)
+
+
+# FedKRSO
+
+
+def krso_by_hand(data, start, P, walk, steps, rate):
+    """A client as the paper has it: B from zero in each subspace, merged at its end."""
+    (x, y), params = data, start
+    gathered = np.zeros((len(P), P.shape[2], start["kernel"].shape[1]))
+    for seed in walk:
+        B, W = np.zeros(gathered[seed].shape), params["kernel"]
+        rules = {"B": reference.Adam(0.9, 0.999, 1e-8)}
+        rules["bias"] = reference.Adam(0.9, 0.999, 1e-8)
+        for _ in range(steps):
+            rest = x @ params["kernel"] + params["bias"] - y
+            rest = rest * 2 / rest.size
+            B = B - rate * rules["B"](P[seed].T @ (x.T @ rest))
+            bias = params["bias"] - rate * rules["bias"](rest.sum(0))
+            params = {"kernel": W + P[seed] @ B, "bias": bias}
+        gathered[seed] += B
+    return gathered, params
+
+
+def test_fedkrso_clients_gather_in_shared_subspaces():
+    """Of all walks through K = 2 one is a client's, three clients in two rounds."""
+    seeds, rank, steps, intervals, rate = 2, 2, 2, 3, 0.05
+    rng = np.random.default_rng(3)
+    params = {"kernel": rng.normal(size=(7, 5)), "bias": rng.normal(size=5)}
+    x, y = rng.normal(size=(3, 9, 7)), rng.normal(size=(3, 9, 5))
+
+    def regression(params, x, y):
+        return jnp.mean((x @ params["kernel"] + params["bias"] - y) ** 2)
+
+    strategy = fed.fedkrso(rl.Spec(rank, side="left"), seeds=seeds)
+    rule = fed.one_seed(optax.scale_by_adam(), seeds=seeds, steps=steps)
+    local = fed.Local(regression, rate, batch_size=9, steps=steps * intervals, inner=rule)
+    state = fed.init(strategy, jax.tree.map(jnp.asarray, params), key=0)
+    law, walks = rl.Spec(seeds * rank, side="left", sketch="gaussian_raw"), []
+    for link in range(2):
+        raw = rl.sample_sketch(params, law, key=0, link=link)["kernel"]
+        P = np.asarray(raw).reshape(seeds, rank, 7).transpose(0, 2, 1) / np.sqrt(rank)
+        messages = fed.client_updates(
+            strategy, state, (x, y), local, clients=jnp.arange(3), key=1
+        )
+        sums, biases = [], []
+        for client in range(3):
+            sent = np.asarray(messages.trained.factors["kernel"][client])
+            every = {
+                walk: krso_by_hand((x[client], y[client]), params, P, walk, steps, rate)
+                for walk in itertools.product(range(seeds), repeat=intervals)
+            }
+            own = [
+                walk
+                for walk, (gathered, _) in every.items()
+                if np.allclose(sent, gathered.reshape(-1, 5), atol=1e-9)
+            ]
+            assert len(own) == 1
+            walks += own
+            sums.append(every[own[0]][0])
+            biases.append(every[own[0]][1]["bias"])
+        change = sum(P[k] @ np.mean(sums, 0)[k] for k in range(seeds))
+        params = {"kernel": params["kernel"] + change, "bias": np.mean(biases, 0)}
+        step = fed.combine(strategy, state, messages)
+        state, _, _ = fed.server_step(strategy, state, step)
+        for name, leaf in fed.params_of(strategy, state).items():
+            np.testing.assert_allclose(leaf, params[name], atol=1e-9)
+    # Clients and rounds have walks of their own.
+    assert len(set(walks)) > 2
+
+
+def test_fedkrso_refuses_what_it_has_no_place_for():
+    with pytest.raises(ValueError, match=r"alpha=4\.0: FedKRSO draws P"):
+        fed.fedkrso(rl.Spec(2, alpha=4.0), seeds=2)
+    for made in (
+        lambda: fed.fedkrso(2, seeds=0),
+        lambda: fed.one_seed(optax.identity(), seeds=1, steps=0),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            made()

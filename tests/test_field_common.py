@@ -65,7 +65,7 @@ def shapes_made(name):
 
 @every_method
 def test_loss_falls(name):
-    field.check_loss_falls(run(name))
+    field.check_loss_falls(run(name), ROWS[name])
 
 
 @every_method
@@ -75,7 +75,7 @@ def test_what_is_trained(name):
 
 @every_method
 def test_params(name):
-    field.check_params(run(name))
+    field.check_params(run(name), ROWS[name])
 
 
 @every_method

@@ -14,6 +14,7 @@ from benchmarks.pretrained.entries import factor_form
 from raclora_jax import methods
 from raclora_jax._core.planning import plan_tree
 from raclora_jax.methods import Method
+from raclora_jax.methods._layers import layer_of
 
 
 class Setting(NamedTuple):
@@ -122,6 +123,63 @@ def flora(schedule: optax.Schedule, setting: Setting, key: Array) -> Method:
     return methods.flora(schedule, setting.spec, key=key)
 
 
+def fira(schedule: optax.Schedule, setting: Setting, key: Array) -> Method:
+    """Fira, which draws nothing."""
+    return methods.fira(schedule, setting.spec)
+
+
+def apollo(schedule: optax.Schedule, setting: Setting, key: Array) -> Method:
+    """APOLLO."""
+    return methods.apollo(schedule, setting.spec, key=key)
+
+
+def apollo_mini(schedule: optax.Schedule, setting: Setting, key: Array) -> Method:
+    """APOLLO-Mini."""
+    return methods.apollo_mini(schedule, setting.spec, key=key)
+
+
+def pissa(schedule: optax.Schedule, setting: Setting, key: Array) -> Method:
+    """PiSSA, which draws nothing."""
+    return methods.pissa(schedule, setting.spec)
+
+
+def fed_krso(schedule: optax.Schedule, setting: Setting, key: Array) -> Method:
+    """One client of FedKRSO, a round of four links, each of one of four seeds."""
+    return methods.fed_krso(schedule, setting.spec, seeds=4, links=4, key=key)
+
+
+def muon(schedule: optax.Schedule, setting: Setting, key: Array) -> Method:
+    """Muon."""
+    return methods.muon(schedule, setting.spec)
+
+
+def adalomo(schedule: optax.Schedule, setting: Setting, key: Array) -> Method:
+    """AdaLomo."""
+    return methods.adalomo(schedule)
+
+
+def badam(schedule: optax.Schedule, setting: Setting, key: Array) -> Method:
+    """BAdam, a block a link."""
+    return methods.badam(schedule, steps=setting.spec.resample_every, key=key)
+
+
+def any_layer(path: str) -> str:
+    """The layer of a leaf; in the small tasks, which have none, the leaf itself."""
+    return layer_of(path) or path
+
+
+def lisa(schedule: optax.Schedule, setting: Setting, key: Array) -> Method:
+    """LISA, one drawn layer a link."""
+    every = setting.spec.resample_every
+    return methods.lisa(schedule, steps=every, layers=1, layer=any_layer, key=key)
+
+
+def layered(schedule: optax.Schedule, setting: Setting, key: Array) -> Method:
+    """RAC-LoRA without state, from a drawn layer on in each link."""
+    own = dataclasses.replace(setting.spec, alpha="dim")
+    return methods.layered(schedule, own, layer=any_layer, inner=rl.orthogonal(), key=key)
+
+
 def xgblora(schedule: optax.Schedule, setting: Setting, key: Array) -> Method:
     """XGBLoRA, a booster a link, a third of the leaves in each, as in its paper."""
     return methods.xgblora(
@@ -144,8 +202,15 @@ ENTRIES = (
     full("full SGD", optax.identity()),
     full("full Adam", optax.scale_by_adam()),
     full("full orthogonal", rl.orthogonal()),
+    # Every number, as all of this family, though a task may freeze some for adapters.
+    Entry("Muon", muon, {"rest": "dense"}, False, "full"),
+    Entry("AdaLomo", adalomo, {}, False, "full"),
+    Entry("BAdam", badam, {}, False, "some layers"),
+    Entry("LISA", lisa, {}, False, "some layers"),
     pair("LoRA", methods.lora),
     pair("LoRA, orthogonal", methods.lora, inner=rl.orthogonal()),
+    pair("LoRA+", methods.lora_plus),
+    Entry("PiSSA", pissa, {}, True, "pairs"),
     pair("rsLoRA", methods.rslora, {"alpha": 1.0}),
     pair("LoRA-FA", methods.lora_fa),
     pair("Asymmetric LoRA", methods.asymmetric),
@@ -157,13 +222,20 @@ ENTRIES = (
     Entry("HeteroLoRA", heterolora, {}, True, "pairs"),
     pair("Chain of LoRA", methods.cola),
     Entry("XGBLoRA", xgblora, {"rank": 1}, False, "pairs"),
+    # Of 0, 0.01, 0.1 and 1 the best on the language model.
+    pair("RSO", methods.rso, proximal=0.1),
+    Entry("FedKRSO, one client", fed_krso, {}, True, "pairs"),
     pair("RAC-LoRA as published", methods.published_raclora),
     projected("GaLore", galore),
     projected("GoLore", golore),
+    projected("Fira", fira),
+    projected("APOLLO", apollo),
+    Entry("APOLLO-Mini", apollo_mini, {}, False, "projected"),
     # In links of 10 or 25 its momentum may grow faster than it decays.
     projected("Flora", flora, resample_every=50),
     ours("RAC-LoRA, gradient descent", optax.identity),
     ours("RAC-LoRA, Adam", optax.scale_by_adam),
     ours("RAC-LoRA, orthogonal", rl.orthogonal),
     ours("RAC-LoRA, orthogonal, block", rl.orthogonal, sketch="block"),
+    Entry("RAC-LoRA, orthogonal, from a drawn layer", layered, {}, True, "RAC-LoRA"),
 )

@@ -7,6 +7,7 @@ sends that. Simulated and real clients call the same functions.
 Read in this order: ``_messages`` (what travels), ``_strategies`` (what is trained, and
 how one model is made of it; ``_pairs`` is its algebra), ``_state`` (how a step moves a
 run), then the way up, ``_client`` and ``_aggregate``, and the way down, ``_server``.
+``_krso`` is a strategy with a local rule of its own.
 ``_checks`` says what is refused, ``_robust`` and ``_privacy`` are other means, and
 ``_compression`` stands alone.
 """
@@ -23,6 +24,7 @@ from raclora_jax.federated._compression import (
     marina,
     qgd,
 )
+from raclora_jax.federated._krso import fedkrso, one_seed
 from raclora_jax.federated._messages import (
     Drop,
     Message,
@@ -76,6 +78,7 @@ __all__ = [
     "fedavg",
     "fedex",
     "fedit",
+    "fedkrso",
     "ffa_lora",
     "flexlora",
     "init",
@@ -83,6 +86,7 @@ __all__ = [
     "marina",
     "median",
     "nbytes",
+    "one_seed",
     "params_of",
     "qgd",
     "raclora",

@@ -33,7 +33,8 @@ class Local(NamedTuple):
       epochs: Passes over the client's examples a round, those that fill no batch left
         for another pass.
       inner: Preconditioner of a local step, without learning rate; gradient descent by
-        default. It starts anew each round.
+        default. It starts anew each round, and is handed ``key``, that of the client and
+        the round, if it takes it.
     """
 
     loss_fn: LossFn
@@ -115,7 +116,7 @@ def client_update(
         (trained, opt_state), (index, rows) = carry, now
         batch = jax.tree.map(lambda array: jnp.asarray(array)[rows], data)
         grads = jax.grad(loss)(trained, state, *batch)
-        updates, opt_state = rule.update(grads, opt_state, trained)
+        updates, opt_state = rule.update(grads, opt_state, trained, key=own)
         # A schedule may give a float32 array, which would widen an update of 16 bits.
         updates = jax.tree.map(lambda u: (-rate * u).astype(u.dtype), updates)
         after = optax.apply_updates(trained, updates), opt_state

@@ -1,4 +1,4 @@
-"""Small linear algebra and a check that methods of pairs share."""
+"""Small linear algebra and checks that methods share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from jax import Array
 
 from raclora_jax._core import paths
 from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.spec import Spec
 
 # What keeps the Gram matrix of a factor that is still zero from being singular.
 _RIDGE = 1e-8
@@ -59,3 +60,13 @@ def check_full_rank(plan: LeafPlan) -> None:
             f"above a side of {side}, where no factor has full rank; lower the rank, or "
             "train the leaf in full with Rule(..., mode='dense')"
         )
+
+
+def refuse_alpha(spec: Spec, who: str) -> None:
+    """Refuses a spec with a scaling, where a method has none."""
+    for alpha in (spec.alpha, *(rule.alpha for rule in spec.rules)):
+        if alpha is not None:
+            raise ValueError(
+                f"alpha={alpha}: {who} to a fixed scale and its steps have no scaling; "
+                "leave alpha out"
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +15,14 @@ from raclora_jax._core.keys import key_data
 from raclora_jax._core.lowrank import change_of_basis, in_basis, lift_leaf
 from raclora_jax._core.spec import Spec
 from raclora_jax._core.types import KeyLike, PyTree
+from raclora_jax.methods._algebra import refuse_alpha
 from raclora_jax.methods._method import Method, from_transform
 from raclora_jax.methods._projected import (
-    Plans,
     basis_plans,
-    drawn_directions,
     of_one_side,
     seen_in,
+    size_of_moved,
+    unit_projections,
 )
 
 
@@ -91,17 +91,8 @@ def flora(
     """
     spec, data = of_one_side(spec), key_data(key)
     checks.number("momentum", momentum, checks.DECAY)
-    for alpha in (spec.alpha, *(rule.alpha for rule in spec.rules)):
-        if alpha is not None:
-            raise ValueError(
-                f"alpha={alpha}: Flora draws A to a fixed scale and its steps have no "
-                "scaling; leave alpha out"
-            )
+    refuse_alpha(spec, "Flora draws A")
     rule = as_rule(_adafactor() if inner is None else inner)
-
-    def projections(link: Array, plans: Plans) -> dict[str, Array]:
-        drawn = drawn_directions(data, link, plans, "gaussian_raw")
-        return {path: a / math.sqrt(plans[path].rank) for path, a in drawn.items()}
 
     def init(params: PyTree) -> FloraState:
         plans = basis_plans(spec, params)
@@ -124,10 +115,10 @@ def flora(
         )
         directions, inner = rule.update(seen, state.inner, like)
         link = state.count // spec.resample_every
-        now = projections(link, plans)
+        now = unit_projections(data, link, plans)
 
         def transported() -> dict[str, Array]:
-            before = projections(link - 1, plans)
+            before = unit_projections(data, link - 1, plans)
             bases = {p: change_of_basis(now[p], before[p], plans[p]) for p in now}
             carried = {p: in_basis(bases[p], state.momentum[p], plans[p]) for p in now}
             return state.momentum | carried
@@ -153,11 +144,7 @@ def flora(
     )
     return from_transform(
         tx,
-        trained=lambda params: sum(
-            math.prod(plan.shape)
-            for plan in basis_plans(spec, params).values()
-            if plan.mode != "frozen"
-        ),
+        trained=lambda params: size_of_moved(basis_plans(spec, params).values()),
         moments=lambda opt_state: (opt_state[0].momentum, opt_state[0].inner),
     )
 

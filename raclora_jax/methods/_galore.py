@@ -52,5 +52,4 @@ def galore(
         of_one_side(spec),
         inner=inner,
         choose=lambda grads, plans, count: top_directions(grads, plans),
-        transport=False,
     )

@@ -26,7 +26,15 @@ from raclora_jax._core.spec import Spec, as_spec, check_side_is_fixed
 from raclora_jax._core.types import KeyLike, LossFn, PyTree
 from raclora_jax._forms.unmerged import unmerged
 from raclora_jax.methods._method import Method, nbytes, rate_at, size
-from raclora_jax.methods._pair_state import Groups, PairState, by_name, of_pairs, where
+from raclora_jax.methods._pair_state import (
+    Groups,
+    PairState,
+    by_name,
+    of_pairs,
+    only,
+    paths_of,
+    where,
+)
 from raclora_jax.methods._pieces import Pair, Pieces
 
 
@@ -68,12 +76,12 @@ def pair_method(
     check_side_is_fixed(
         spec, "a pair, unlike methods.raclora, has one drawn and one zero factor for good"
     )
-    made = _PairMethod(learning_rate, spec, data, pieces)
+    made = PairMethod(learning_rate, spec, data, pieces)
     return Method(made.init, made.step, made.params, made.trained, made.optimizer_bytes)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _PairMethod:
+class PairMethod:
     """The functions of a ``Method``, on what ``pair_method`` was given."""
 
     learning_rate: optax.ScalarOrSchedule
@@ -85,7 +93,10 @@ class _PairMethod:
         leaves, treedef = paths.flatten(params)
         base = paths.unflatten(treedef, {p: jnp.asarray(w) for p, w in leaves.items()})
         plans = self.plans(base)
-        groups = by_name(self.begin(base, 0))
+        pairs = self.begin(base, 0)
+        if self.pieces.start is not None:
+            base, pairs = self.started(base, plans, pairs)
+        groups = by_name(pairs)
         dense = {
             path: jnp.zeros(plan.shape, plan.wide_dtype)
             for path, plan in plans.items()
@@ -96,6 +107,9 @@ class _PairMethod:
         chosen = () if subset is None else subset.init(len(zero))
         count = jnp.zeros((), jnp.int32)
         state = PairState(base, drawn, zero, groups, dense, {}, chosen, count)
+        if self.pieces.cases is not None:
+            # Leaves that give no choice are refused here, before any compute.
+            self.pieces.cases.live(paths_of(self.groups(state)))
         return state._replace(inner=self.begin_rules(plans, state))
 
     def plans(self, base: PyTree) -> dict[str, LeafPlan]:
@@ -104,6 +118,21 @@ class _PairMethod:
             path: dataclasses.replace(plan, law="")
             for path, plan in plan_tree(self.spec, base).items()
         }
+
+    def started(
+        self, base: PyTree, plans: dict[str, LeafPlan], pairs: dict[str, Pair]
+    ) -> tuple[PyTree, dict[str, Pair]]:
+        """Pairs that begin as the method says, and what they leave of the weights."""
+        assert self.pieces.start is not None
+        leaves, treedef = paths.flatten(base)
+        own: dict[str, Pair] = {}
+        for path, pair in pairs.items():
+            plan, weight = plans[path], leaves[path]
+            wide = weight.astype(plan.wide_dtype)
+            own[path] = pair | self.pieces.start(plan, wide)
+            drawn, factor = self.beside(plan, own[path])
+            leaves[path] = (wide - lift_leaf(factor, drawn, plan)).astype(weight.dtype)
+        return paths.unflatten(treedef, leaves), own
 
     def begin(self, base: PyTree, link: Array | int) -> dict[str, Pair]:
         """The pairs of a new link."""
@@ -119,7 +148,9 @@ class _PairMethod:
             if self.pieces.check is not None:
                 self.pieces.check(plan)
         pairs: dict[str, Pair] = {}
-        for path, sketch in draw_all(self.data, link, adapted.values()).items():
+        own = self.pieces.number
+        number = link if own is None else own(jnp.asarray(link))
+        for path, sketch in draw_all(self.data, number, adapted.values()).items():
             plan = adapted[path]
             zero = jnp.zeros(plan.factor_shape, plan.wide_dtype)
             pairs[path] = {"drawn": formed(sketch, plan), "zero": zero}
@@ -172,7 +203,7 @@ class _PairMethod:
             ends = (state.count > 0) & (state.count % self.spec.resample_every == 0)
             state = lax.cond(ends, self.next_link, lambda state: state, state)
         plans, trained = self.plans(state.base), self.groups(state)
-        value, grads = jax.value_and_grad(self.loss)(trained, plans, state, loss_fn, args)
+        value, grads = self.differentiated(trained, plans, state, loss_fn, args)
         grads = self.mapped(plans, grads, state)
         live, chosen = self.live(grads, state)
         grads = where(live, grads, jax.tree.map(jnp.zeros_like, grads))
@@ -190,6 +221,34 @@ class _PairMethod:
         """What is trained."""
         drawn = {"drawn": state.drawn} if self.pieces.train_drawn else {}
         return {"zero": state.zero, **drawn, "dense": state.dense, **state.extra}
+
+    def differentiated(
+        self,
+        trained: Groups,
+        plans: dict[str, LeafPlan],
+        state: PairState,
+        loss_fn: LossFn,
+        args: tuple[Any, ...],
+    ) -> tuple[Array, Groups]:
+        """The loss and its gradients, zero for what the step does not train."""
+        cases = self.pieces.cases
+        if cases is None:
+            return jax.value_and_grad(self.loss)(trained, plans, state, loss_fn, args)
+
+        def branch(live: set[str]) -> tuple[Array, Groups]:
+            own = only(trained, live)
+
+            def loss(own: Groups) -> Array:
+                held = {group: trained[group] | own[group] for group in trained}
+                return self.loss(held, plans, state, loss_fn, args)
+
+            value, grads = jax.value_and_grad(loss)(own)
+            zeros = jax.tree.map(jnp.zeros_like, trained)
+            return value, {group: zeros[group] | grads[group] for group in trained}
+
+        every = cases.live(paths_of(trained))
+        index = cases.choose(state.count, len(every))
+        return lax.switch(index, [lambda live=live: branch(live) for live in every])
 
     def loss(
         self,
@@ -224,6 +283,12 @@ class _PairMethod:
         self, grads: Groups, state: PairState
     ) -> tuple[dict[str, Array] | None, PyTree]:
         """Which leaves are trained, ``None`` for all, and what decides next time."""
+        if self.pieces.cases is not None:
+            known = paths_of(grads)
+            every = self.pieces.cases.live(known)
+            flags = jnp.asarray([[path in live for path in known] for live in every])
+            own = flags[self.pieces.cases.choose(state.count, len(every))]
+            return {path: own[i] for i, path in enumerate(known)}, state.subset
         if self.pieces.subset is None:
             return None, state.subset
         # JAX sorts the keys of a dict it has handled, and leaves are told apart by place.
@@ -282,6 +347,9 @@ class _PairMethod:
 
     def trained(self, params: PyTree) -> int:
         groups = self.groups(jax.eval_shape(self.init, params))
+        if self.pieces.cases is not None:
+            every = self.pieces.cases.live(paths_of(groups))
+            return max(size(only(groups, live)) for live in every)
         sizes = sorted(map(size, of_pairs(groups).values()), reverse=True)
         if self.pieces.subset is not None:
             # A run alone knows which leaves are live: the largest, so never too few.

@@ -76,6 +76,19 @@ def of_pairs(groups: Groups) -> dict[str, Pair]:
     return by_leaf({group: held for group, held in groups.items() if group != "dense"})
 
 
+def paths_of(groups: Groups) -> list[str]:
+    """The leaves that have something in some group, in order."""
+    return sorted({path for held in groups.values() for path in held})
+
+
+def only(groups: Groups, live: set[str]) -> Groups:
+    """What belongs to some leaves."""
+    return {
+        group: {path: array for path, array in held.items() if path in live}
+        for group, held in groups.items()
+    }
+
+
 def where(live: dict[str, Array] | None, new: Groups, old: Groups) -> Groups:
     """The new arrays of leaves that are trained, the old ones of those at rest."""
     if live is None:

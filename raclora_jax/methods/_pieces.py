@@ -60,6 +60,26 @@ class Subset(NamedTuple):
     ]
 
 
+class Cases(NamedTuple):
+    """Which leaves are trained, of a few choices: a step is one branch of them.
+
+    A branch differentiates what it trains and nothing else, so that its backward pass
+    ends at the first such leaf. The others rest, leaves trained in full too.
+
+    Attributes:
+      live: ``live(paths) -> [set of paths]``, the leaves of each choice.
+      choose: ``choose(count, choices) -> index``, the choice of a step.
+
+    Example:
+      >>> def one_by_one(paths):
+      ...     return [{path} for path in paths]
+      >>> pieces = Pieces(cases=Cases(one_by_one, lambda count, choices: count % choices))
+    """
+
+    live: Callable[[list[str]], list[set[str]]]
+    choose: Callable[[Array, int], Array]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pieces:
     """What a method of pairs is; the defaults are those of LoRA.
@@ -80,6 +100,10 @@ class Pieces:
       train_drawn: Whether the drawn factor is trained too.
       chain: Whether the pair is merged and begun anew every ``spec.resample_every``.
       restart: Whether the moments of the pair start again with it.
+      number: ``number(link) -> Array``, which of the key's sketches a link has; by
+        default each has its own.
+      start: ``start(plan, weight) -> pair``, both factors of a first link as they begin;
+        the base is then the weight less their product.
       extra: ``extra(plan, weight, key) -> pair``, what is trained beside the factors.
       beside: ``beside(plan, pair) -> (drawn, factor)``, the two factors of the change as
         the model sees it; the forward pass keeps it beside the weight.
@@ -87,7 +111,8 @@ class Pieces:
         for a form that is no sum of weight and product. It costs a weight's gradient.
       gradient: ``gradient(plan, gradients, pair) -> gradients``, before the rule.
       settle: ``settle(plan, pair) -> pair``, after the step.
-      subset: Which leaves are trained.
+      subset: Which leaves are trained, all gradients known.
+      cases: Which leaves are trained, before there is a gradient.
       check: ``check(plan)`` of every adapted leaf, before any compute; raises
         ``ValueError`` for a leaf that the method cannot take.
 
@@ -106,10 +131,13 @@ class Pieces:
     train_drawn: bool = True
     chain: bool = False
     restart: bool = True
+    number: Callable[[Array], Array] | None = None
+    start: Callable[[LeafPlan, Array], Pair] | None = None
     extra: Callable[[LeafPlan, Array, Array], Pair] | None = None
     beside: Callable[[LeafPlan, Pair], tuple[Array, Array]] | None = None
     weight: Callable[[LeafPlan, Array, Pair], Array] | None = None
     gradient: Callable[[LeafPlan, Pair, Pair], Pair] | None = None
     settle: Callable[[LeafPlan, Pair], Pair] | None = None
     subset: Subset | None = None
+    cases: Cases | None = None
     check: Callable[[LeafPlan], None] | None = None

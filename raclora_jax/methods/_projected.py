@@ -1,13 +1,16 @@
 """Methods that form the dense gradient and keep their state in a low-rank basis.
 
-GaLore, GoLore and Flora. The basis has the shape of the plan's sketch and what is kept in
-it that of the factor, so projecting and lifting are the library's own.
+GaLore, GoLore, Fira, APOLLO and Flora. The basis has the shape of the plan's sketch and
+what is kept in it that of the factor, so projecting and lifting are the library's own.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,25 +25,32 @@ from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.planning import plan_tree
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec, as_spec, check_side_is_fixed
-from raclora_jax._core.types import Leaves, PyTree
+from raclora_jax._core.types import RANK, Leaves, PyTree
 from raclora_jax.methods._method import Method, from_transform
 
 Plans = dict[str, LeafPlan]
 # Dense gradients, plans and the count of steps to ``{path: basis}``.
 Choose = Callable[[Leaves, Plans, Array], dict[str, Array]]
+# Plan, dense gradient, its coordinates, what the rule made of them, basis to a direction.
+Beyond = Callable[[LeafPlan, Array, Array, Array, Array], Array]
+
+_GROWTH = 1.01  # times its last norm: the longest that a term beyond the basis may be
+EPSILON = 1e-8  # beside norms, as the papers' code has it
 
 
 class ProjectedState(NamedTuple):
     """State of a method that steps in a basis; every dict is keyed by path.
 
     Attributes:
-      basis: Arrays of ``plan.sketch_shape``, with orthonormal rows.
+      basis: Arrays of ``plan.sketch_shape``, with orthonormal rows where they are stored.
       inner: State of the inner rule.
+      norms: Scalars, the last norms of what a method adds beyond the basis.
       count: int32 scalar, steps taken.
     """
 
     basis: dict[str, Array]
     inner: Any
+    norms: dict[str, Array]
     count: Array  # type: ignore[assignment]  # hides tuple.count, as in optax
 
 
@@ -50,9 +60,12 @@ def projected_method(
     *,
     inner: optax.GradientTransformation | None,
     choose: Choose,
-    transport: bool,
+    transport: bool = False,
+    stored: bool = True,
+    lifts: bool = True,
+    beyond: Beyond | None = None,
 ) -> Method:
-    """A method with the step ``W <- W - lr * scaling * P inner(P^T G)``.
+    """A method with the step ``W <- W - lr * (scaling * P inner(P^T G) + beyond)``.
 
     Args:
       learning_rate: A float or a schedule.
@@ -60,6 +73,9 @@ def projected_method(
       inner: Preconditioner without learning rate; Adam by default.
       choose: What gives the basis, called every ``spec.resample_every`` steps.
       transport: Whether first moments are re-expressed in a new basis.
+      stored: Whether the basis is kept, or chosen again from the count in every step.
+      lifts: Whether the first term is taken at all.
+      beyond: The second term, if any. Its norm grows by a factor of 1.01 a step at most.
 
     Returns:
       A ``Method``.
@@ -70,10 +86,16 @@ def projected_method(
 
     def init(params: PyTree) -> ProjectedState:
         plans = basis_plans(spec, params)
+        adapted = {path: plan for path, plan in plans.items() if plan.adapted}
         basis = {
             path: jnp.zeros(plan.sketch_shape, plan.wide_dtype)
-            for path, plan in plans.items()
-            if plan.adapted
+            for path, plan in adapted.items()
+            if stored
+        }
+        norms = {
+            path: jnp.zeros(plan.batch_shape, plan.wide_dtype)
+            for path, plan in adapted.items()
+            if beyond is not None
         }
         stepped = {
             path: jnp.zeros(plan.trained_shape, plan.wide_dtype)
@@ -81,7 +103,8 @@ def projected_method(
             if plan.mode != "frozen"
         }
         with knowing(plans):
-            return ProjectedState(basis, rule.init(stepped), jnp.zeros((), jnp.int32))
+            inner = rule.init(stepped)
+        return ProjectedState(basis, inner, norms, jnp.zeros((), jnp.int32))
 
     def renewed(grads: Leaves, state: ProjectedState, plans: Plans) -> ProjectedState:
         basis = choose(grads, plans, state.count)
@@ -101,24 +124,40 @@ def projected_method(
         leaves, treedef = paths.flatten(grads)
         begins = state.count % spec.resample_every == 0
         # A branch and not a select: an SVD of every leaf is for the first step of a link.
-        state = lax.cond(begins, lambda: renewed(leaves, state, plans), lambda: state)
+        if stored:
+            state = lax.cond(begins, lambda: renewed(leaves, state, plans), lambda: state)
+        basis = state.basis if stored else choose(leaves, plans, state.count)
         coordinates = {
-            path: seen_in(state.basis, leaves[path], plan)
+            path: seen_in(basis, leaves[path], plan)
             for path, plan in plans.items()
             if plan.mode != "frozen"
         }
         with knowing(plans):
             moved, inner = rule.update(coordinates, state.inner, None, plans=plans)
 
-        updates = jax.tree.map(jnp.zeros_like, leaves)
+        updates, norms = jax.tree.map(jnp.zeros_like, leaves), {}
         for path, step in moved.items():
-            updates[path] = step
-            if plans[path].adapted:
-                updates[path] = lift_leaf(step, state.basis[path], plans[path])
+            plan = plans[path]
+            if not plan.adapted:
+                updates[path] = step
+                continue
+            terms = [lift_leaf(step, basis[path], plan)] if lifts else []
+            if beyond is not None:
+                dense = leaves[path].astype(plan.wide_dtype)
+                term = beyond(plan, dense, coordinates[path], step, basis[path])
+                last = state.norms[path]
+                term, norms[path] = _limited(plan, term, last, state.count)
+                terms.append(term)
+            updates[path] = functools.reduce(operator.add, terms)
         count = optax.safe_increment(state.count)
-        return paths.unflatten(treedef, updates), ProjectedState(
-            state.basis, inner, count
-        )
+        after = ProjectedState(state.basis, inner, norms, count)
+        return paths.unflatten(treedef, updates), after
+
+    def trained(params: PyTree) -> int:
+        plans = basis_plans(spec, params).values()
+        if beyond is None:
+            return sum(plan.trained_size for plan in plans)
+        return size_of_moved(plans)
 
     tx = optax.chain(
         optax.GradientTransformation(init, update),
@@ -126,11 +165,50 @@ def projected_method(
     )
     return from_transform(
         tx,
-        trained=lambda params: sum(
-            plan.trained_size for plan in basis_plans(spec, params).values()
-        ),
-        moments=lambda opt_state: (opt_state[0].basis, opt_state[0].inner),
+        trained=trained,
+        moments=lambda opt_state: opt_state[0][:3],
     )
+
+
+def _limited(
+    plan: LeafPlan, term: Array, last: Array, count: Array
+) -> tuple[Array, Array]:
+    """Each matrix no longer than 1.01 times what it was, and its new norm."""
+    axes = (*plan.rows, *plan.cols)
+    norm = jnp.sqrt(jnp.sum(term**2, axes))
+    longest = jnp.where(count == 0, norm, _GROWTH * (last + EPSILON))
+    share = jnp.minimum(1, longest / jnp.maximum(norm, EPSILON))
+    return term * jnp.expand_dims(share, axes), jnp.minimum(norm, longest)
+
+
+def ratio(
+    plan: LeafPlan, direction: Array, coordinates: Array, axes: tuple[int, ...] = ()
+) -> Array:
+    """``|direction| / |coordinates|``, laid out to meet the leaf.
+
+    Args:
+      plan: Plan of the leaf.
+      direction: Array of ``plan.factor_shape``.
+      coordinates: Likewise.
+      axes: The axes of the other side that norms run over beside the rank.
+
+    Returns:
+      Array that broadcasts against the leaf.
+    """
+    summed = tuple(plan.factor_axes.index(axis) for axis in (RANK, *axes))
+    above, below = (
+        jnp.sqrt(jnp.sum(array**2, summed, keepdims=True))
+        for array in (direction, coordinates)
+    )
+    share = jnp.squeeze(above / (below + EPSILON), plan.factor_axes.index(RANK))
+    held = (*plan.batch, *plan.kept_axes)
+    share = jnp.transpose(share, [held.index(axis) for axis in sorted(held)])
+    return jnp.expand_dims(share, plan.sketched_axes)
+
+
+def size_of_moved(plans: Iterable[LeafPlan]) -> int:
+    """Numbers of the leaves that are not frozen."""
+    return sum(math.prod(plan.shape) for plan in plans if plan.mode != "frozen")
 
 
 def of_one_side(spec: Spec | int) -> Spec:
@@ -196,3 +274,9 @@ def drawn_directions(
     """A random basis for each adapted leaf, a pure function of key, path and link."""
     lawful = (dataclasses.replace(plan, law=law) for plan in plans.values())
     return dict(draw_all(data, link, lawful))
+
+
+def unit_projections(data: Array, link: Array | int, plans: Plans) -> dict[str, Array]:
+    """Entries N(0, 1 / rank), so that the mean of ``A^T A`` is the identity."""
+    drawn = drawn_directions(data, link, plans, "gaussian_raw")
+    return {path: a / math.sqrt(plans[path].rank) for path, a in drawn.items()}
