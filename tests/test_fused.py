@@ -23,7 +23,9 @@ RULES = {
     "adam": optax.scale_by_adam(eps=0.1),
     "trace": optax.trace(0.9),
     "orthogonal": rl.orthogonal(),
-    "orthogonal with momentum": rl.orthogonal(momentum=0.9, second_moment=True),
+    "orthogonal with momentum": rl.orthogonal(
+        momentum=0.9, second_moment=True, memory=0.5
+    ),
 }
 
 

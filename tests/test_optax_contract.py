@@ -323,7 +323,7 @@ RULES = {
     "half a moment": lambda: optax.scale_by_adam(mu_dtype=jnp.bfloat16),
     "trace": lambda: optax.trace(0.9, nesterov=True, accumulator_dtype=jnp.float16),
     "steps": lambda: optax.MultiSteps(optax.scale_by_adam(), 2),
-    "orthogonal": lambda: rl.orthogonal(momentum=0.9, second_moment=True),
+    "orthogonal": lambda: rl.orthogonal(momentum=0.9, second_moment=True, memory=0.5),
 }
 
 

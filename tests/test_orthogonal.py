@@ -54,7 +54,7 @@ def test_where_singular_values_end():
 def test_no_gradient_gives_no_step_and_no_nan(dtype):
     params = {"kernel": jnp.ones((9, 7), dtype), "stack": jnp.ones((2, 6, 8), dtype)}
     spec = rl.Spec(3, rules=[rl.Rule("stack", batch=0)])
-    for options in ({}, {"momentum": 0.9, "second_moment": True}):
+    for options in ({}, {"momentum": 0.9, "second_moment": True, "memory": 0.5}):
         tx = rl.raclora(0.1, spec, inner=rl.orthogonal(**options), key=0)
         state = tx.init(params)
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -172,6 +172,73 @@ def project(grads, state):
     return state.sketches.values["kernel"] @ grads["kernel"]
 
 
+def inverse_root(gram):
+    values, vectors = np.linalg.eigh(gram)
+    return (vectors / np.sqrt(values)) @ vectors.T
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("memory", [0.3, 1.0])
+@pytest.mark.parametrize("shape", [(4, 30), (9, 5)])
+def test_memory_whitens_by_the_mean_of_what_was_seen(memory, shape):
+    """Against NumPy in float64, also where gradients are of very different sizes."""
+    rule = rl.orthogonal(memory=memory)
+    step = jax.jit(rule.update)
+    state = rule.init({"f": jnp.zeros(shape)})
+    seen = []
+    for seed, size in enumerate((1.0, 0.3, 3.0, 1.5)):
+        factor = (1e-25 * size * normal(seed, *shape)).astype("f")
+        got, state = step({"f": factor}, state)
+        lying = np.float64(factor) if shape[0] < shape[1] else np.float64(factor).T
+        seen.append(lying @ lying.T)
+        mixed = (1 - memory) * seen[-1] + memory * np.mean(seen, axis=0)
+        want = np.sqrt(max(shape)) * inverse_root(mixed) @ lying
+        want = want if shape[0] < shape[1] else want.T
+        np.testing.assert_allclose(got["f"], want, atol=2 * WITHIN * np.abs(want).max())
+        plain = np.sqrt(max(shape)) * np.asarray(polar_factor(factor, 0))
+        assert seed == 0 or np.abs(plain - want).max() > 0.04 * np.abs(want).max()
+
+
+def test_memory_of_a_stack_is_that_of_its_matrices():
+    """One by one: a large matrix does not hide a small one."""
+    spec = rl.Spec(3, side="left", rules=[rl.Rule("stack", batch=0)])
+    tx = rl.raclora(1.0, spec, inner=rl.orthogonal(memory=0.8), key=0)
+    params = {"stack": jnp.zeros((2, 8, 20))}
+    state, step = tx.init(params), jax.jit(tx.update)
+    rule = rl.orthogonal(memory=0.8)
+    alone = [rule.init({"f": jnp.zeros((3, 20))}) for _ in range(2)]
+    for seed in range(3):
+        sizes = np.array([1e15, 1e-15], "f")[:, None, None]
+        grads = {"stack": sizes * normal(seed, 2, 8, 20).astype("f")}
+        updates, state = step(grads, state, params)
+        assert state.inner_state.lowrank.gram["stack"].shape == (2, 3, 3)
+        sketches = np.asarray(state.sketches.values["stack"])
+        for i in range(2):
+            want, alone[i] = rule.update({"f": sketches[i] @ grads["stack"][i]}, alone[i])
+            got = -sketches[i] @ updates["stack"][i]
+            np.testing.assert_allclose(got, want["f"], atol=1e-3)
+
+
+def test_a_new_link_forgets():
+    """Its first step is the polar factor's; the second is not."""
+    params = {"kernel": jnp.zeros((9, 30))}
+    grads = [{"kernel": normal(seed, 9, 30).astype("f")} for seed in range(4)]
+    found = {}
+    for memory in (0.0, 0.8):
+        spec = rl.Spec(3, resample_every=2)
+        tx = rl.raclora(0.1, spec, inner=rl.orthogonal(memory=memory), key=0)
+        state, step = tx.init(params), jax.jit(tx.update)
+        found[memory] = []
+        for one in grads:
+            updates, state = step(one, state, params)
+            found[memory].append(np.asarray(updates["kernel"]))
+    same = [
+        np.allclose(a, b, rtol=1e-3, atol=1e-4)
+        for a, b in zip(found[0.0], found[0.8], strict=True)
+    ]
+    assert same == [True, False, True, False]
+
+
 def test_columns_are_evened():
     """A column that is always long takes as long a step as the others."""
     params = {"kernel": jnp.zeros((8, 40))}
@@ -261,6 +328,8 @@ def test_under_a_mask_the_rest_of_the_leaves_is_orthogonalised():
         ({"momentum": "0.9"}, TypeError, ["momentum", "'0.9'", "str"]),
         ({"momentum": True}, TypeError, ["momentum", "bool"]),
         ({"second_moment": 1}, TypeError, ["second_moment", "int"]),
+        ({"memory": 1.5}, ValueError, ["memory", "between 0 and 1", "1.5"]),
+        ({"memory": True}, TypeError, ["memory", "bool"]),
     ],
 )
 def test_bad_options(options, error, pieces):

@@ -53,7 +53,7 @@ RUNS = {
     "blocks, both moments": (
         spec_of(sketch="block"),
         "float32",
-        {"inner": rl.orthogonal(momentum=0.9, second_moment=True)},
+        {"inner": rl.orthogonal(momentum=0.9, second_moment=True, memory=0.5)},
         False,
     ),
 }

@@ -57,7 +57,7 @@ TXS = {
         ),
     ),
     "orthogonal": rl.scale_by_raclora(
-        SPEC, inner=rl.orthogonal(momentum=0.9, second_moment=True), key=0
+        SPEC, inner=rl.orthogonal(momentum=0.9, second_moment=True, memory=0.5), key=0
     ),
 }
 
@@ -80,7 +80,10 @@ def test_state_is_born_where_its_leaves_are(name, kind):
             assert got == entries(want, leaf.ndim), where
             owner = next((name for name in params if f"'{name}'" in where), None)
             if owner is not None and leaf.ndim:
-                assert every_axis(got) == every_axis(params[owner].sharding.spec), where
+                spec = params[owner].sharding.spec
+                if ".gram" in where or ".unit" in where:  # of one matrix each
+                    spec = spec[:1] if owner == "stack" else ()
+                assert every_axis(got) == every_axis(spec), where
 
 
 def test_what_a_factor_inherits():

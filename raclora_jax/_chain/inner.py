@@ -238,12 +238,20 @@ class OrthogonalState(NamedTuple):
       count: int32 scalar if there is a second moment, else empty.
       second_moment: ``{path: array (batch..., *axes of the other side)}``, or empty. Its
         axes are those no sketch touches, so a new link keeps it.
+      seen: int32 scalar, the steps of the link, if there is a memory, else empty.
+      gram: ``{path: array (batch..., short, short)}``, the mean of the link's Gram
+        matrices in squares of the units, or empty.
+      unit: ``{path: array (batch...,)}``, the largest entry of the link's gradients, or
+        empty.
     """
 
     adam: OptState
     momentum: dict[str, Array]
     count: OptState
     second_moment: dict[str, Array]
+    seen: OptState
+    gram: dict[str, Array]
+    unit: dict[str, Array]
 
 
 _OUTLIVING = (

@@ -268,6 +268,14 @@ def without_axis(array: Array, axis: int) -> NamedSharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
 
 
+def stack_sharding(array: Array, axis: int) -> NamedSharding | None:
+    """The sharding that an array's type says of the axes before one, and no others."""
+    sharding = sharding_of(array)
+    if sharding is None or not is_explicit(sharding):
+        return None
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[:axis]))
+
+
 def _explicit_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """The explicit axes of a mesh."""
     return tuple(
