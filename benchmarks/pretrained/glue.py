@@ -32,15 +32,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import tokenizers
-from jax import Array
 from sklearn import metrics
-from sklearn.linear_model import LogisticRegression
 
 from benchmarks.pretrained import entries, minilm, run, sentiment
+from benchmarks.pretrained.classifier import Classifier
 from benchmarks.pretrained.entries import Entry
 from benchmarks.shared import timing
 from benchmarks.shared.results import Results, use_one_core
@@ -108,7 +105,7 @@ def read(file: pathlib.Path, tokenizer: tokenizers.Tokenizer, table: Table) -> T
     )
 
 
-class Task:
+class Task(Classifier):
     """The encoder, its head, and the texts of one task.
 
     Args:
@@ -116,12 +113,18 @@ class Task:
       model_dir: The folder of the checkpoint.
       name: A key of ``TABLES``.
       table: Where its texts stand.
+      depth: How many layers of the encoder are used; all by default.
     """
 
     def __init__(
-        self, data_dir: pathlib.Path, model_dir: pathlib.Path, name: str, table: Table
+        self,
+        data_dir: pathlib.Path,
+        model_dir: pathlib.Path,
+        name: str,
+        table: Table,
+        depth: int | None = None,
     ):
-        self.name, self.encoder = name, minilm.Encoder(model_dir)
+        self.name = name
         tokenizer = tokenizers.Tokenizer.from_file(str(model_dir / "tokenizer.json"))
         tokenizer.enable_truncation(table.length)
         tokenizer.enable_padding(length=table.length)
@@ -130,41 +133,11 @@ class Task:
         self.cut = train.cut
         rows = train.rows()[np.random.default_rng(0).permutation(len(train.ids))]
         held_out = min(1000, len(rows) // 6)
-        self.held_out, self.train = rows[:held_out], rows[held_out:]
         self.dev = read(folder / "dev.tsv.gz", tokenizer, table).rows()
         self._logits = jax.jit(self.logits)
-        self.params = {"layers": self.encoder.layers, "head": self._head()}
-
-    def _head(self) -> dict[str, Array]:
-        """The logistic regression of the features of some training texts."""
-        rows = self.train[:2000]
-        features = jax.jit(self._features)(self.encoder.layers, rows)
-        fit = LogisticRegression(max_iter=1000).fit(np.asarray(features), rows[:, -1])
-        kernel, bias = fit.coef_[0], fit.intercept_[0]
-        return {
-            "kernel": jnp.asarray(np.stack([-kernel, kernel], 1) / 2, jnp.float32),
-            "bias": jnp.asarray([-bias / 2, bias / 2], jnp.float32),
-        }
-
-    def _features(self, layers: Any, rows: Array) -> Array:
-        ids, types = jnp.split(rows[:, :-1], 2, axis=1)
-        return self.encoder.features(layers, ids, types)
-
-    def logits(self, params: Any, rows: Array) -> Array:
-        """Two a text."""
-        features = self._features(params["layers"], rows)
-        return features @ params["head"]["kernel"] + params["head"]["bias"]
-
-    def loss(self, params: Any, rows: Array) -> Array:
-        """Mean cross entropy; a row is ids, types and, last, the label."""
-        logits, labels = self.logits(params, rows), rows[:, -1]
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-
-    def validation_loss(self, params: Any) -> float:
-        """On the texts held out of the training table."""
-        logits, labels = self._logits(params, self.held_out), self.held_out[:, -1]
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        return float(jnp.mean(each))
+        super().__init__(
+            minilm.Encoder(model_dir, depth), rows[held_out:], rows[:held_out], typed=True
+        )
 
     def score(self, params: Any) -> float:
         """The metric on the dev table, in percent."""
@@ -173,12 +146,6 @@ class Task:
             metrics.matthews_corrcoef if self.name == "cola" else metrics.accuracy_score
         )
         return 100 * float(kind(self.dev[:, -1], said))
-
-    def batches(self, seed: int, steps: int, batch: int) -> Iterator[np.ndarray]:
-        """Training rows, ``(CHUNK, batch, 2 length + 1)`` at a time."""
-        draw = np.random.default_rng(seed)
-        for _ in range(steps // run.CHUNK):
-            yield self.train[draw.integers(len(self.train), size=(run.CHUNK, batch))]
 
 
 def contenders(steps: int, batch: int) -> list[Entry]:

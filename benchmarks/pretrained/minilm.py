@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import tokenizers
 from finetuning import bert
+from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
@@ -41,18 +42,20 @@ class Encoder:
 
     Args:
       path: The folder.
+      depth: How many of its layers are used, from below; all by default.
 
     Attributes:
       layers: ``{"layer_i": {"query": (in, out), ...}}``, the matrices that are tuned.
     """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, depth: int | None = None):
         model, _ = bert.load(path, outputs=2, seed=0)  # the head is not used
+        model.layers = nnx.List([*model.layers][:depth])
         tree, self._restore = rl_flax.to_tree(model)
         self._leaves = flatten_dict(tree, sep="/")
         self.layers = {
             f"layer_{i}": {n: self._leaves[_path(i, n)] for n in MATRICES}
-            for i in range(model.config.layers)
+            for i in range(len(model.layers))
         }
 
     def features(self, layers: Params, ids: Array, types: Array | None = None) -> Array:

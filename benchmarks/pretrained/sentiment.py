@@ -23,15 +23,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import Array
-from sklearn.linear_model import LogisticRegression
 
 import raclora_jax as rl
 from benchmarks.pretrained import entries, minilm, run
+from benchmarks.pretrained.classifier import Classifier
 from benchmarks.pretrained.entries import Entry
 from benchmarks.shared import timing
 from benchmarks.shared.results import Results, use_one_core
@@ -45,54 +41,26 @@ HELD_OUT = 2000
 HEAD = rl.Rule("head/.*", mode="dense")
 
 
-class Task:
+class Task(Classifier):
     """The encoder, its head, and the phrases.
 
     Args:
       data_dir: The folder with ``glue_sst2``.
       model_dir: The folder of the checkpoint.
+      depth: How many layers of the encoder are used; all by default.
     """
 
-    def __init__(self, data_dir: pathlib.Path, model_dir: pathlib.Path):
-        self.encoder = minilm.Encoder(model_dir)
+    def __init__(
+        self, data_dir: pathlib.Path, model_dir: pathlib.Path, depth: int | None = None
+    ):
         table = data_dir / "glue_sst2" / "train.tsv.gz"
         everything = minilm.phrases(table, model_dir / "tokenizer.json", LENGTH + 1)
         short = np.flatnonzero(everything.ids[:, -1] == 0)
         shuffled = everything.take(np.random.default_rng(0).permutation(short))
         ids, labels = shuffled.ids[:, :-1], shuffled.labels
         rows = np.concatenate([ids, labels[:, None]], axis=1).astype(np.int32)
-        self.held_out, self.train = rows[:HELD_OUT], rows[HELD_OUT:]
-        self._score = jax.jit(self.loss)
-        self.params = {"layers": self.encoder.layers, "head": self._head()}
-
-    def _head(self) -> dict[str, Array]:
-        """The logistic regression of the features of some training phrases."""
-        rows = self.train[:HELD_OUT]
-        features = jax.jit(self.encoder.features)(self.encoder.layers, rows[:, :-1])
-        fit = LogisticRegression(max_iter=1000).fit(np.asarray(features), rows[:, -1])
-        kernel, bias = fit.coef_[0], fit.intercept_[0]
-        return {
-            "kernel": jnp.asarray(np.stack([-kernel, kernel], 1) / 2, jnp.float32),
-            "bias": jnp.asarray([-bias / 2, bias / 2], jnp.float32),
-        }
-
-    def loss(self, params: Any, rows: Array) -> Array:
-        """Mean cross entropy; a row is a phrase and, last, its label."""
-        head = params["head"]
-        features = self.encoder.features(params["layers"], rows[:, :-1])
-        logits = features @ head["kernel"] + head["bias"]
-        labels = rows[:, -1]
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-
-    def validation_loss(self, params: Any) -> float:
-        """On the phrases held out."""
-        return float(self._score(params, self.held_out))
-
-    def batches(self, seed: int, steps: int, batch: int) -> Iterator[np.ndarray]:
-        """Training rows, ``(CHUNK, batch, LENGTH + 1)`` at a time."""
-        draw = np.random.default_rng(seed)
-        for _ in range(steps // run.CHUNK):
-            yield self.train[draw.integers(len(self.train), size=(run.CHUNK, batch))]
+        encoder = minilm.Encoder(model_dir, depth)
+        super().__init__(encoder, rows[HELD_OUT:], rows[:HELD_OUT])
 
 
 def ours(name: str, rank: int, **options: Any) -> Entry:
