@@ -1,0 +1,237 @@
+"""GRPO on Tunix's learner: factor form and followers beside its own full and qwix LoRA.
+
+stories260K, tuned for a short while on sums told as stories, then 16 problems with 8
+answers each a step, reward 1 for the right number; beta, epsilon and what else GRPO has
+are Tunix's defaults. The rate of every method, constant after 10 steps of warm-up, is
+searched on one grid of powers of two on a seed of its own, until the best has a worse
+neighbour on both sides. A seed decides problems, samples and sketches.
+
+A run is judged on 512 other problems, one sample each at the temperature of the rollout,
+every 10 steps. Time is that of the processor on one core, judging left out: steps times
+the median step, of rollout, reference, update and sync together.
+
+    python -m benchmarks.pretrained.grpo --data-dir DIR [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import qwix
+from finetuning import decoder
+from flax import nnx
+from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
+from tunix.rl.rl_cluster import ClusterConfig, Mode, RLCluster, RLTrainingConfig, Role
+from tunix.rl.rollout.base_rollout import RolloutConfig
+
+import raclora_jax as rl
+from benchmarks.pretrained import arithmetic, run
+from benchmarks.pretrained.arithmetic import ANSWER, PROMPT, Start
+from benchmarks.shared import rows as result_rows
+from benchmarks.shared import timing
+from benchmarks.shared.results import Results, use_one_core
+from raclora_jax import flax as rl_flax
+from raclora_jax.tunix import FollowerRollout, RacLoraRLCluster
+
+SEEDS, TUNING_SEED = (0, 1, 2), 9
+STEPS, JUDGED = 200, 10
+ROWS, GENERATIONS = 16, 8
+HELD_OUT = 512
+WARM_UP = 10
+LAST = 3  # judgements that a run is scored by
+MATRICES = ".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
+KEPT = result_rows.ROOT / "out" / "grpo_start.safetensors"
+
+
+class Entry(NamedTuple):
+    """One contender.
+
+    Attributes:
+      name: What the table calls it.
+      cluster: ``cluster(start, config, schedule, seed)``, Tunix's or ours; ``config``
+        makes a ``ClusterConfig`` of an optimizer and a rollout engine.
+      guess: Where the search of the rate begins.
+    """
+
+    name: str
+    cluster: Callable[..., RLCluster]
+    guess: float
+
+
+def full(start: Start, config: Any, rate: optax.Schedule, seed: int) -> RLCluster:
+    """Every parameter, as Tunix trains a plain model."""
+    del seed
+    return RLCluster(
+        actor=_net(start),
+        reference=_net(start),
+        tokenizer=start.tokens,
+        cluster_config=config(optax.adamw(rate, weight_decay=0.0), "vanilla"),
+    )
+
+
+def lora(start: Start, config: Any, rate: optax.Schedule, seed: int) -> RLCluster:
+    """qwix's pairs of rank 8 on every matrix of the layers."""
+    net, ids = _net(start), jnp.ones((1, 4), jnp.int32)
+    provider = qwix.LoraProvider(module_path=MATRICES, rank=8, alpha=8.0)
+    mask = jnp.tril(jnp.ones((1, 4, 4), bool))
+    rngs = nnx.Rngs(seed)
+    places = jnp.arange(4)[None]
+    adapted = qwix.apply_lora_to_model(net, provider, ids, places, None, mask, rngs=rngs)
+    return RLCluster(
+        actor=adapted,
+        reference=_net(start),
+        tokenizer=start.tokens,
+        cluster_config=config(optax.adamw(rate, weight_decay=0.0), "vanilla"),
+    )
+
+
+def ours(
+    rank: int, link: int, *, stateless: bool, **options: Any
+) -> Callable[..., RLCluster]:
+    """The matrices of the layers through sketches, the sampler a follower."""
+
+    def cluster(
+        start: Start, config: Any, rate: optax.Schedule, seed: int
+    ) -> RLCluster:
+        params = start.model.params
+        spec = decoder.spec_for(
+            params, rank, resample_every=link, alpha="dim", **options
+        )
+        inner = rl.orthogonal() if stateless else optax.scale_by_adam()
+        tx = rl.raclora(rate, spec, inner=inner, key=seed)
+        return RacLoraRLCluster(
+            actor=_net(start),
+            reference=_net(start),
+            tokenizer=start.tokens,
+            cluster_config=config(tx, FollowerRollout),
+            spec=spec,
+            fused=stateless,
+        )
+
+    return cluster
+
+
+def _net(start: Start) -> nnx.Module:
+    return start.model.restore(jax.tree.map(jnp.copy, start.model.params))
+
+
+blocks = {"sketch": "block", "stateless": True}
+ENTRIES = (
+    Entry("full AdamW", full, 3e-4),
+    Entry("qwix LoRA r8 AdamW", lora, 3e-3),
+    Entry("RAC r32 block orthogonal, link 1", ours(32, 1, **blocks), 1e-3),
+    Entry("RAC r32 block orthogonal, link 25", ours(32, 25, **blocks), 1e-3),
+    Entry("RAC r12 Adam, link 50", ours(12, 50, stateless=False), 1e-3),
+)
+
+
+# One run -----------------------------------------------------------------------------
+
+
+class Run(NamedTuple):
+    """What a run was.
+
+    Attributes:
+      rewards: On the held-out problems, after 0, ``JUDGED``, ... steps.
+      seconds: The median step, of the processor.
+      sync_bytes: What goes from trainer to sampler in one sync.
+    """
+
+    rewards: list[float]
+    seconds: float
+    sync_bytes: int
+
+
+def trained(entry: Entry, start: Start, rate: float, seed: int, steps: int) -> Run:
+    """One run of a method."""
+    sampling = RolloutConfig(
+        max_tokens_to_generate=ANSWER,
+        max_prompt_length=PROMPT,
+        kv_cache_size=64,
+        temperature=1.0,
+    )
+
+    def config(tx: optax.GradientTransformation, engine: Any) -> ClusterConfig:
+        mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), (jax.sharding.AxisType.Auto,) * 2)
+        return ClusterConfig(
+            role_to_mesh=dict.fromkeys((Role.ACTOR, Role.REFERENCE, Role.ROLLOUT), mesh),
+            rollout_engine=engine,
+            training_config=RLTrainingConfig(
+                actor_optimizer=tx, eval_every_n_steps=10**9, max_steps=steps
+            ),
+            rollout_config={Mode.TRAIN: sampling, Mode.EVAL: sampling},
+        )
+
+    warm = optax.linear_schedule(rate / WARM_UP, rate, WARM_UP)
+    cluster = entry.cluster(start, config, warm, seed)
+    held = arithmetic.problems(100 + seed, HELD_OUT)
+    rewards: list[float] = []
+    spent: list[float] = []
+
+    def judge() -> None:
+        sampling.seed = 10**6
+        said = cluster.generate([one.prompt for one in held], mode=Mode.EVAL).text
+        rewards.append(
+            statistics.mean(arithmetic.reward(None, said, [one.answer for one in held]))
+        )
+
+    def batches() -> Iterator[dict[str, Any]]:
+        draw = np.random.default_rng(seed)
+        begun = time.process_time()
+        for step in range(steps):
+            if step:
+                spent.append(time.process_time() - begun)
+            if step % JUDGED == 0:
+                judge()
+            begun = time.process_time()
+            # Tunix samples every step by the seed of its config: one for each.
+            sampling.seed = seed * steps + step
+            told = [arithmetic.problem(draw) for _ in range(ROWS)]
+            yield {
+                "prompts": np.array([one.prompt for one in told]),
+                "answer": np.array([one.answer for one in told]),
+            }
+
+    sync = _sync_bytes(cluster)
+    learner = GRPOLearner(
+        cluster, GRPOConfig(num_generations=GENERATIONS), arithmetic.reward
+    )
+    learner.train(batches())
+    judge()
+    return Run(rewards, statistics.median(spent[2:]), sync())
+
+
+def _sync_bytes(cluster: RLCluster) -> Callable[[], int]:
+    """How many bytes the last sync took: a message, or what Tunix hands over."""
+    if not isinstance(cluster.rollout, FollowerRollout):
+        model = cluster.actor_trainer.model
+        pairs = jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
+        sent = pairs or jax.tree.leaves(nnx.state(model, nnx.Param))
+        return lambda: sum(leaf.nbytes for leaf in sent)
+    sizes = []
+    take = cluster.rollout.follow
+
+    def counted(message: bytes) -> None:
+        sizes.append(len(message))
+        take(message)
+
+    cluster.rollout.follow = counted  # type: ignore[method-assign]
+    return lambda: sizes[-1]
+
+
+# The study ---------------------------------------------------------------------------
+
+
+def score(rewards: list[float]) -> float:
+    """By what a run is judged."""
+    return statistics.mean(rewards[-LAST:])
