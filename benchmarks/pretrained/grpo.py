@@ -44,8 +44,8 @@ from raclora_jax import flax as rl_flax
 from raclora_jax.tunix import FollowerRollout, RacLoraRLCluster
 
 SEEDS, TUNING_SEED = (0, 1, 2), 9
-STEPS, JUDGED = 200, 10
-ROWS, GENERATIONS = 16, 8
+STEPS, JUDGED = 60, 10
+ROWS, GENERATIONS = 8, 8
 HELD_OUT = 512
 WARM_UP = 10
 LAST = 3  # judgements that a run is scored by
@@ -73,7 +73,6 @@ def full(start: Start, config: Any, rate: optax.Schedule, seed: int) -> RLCluste
     del seed
     return RLCluster(
         actor=_net(start),
-        reference=_net(start),
         tokenizer=start.tokens,
         cluster_config=config(optax.adamw(rate, weight_decay=0.0), "vanilla"),
     )
@@ -89,7 +88,6 @@ def lora(start: Start, config: Any, rate: optax.Schedule, seed: int) -> RLCluste
     adapted = qwix.apply_lora_to_model(net, provider, ids, places, None, mask, rngs=rngs)
     return RLCluster(
         actor=adapted,
-        reference=_net(start),
         tokenizer=start.tokens,
         cluster_config=config(optax.adamw(rate, weight_decay=0.0), "vanilla"),
     )
@@ -100,18 +98,13 @@ def ours(
 ) -> Callable[..., RLCluster]:
     """The matrices of the layers through sketches, the sampler a follower."""
 
-    def cluster(
-        start: Start, config: Any, rate: optax.Schedule, seed: int
-    ) -> RLCluster:
+    def cluster(start: Start, config: Any, rate: optax.Schedule, seed: int) -> RLCluster:
         params = start.model.params
-        spec = decoder.spec_for(
-            params, rank, resample_every=link, alpha="dim", **options
-        )
+        spec = decoder.spec_for(params, rank, resample_every=link, alpha="dim", **options)
         inner = rl.orthogonal() if stateless else optax.scale_by_adam()
         tx = rl.raclora(rate, spec, inner=inner, key=seed)
         return RacLoraRLCluster(
             actor=_net(start),
-            reference=_net(start),
             tokenizer=start.tokens,
             cluster_config=config(tx, FollowerRollout),
             spec=spec,
@@ -164,7 +157,7 @@ def trained(entry: Entry, start: Start, rate: float, seed: int, steps: int) -> R
     def config(tx: optax.GradientTransformation, engine: Any) -> ClusterConfig:
         mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), (jax.sharding.AxisType.Auto,) * 2)
         return ClusterConfig(
-            role_to_mesh=dict.fromkeys((Role.ACTOR, Role.REFERENCE, Role.ROLLOUT), mesh),
+            role_to_mesh={Role.ACTOR: mesh, Role.ROLLOUT: mesh},
             rollout_engine=engine,
             training_config=RLTrainingConfig(
                 actor_optimizer=tx, eval_every_n_steps=10**9, max_steps=steps
@@ -204,7 +197,7 @@ def trained(entry: Entry, start: Start, rate: float, seed: int, steps: int) -> R
 
     sync = _sync_bytes(cluster)
     learner = GRPOLearner(
-        cluster, GRPOConfig(num_generations=GENERATIONS), arithmetic.reward
+        cluster, GRPOConfig(num_generations=GENERATIONS, beta=0.0), arithmetic.reward
     )
     learner.train(batches())
     judge()
