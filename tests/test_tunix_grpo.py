@@ -157,7 +157,7 @@ def log(tmp_path):
 
 
 def test_a_step_is_that_of_the_drop_in_form(base):
-    """On Tunix's own cluster, whose gradients are dense: same prompts, samples and key."""
+    """On Tunix's own cluster, whose gradients are dense: same prompts and samples."""
     drop_in = train(made(RLCluster, config(adam(), "vanilla")), 2)
     factor = train(ours(adam(), DENSE, engine="vanilla"), 2)
     assert_close(actor_weights(factor), actor_weights(drop_in))

@@ -1,21 +1,20 @@
 """GRPO on Tunix's learner: factor form and followers beside its own full and qwix LoRA.
 
-stories260K, tuned for a short while on sums told as stories, then 16 problems with 8
-answers each a step, reward 1 for the right number; beta, epsilon and what else GRPO has
-are Tunix's defaults. The rate of every method, constant after 10 steps of warm-up, is
-searched on one grid of powers of two on a seed of its own, until the best has a worse
-neighbour on both sides. A seed decides problems, samples and sketches.
+stories260K, tuned for a short while on sums told as stories, then 8 problems with 8
+answers each a step, reward 1 for the right number; no penalty on leaving the start, and
+what else GRPO has is Tunix's default. The rate of every method, constant after 10 steps
+of warm-up, is searched on one grid of powers of three on a seed of its own, until the
+best has a worse neighbour on both sides. A seed decides problems, samples and sketches.
 
 A run is judged on 512 other problems, one sample each at the temperature of the rollout,
 every 10 steps. Time is that of the processor on one core, judging left out: steps times
-the median step, of rollout, reference, update and sync together.
+the median step, of rollout, update and sync together.
 
     python -m benchmarks.pretrained.grpo --data-dir DIR [--quick]
 """
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import re
 import statistics
@@ -40,7 +39,6 @@ from benchmarks.pretrained.arithmetic import ANSWER, PROMPT, Start
 from benchmarks.shared import rows as result_rows
 from benchmarks.shared import timing
 from benchmarks.shared.results import Results, use_one_core
-from raclora_jax import flax as rl_flax
 from raclora_jax.tunix import FollowerRollout, RacLoraRLCluster
 
 SEEDS, TUNING_SEED = (0, 1, 2), 9
@@ -48,6 +46,7 @@ STEPS, JUDGED = 60, 10
 ROWS, GENERATIONS = 8, 8
 HELD_OUT = 512
 WARM_UP = 10
+FACTOR = 3.0  # between rates
 LAST = 3  # judgements that a run is scored by
 MATRICES = ".*(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 KEPT = result_rows.ROOT / "out" / "grpo_start.safetensors"
@@ -225,6 +224,65 @@ def _sync_bytes(cluster: RLCluster) -> Callable[[], int]:
 # The study ---------------------------------------------------------------------------
 
 
-def score(rewards: list[float]) -> float:
-    """By what a run is judged."""
-    return statistics.mean(rewards[-LAST:])
+def fill(
+    results: Results,
+    start: Start,
+    entries: list[Entry],
+    seeds: tuple[int, ...],
+    steps: int,
+) -> None:
+    """The runs that are missing, each saved as it ends."""
+    for entry in entries:
+
+        def row_of(rate: float, seed: int, entry: Entry = entry) -> dict[str, Any]:
+            study = f"rate {rate:.3g}, seed {seed}"
+            row = results.get(study, entry.name)
+            if row is None:
+                found = trained(entry, start, rate, seed, steps)
+                reward = statistics.mean(found.rewards[-LAST:])
+                own = {"study": study, "method": entry.name, "rate": rate, "seed": seed}
+                row = own | {"steps": steps, "reward": reward} | found._asdict()
+                results.add(row)
+                print(f"{entry.name:36} {study:22} {reward:.3f}", flush=True)
+            return row
+
+        tried = run.search(
+            lambda rate, row_of=row_of: -row_of(rate, TUNING_SEED)["reward"],
+            entry.guess,
+            FACTOR,
+        )
+        best = min(tried, key=lambda rate, tried=tried: tried[rate])
+        for seed in seeds:
+            row_of(best, seed)
+
+
+def main() -> None:
+    """Runs what is missing and prints it."""
+    parser = timing.parser(__doc__)
+    parser.add_argument("--data-dir", type=pathlib.Path, required=True)
+    parser.add_argument("--only", default="", help="methods, a regular expression")
+    options = timing.parse(parser, __file__)
+    use_one_core()
+    # Runs of one method share all programs but the step, which holds the rate.
+    jax.config.update("jax_compilation_cache_dir", str(KEPT.parent / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    results = Results(
+        None if options.out is None else options.out / "grpo.json",
+        "pretrained.grpo",
+        prompts=ROWS,
+        generations=GENERATIONS,
+        judged_every=JUDGED,
+        judged_on=HELD_OUT,
+        tuning_seed=TUNING_SEED,
+        last=LAST,
+    )
+    entries = [entry for entry in ENTRIES if re.search(options.only, entry.name)]
+    start = arithmetic.start(options.data_dir, KEPT)
+    if options.quick:
+        fill(results, start, entries[:1], SEEDS[:1], JUDGED)
+    else:
+        fill(results, start, entries, SEEDS, STEPS)
+
+
+if __name__ == "__main__":
+    main()

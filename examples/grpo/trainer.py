@@ -30,9 +30,7 @@ class RemoteRollout(BaseRollout):
     the next one that connects gets the same.
     """
 
-    def __init__(
-        self, rollout_actor, tokenizer, mesh, rollout_config, *, listener, log
-    ):
+    def __init__(self, rollout_actor, tokenizer, mesh, rollout_config, *, listener, log):
         del rollout_actor, mesh, rollout_config  # the sampler has its own
         self._tokens, self._listener, self._log = tokenizer, listener, log
         self._connection = None

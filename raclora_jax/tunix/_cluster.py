@@ -25,7 +25,7 @@ class _Actor(FactorForm, Trainer):  # type: ignore[misc]
     """Tunix's RL trainer in factor form, which makes a message of each step.
 
     Attributes:
-      outbox: The messages since the last sync; ``None`` where nobody follows.
+      outbox: The messages since the last sync; none where nobody follows.
     """
 
     def __init__(
@@ -37,7 +37,8 @@ class _Actor(FactorForm, Trainer):  # type: ignore[misc]
         sends: bool,
         **kwargs: Any,
     ) -> None:
-        self.outbox: list[bytes] | None = [] if sends else None
+        self.outbox: list[bytes] = []
+        self._moves_by_messages = sends
         base, _ = rl_flax.to_tree(model)  # before Tunix restores its checkpoint
         super().__init__(model, optimizer, **kwargs)
         if not sends:
@@ -53,16 +54,13 @@ class _Actor(FactorForm, Trainer):  # type: ignore[misc]
         for step in range(self.iter_steps):
             self.position = follow.passed(self.position, log.read(step))  # type: ignore[union-attr]
 
-    @property
-    def _moves_by_messages(self) -> bool:
-        return self.outbox is not None
-
     def _post_process_train_step(self, aux: Any) -> None:
-        if self.outbox is not None:
-            aux = self._sent(*aux)
+        if self._moves_by_messages:
+            aux, updates = aux
+            self._send(updates)
         super()._post_process_train_step(aux)
 
-    def _sent(self, aux: Any, updates: Any) -> Any:
+    def _send(self, updates: Any) -> None:
         """Makes the message of the step that was taken, and moves by it."""
         params, restore = rl_flax.to_tree(self.model)
         opt_state, at = nnx.as_pure(self.optimizer.opt_state), self.position
@@ -75,12 +73,11 @@ class _Actor(FactorForm, Trainer):  # type: ignore[misc]
             message = follow.encode(params, updates, opt_state, at)
         if self._log is not None:
             self._log.write(message)
-        # A fused step has moved the weights; its message, which holds the new rows,
-        # leaves them so, or makes them what this step wrote before the trainer was killed.
+        # A fused step has moved the weights. Its message, which holds the new rows,
+        # leaves them so, or makes them those that were written before a kill.
         moved, self.position = follow.apply(params, message, at)
         nnx.update(self.model, nnx.state(restore(moved), nnx.Param))
-        self.outbox.append(message)  # type: ignore[union-attr]
-        return aux
+        self.outbox.append(message)
 
 
 class RacLoraRLCluster(RLCluster):  # type: ignore[misc]
@@ -185,8 +182,8 @@ class RacLoraRLCluster(RLCluster):  # type: ignore[misc]
 
     def sync_weights(self) -> None:
         """Hands the rollout the messages since the last sync."""
-        if self._actor is not None and self._actor.outbox is not None:
-            for message in self._actor.outbox:
-                self.rollout.follow(message)
-            self._actor.outbox.clear()
+        outbox = self.actor_trainer.outbox
+        for message in outbox:
+            self.rollout.follow(message)
+        outbox.clear()
         super().sync_weights()

@@ -59,8 +59,8 @@ class FollowerRollout(VanillaRollout):  # type: ignore[misc]
             state = jax.device_put(
                 state, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
             )
-        model = nnx.merge(graph, jax.tree.map(jnp.copy, state))
-        config: Any = model.config
+        model: Any = nnx.merge(graph, jax.tree.map(jnp.copy, state))
+        config = model.config
         cache = CacheConfig(
             cache_size=rollout_config.kv_cache_size,
             num_layers=config.num_layers,

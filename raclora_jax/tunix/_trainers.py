@@ -26,8 +26,8 @@ class FactorForm:
 
     Everything else is Tunix's own: its checkpoints, metrics, hooks and evaluation.
 
-    Where ``_moves_by_messages``, a step in parts leaves the model as it is, and its aux is
-    ``(aux, updates)``; of a fused step, which moves it all the same, they are ``None``.
+    Where ``_moves_by_messages``, the aux of a step is ``(aux, updates)``, by which the
+    model is to be moved; a fused step has moved it, and the updates are ``None``.
     """
 
     _moves_by_messages: bool = False
