@@ -1,7 +1,8 @@
 """Sums told as little stories, whose answers can be checked, and a model that tries.
 
-The problems are this module's own, in the words of stories260K; that model, tuned on some
-of them for a short while, gets some of the others right, which is where GRPO begins.
+The problems are this module's own, in the words of stories260K. That model is tuned on
+some of them whose answers are often a little wrong, so that it knows how to answer and
+does so as carelessly: this is where GRPO begins.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from safetensors.flax import load_file, save_file
 from tunix.sft import utils
 from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig, TrainingInput
 
-PROMPT, ANSWER = 44, 4  # tokens at most
-MOST = 9  # the largest number of a problem
+PROMPT, ANSWER = 32, 4  # tokens at most
+MOST = 6  # the largest number of a problem
 NAMES = ("Tom", "Lily", "Ben", "Sue", "Mia", "Sam")
 THINGS = ("apples", "toys", "balls", "cars", "books", "hats")
 MORE = ("gets {} more", "finds {} more", "buys {} more")
 LESS = ("loses {}", "gives {}", "sells {}")
-WARM_STEPS, WARM_ROWS, WARM_RATE = 500, 32, 1e-3
+WARM_STEPS, WARM_ROWS, WARM_RATE = 700, 32, 2e-3
+WRONG = 0.6  # of the answers that the model is tuned on
 
 
 class Problem(NamedTuple):
@@ -37,16 +39,15 @@ class Problem(NamedTuple):
 
 
 def problem(draw: np.random.Generator) -> Problem:
-    """One or two things happen to a number of things, which stays above zero."""
+    """Something happens to a number of things, which stays above zero."""
     has = int(draw.integers(2, MOST + 1))
-    prompt = f"{draw.choice(NAMES)} has {has} {draw.choice(THINGS)}"
-    for _ in range(draw.integers(1, 3)):
-        number = int(draw.integers(1, MOST + 1))
-        down = number < has and draw.random() < 0.5
-        told = draw.choice(LESS if down else MORE).format(number)
-        has += -number if down else number
-        prompt += f", then {told}"
-    return Problem(f"{prompt}. How many?", has)
+    number = int(draw.integers(1, MOST + 1))
+    down = number < has and draw.random() < 0.5
+    told = draw.choice(LESS if down else MORE).format(number)
+    prompt = (
+        f"{draw.choice(NAMES)} has {has} {draw.choice(THINGS)}, then {told}. How many?"
+    )
+    return Problem(prompt, has - number if down else has + number)
 
 
 def problems(seed: int, count: int) -> list[Problem]:
@@ -97,7 +98,7 @@ class Start(NamedTuple):
 
 
 def start(data_dir: pathlib.Path, kept: pathlib.Path) -> Start:
-    """stories260K after ``WARM_STEPS`` steps of AdamW on problems with their answers.
+    """stories260K after ``WARM_STEPS`` steps of AdamW on problems with answers.
 
     Args:
       data_dir: The folder with ``stories260k``.
@@ -125,7 +126,7 @@ def _tuned(model: Decoder, tokens: Tokens) -> Any:
 
 
 def _lessons(tokens: Tokens) -> Iterator[TrainingInput]:
-    """Problems with their answers; the mask says what is learnt, the answers."""
+    """Problems with answers, many of them wrong; the mask says what is learnt of it."""
     width = PROMPT + ANSWER + 1
     draw = np.random.default_rng(0)
     for _ in range(WARM_STEPS):
@@ -133,8 +134,10 @@ def _lessons(tokens: Tokens) -> Iterator[TrainingInput]:
         learnt = np.zeros((WARM_ROWS, width), bool)
         for row in range(WARM_ROWS):
             told = problem(draw)
+            off = int(draw.integers(1, 4)) if draw.random() < WRONG else 0
+            said = abs(told.answer + off * int(draw.choice((-1, 1))))
             begun = [tokens.bos_id(), *tokens.encode(told.prompt)]
-            ended = [*tokens.encode(f"{told.answer}."), tokens.eos_id()]
+            ended = [*tokens.encode(f"{said}."), tokens.eos_id()]
             both = begun + ended
             ids[row, : len(both)] = both
             learnt[row, len(begun) : len(both)] = True
