@@ -120,7 +120,7 @@ def _net(start: Start) -> nnx.Module:
 blocks = {"sketch": "block", "stateless": True}
 ENTRIES = (
     Entry("full AdamW", full, 3e-4),
-    Entry("qwix LoRA r8 AdamW", lora, 3e-3),
+    Entry("qwix LoRA r8 AdamW", lora, 1e-3),
     Entry("RAC r32 block orthogonal, link 1", ours(32, 1, **blocks), 1e-3),
     Entry("RAC r32 block orthogonal, link 25", ours(32, 25, **blocks), 1e-3),
     Entry("RAC r12 Adam, link 50", ours(12, 50, stateless=False), 1e-3),
