@@ -20,7 +20,7 @@ class Curve(NamedTuple):
       rate: The learning rate that the tuning seed chose.
       steps: Where the reward was measured.
       rewards: ``(seeds, steps)``.
-      seconds: Of a step, the median over seeds.
+      seconds: Of a step, the median.
       sync_bytes: From trainer to sampler.
     """
 
@@ -41,9 +41,11 @@ def curves() -> list[Curve]:
     """Every method at the rate that its tuning seed chose."""
     record = result_rows.record("pretrained/grpo")
     tuning, every = (record["settings"][n] for n in ("tuning_seed", "judged_every"))
+    timed = {r["method"]: r["seconds"] for r in record["rows"] if r["study"] == "time"}
     found = []
     for method in dict.fromkeys(row["method"] for row in record["rows"]):
-        rows = [row for row in record["rows"] if row["method"] == method]
+        own = [row for row in record["rows"] if row["method"] == method]
+        rows = [row for row in own if row["study"] != "time"]
         tried = [row for row in rows if row["seed"] == tuning]
         rate = max(tried, key=lambda row: row["reward"])["rate"]
         kept = [r for r in rows if r["seed"] != tuning and r["rate"] == rate]
@@ -55,7 +57,7 @@ def curves() -> list[Curve]:
                 rate,
                 every * np.arange(rewards.shape[1]),
                 rewards,
-                statistics.median(row["seconds"] for row in kept),
+                timed[method],
                 kept[0]["sync_bytes"],
             )
         )
