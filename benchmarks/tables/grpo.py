@@ -71,9 +71,10 @@ def table() -> str:
     lora = next(curve for curve in found if curve.method == LORA)
     # The longest time that every method was run for.
     seconds = min(curve.seconds * curve.steps[-1] for curve in found)
+    first, final = lora.steps[-last], lora.steps[-1]
     lines = [
-        f"| method | rate | reward, last {last} | over LoRA | in {seconds:.0f} s "
-        "| over LoRA | seconds a step | bytes a sync |",
+        f"| method | rate | reward, steps {first} to {final} | over LoRA "
+        f"| in {seconds:.0f} s | over LoRA | seconds a step | bytes a sync |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     base = lora.rewards[:, -last:].mean(1), lora.at(seconds)
@@ -81,7 +82,8 @@ def table() -> str:
         own = curve.rewards[:, -last:].mean(1), curve.at(seconds)
         cells = [curve.method, f"{curve.rate:.0e}"]
         for mine, others in zip(own, base, strict=True):
-            cells += [_spread(mine, ""), _spread(np.subtract(mine, others), "+")]
+            over = "" if curve is lora else _spread(np.subtract(mine, others), "+")
+            cells += [_spread(mine, ""), over]
         cells += [f"{curve.seconds:.2f}", f"{curve.sync_bytes:,}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
