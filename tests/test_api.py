@@ -33,6 +33,7 @@ ROOMS = {
     "peft": "_folder _files _targets _families _pairs _best _format _patterns _config "
     "_ties _read _write _models",
     "quantized": "_codes _merge",
+    "tunix": "_trainers _rollout _cluster",
     "theory": "_numbers _descent _variance_reduced _compressed _local _steps _lambda "
     "_lazy _smoothness _captured _certificate _report",
 }
@@ -47,6 +48,7 @@ BELOW = {
     "peft": {"_core", "_forms"},
     "quantized": {"_core", "_forms"},
     "theory": {"_core", "_forms"},
+    "tunix": {"_core", "_chain", "flax", "follow"},
 }
 # What a room imports that not everyone has installed.
 OPTIONAL = {
@@ -54,6 +56,9 @@ OPTIONAL = {
     "_optimizer.py": {"flax"},
     "_train_state.py": {"flax"},
     "_trainer.py": {"flax"},
+    "_trainers.py": {"flax", "tunix"},
+    "_rollout.py": {"flax", "tunix"},
+    "_cluster.py": {"flax", "tunix"},
     "_tree.py": {"flax"},
     "_privacy.py": {"dp_accounting"},
     "_report.py": {"matplotlib"},
@@ -62,7 +67,6 @@ OPTIONAL = {
     "_message.py": {"safetensors"},
     "_codes.py": {"qwix"},
     "_merge.py": {"qwix"},
-    "tunix.py": {"flax", "tunix"},
 }
 STRANGERS = ({"sketch", "lowrank", "rounding"}, {"optimizer", "adapter"})
 NAMESPACES = (
@@ -174,8 +178,8 @@ def test_folders_say_what_they_are_and_no_more():
 def test_nothing_imports_a_public_namespace():
     for path in PACKAGE.rglob("*.py"):
         own = {path.relative_to(PACKAGE).parts[0]}
-        if path.name == "tunix.py":
-            own |= {"flax"}  # its trainers step by the optimizer of that room
+        if own == {"tunix"}:
+            own |= {"flax", "follow"}  # its trainers step and send by those rooms
         tops = {name.partition(".")[0] for name in imported_rooms(path)}
         assert not tops & (set(NAMESPACES) - own), path
 
@@ -193,7 +197,7 @@ def test_names_are_functions_and_rooms_are_private():
 
 def test_only_flax_room_imports_flax():
     for path in PACKAGE.rglob("*.py"):
-        if path.name != "tunix.py" and path.parent.name != "flax":
+        if path.parent.name not in ("flax", "tunix"):
             assert "flax" not in imported_packages(path), path.name
 
 

@@ -142,13 +142,15 @@ class Runner:
 # Tuning ------------------------------------------------------------------------------
 
 
-def search(score: Callable[[float], float], guess: float) -> dict[float, float]:
-    """Losses by rate, on ``guess`` times powers of two, until the best is inside."""
+def search(
+    score: Callable[[float], float], guess: float, factor: float = 2.0
+) -> dict[float, float]:
+    """Losses by rate, on ``guess`` times powers of a factor, until the best is inside."""
     found: dict[int, float] = {}
 
     def at(power: int) -> float:
         if power not in found:
-            loss = score(guess * 2.0**power)
+            loss = score(guess * factor**power)
             found[power] = loss if np.isfinite(loss) else float("inf")
         return found[power]
 
@@ -157,7 +159,7 @@ def search(score: Callable[[float], float], guess: float) -> dict[float, float]:
         below, above = at(best - 1), at(best + 1)
         nearest = min((at(best), best), (below, best - 1), (above, best + 1))[1]
         if nearest == best:
-            return {guess * 2.0**power: found[power] for power in sorted(found)}
+            return {guess * factor**power: found[power] for power in sorted(found)}
         best = nearest
 
 

@@ -15,6 +15,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from benchmarks.shared import rows as result_rows
+from benchmarks.tables import grpo as grpo_tables
 from benchmarks.tables import pretrained
 
 FOLDER = result_rows.ROOT / "docs" / "_static"
@@ -139,7 +140,39 @@ def step_time() -> Figure:
     return figure
 
 
-FIGURES = {"quality": quality, "step_time": step_time}
+def grpo() -> Figure:
+    """The reward of GRPO on held-out problems, by steps and by time."""
+    figure = Figure(figsize=(6.8, 3.2), layout="constrained")
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    colours = {"full": FULL, "qwix": LORA}
+    styles = dict.fromkeys(colours.values(), "-")
+    lines = iter(("-", "--", ":"))
+    for curve in grpo_tables.curves():
+        colour = colours.get(curve.method.split()[0], RAC_LORA)
+        style = styles.get(colour) or next(lines)
+        mean, spread = curve.rewards.mean(0), curve.rewards.std(0, ddof=1)
+        for panel, places in (
+            (by_step, curve.steps),
+            (by_time, curve.steps * curve.seconds),
+        ):
+            panel.plot(places, mean, style, color=colour, label=curve.method)
+            panel.fill_between(
+                places, mean - spread, mean + spread, color=colour, alpha=0.12, lw=0
+            )
+    by_step.set(xlabel="steps", ylabel="reward on held-out problems")
+    by_time.set(xlabel="seconds of one core")
+    for panel in (by_step, by_time):
+        panel.grid(color="#d0d7de", linewidth=0.6)
+    figure.legend(
+        *by_step.get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=2,
+        frameon=False,
+    )
+    return figure
+
+
+FIGURES = {"quality": quality, "step_time": step_time, "grpo": grpo}
 
 
 def draw(folder: pathlib.Path = FOLDER) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from benchmarks.federated import report as federated_report
 from benchmarks.field import report as field_report
 from benchmarks.shared import rows as result_rows
-from benchmarks.tables import figures, finetune, pods, pretrained, rates, verdict
+from benchmarks.tables import figures, finetune, grpo, pods, pretrained, rates, verdict
 from benchmarks.tables.names import named
 
 PAGES = tuple(
@@ -30,6 +30,7 @@ PAGES = tuple(
         "docs/field.md",
         "docs/guides/followers.md",
         "docs/guides/one_chip.md",
+        "docs/guides/tunix.md",
         "docs/performance.md",
         "docs/theory.md",
     )
@@ -280,6 +281,7 @@ TABLES = {
     "pod_blocks": pods.blocks,
     "pod_slices": pods.slices,
     "one_chip": pods.one_chip,
+    "grpo": grpo.table,
     "followers": pods.followers,
     "followers_steps": pods.followed,
     "rates": rates.rates,

@@ -70,12 +70,30 @@ class Optimizer(nnx.Optimizer[Any]):
           ValueError: If a parameter has no gradient, or as
             ``raclora_jax.apply_updates``.
         """
+        updates = self.updates(model, grads, **kwargs)
+        # Not super().update, which ends in optax.apply_updates: that cannot add a Factor.
+        params = nnx.as_pure(nnx.state(model, self.wrt))
+        nnx.update(model, apply.apply_updates(params, updates))
+        return updates
+
+    def updates(self, model: nnx.Module, grads: PyTree, /, **kwargs: Any) -> PyTree:
+        """Moves the state only, for who moves the model otherwise, as by a message.
+
+        Args:
+          model: The module.
+          grads: As in ``update``.
+          **kwargs: As in ``update``.
+
+        Returns:
+          The updates, in the structure of the parameters.
+
+        Raises:
+          ValueError: If a parameter has no gradient.
+        """
         params = nnx.as_pure(nnx.state(model, self.wrt))
         opt_state = nnx.as_pure(self.opt_state)
         given = (_as_params(grads, params), opt_state, params)
-        # Not super().update, which ends in optax.apply_updates: that cannot add a Factor.
         updates, new_state = self.tx.update(*given, **nnx.as_pure(kwargs))
-        nnx.update(model, apply.apply_updates(params, updates))
         self.advance(new_state)
         return updates
 

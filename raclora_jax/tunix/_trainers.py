@@ -1,12 +1,8 @@
-"""Trainers of Tunix that step in factor form.
-
-The drop-in form needs nothing of this module: ``raclora(...)`` is an optax
-transformation, and ``PeftTrainer(model, tx, config)`` trains with it on dense gradients.
-"""
+"""Tunix's trainers for SFT and DPO in factor form."""
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -25,11 +21,16 @@ with extra("tunix"):
     from tunix.sft.peft_trainer import PeftTrainer, TrainingConfig
 
 
-class _FactorForm:
+class FactorForm:
     """What a trainer of Tunix does otherwise in factor form.
 
     Everything else is Tunix's own: its checkpoints, metrics, hooks and evaluation.
+
+    Where ``_moves_by_messages``, the aux of a step is ``(aux, updates)``, by which the
+    model is to be moved; a fused step has moved it, and the updates are ``None``.
     """
+
+    _moves_by_messages: bool = False
 
     optimizer: nnx.Optimizer[Any]
     loss_fn: Callable[..., Any]
@@ -54,7 +55,8 @@ class _FactorForm:
         self._spec = as_spec(spec)
         # Tunix would accumulate dense gradients, in arrays of the weights' shapes.
         each = training_config.gradient_accumulation_steps
-        alone = dataclasses.replace(training_config, gradient_accumulation_steps=None)
+        alone = copy.copy(training_config)  # replace would derive the number again in RL
+        alone.gradient_accumulation_steps = None
         super().__init__(model, *args, training_config=alone, **kwargs)  # type: ignore[call-arg]
         self.config = training_config
         restored = self.optimizer
@@ -78,7 +80,8 @@ class _FactorForm:
         ) -> tuple[Any, Any, Any]:
             out = take(model, optimizer, **self.gen_model_input_fn(inputs))
             loss, aux = out if self._has_aux else (out, None)
-            return loss, aux, jnp.nan  # no gradient stands to be measured
+            # No gradient stands to be measured.
+            return loss, (aux, None) if self._moves_by_messages else aux, jnp.nan
 
         return step
 
@@ -92,6 +95,8 @@ class _FactorForm:
             out, grads = grad_fn(model, optimizer, **self.gen_model_input_fn(inputs))
             loss, aux = out if self._has_aux else (out, None)
             norm = optax.global_norm(grads)
+            if self._moves_by_messages:
+                return loss, (aux, optimizer.updates(model, grads)), norm
             optimizer.update(model, grads)
             return loss, aux, norm
 
@@ -111,7 +116,7 @@ def _check_accumulation(optimizer: nnx.Optimizer[Any], each: int | None) -> None
         )
 
 
-class RacLoraTrainer(_FactorForm, PeftTrainer):  # type: ignore[misc]
+class RacLoraTrainer(FactorForm, PeftTrainer):  # type: ignore[misc]
     """``tunix.PeftTrainer`` in factor form: fine-tuning in full rank at LoRA's cost.
 
     Args:
@@ -157,7 +162,7 @@ class RacLoraTrainer(_FactorForm, PeftTrainer):  # type: ignore[misc]
         )
 
 
-class RacLoraDPOTrainer(_FactorForm, DPOTrainer):  # type: ignore[misc]
+class RacLoraDPOTrainer(FactorForm, DPOTrainer):  # type: ignore[misc]
     """``tunix.DPOTrainer`` in factor form.
 
     Args:
