@@ -166,9 +166,9 @@ def shakespeare(data_dir: pathlib.Path) -> str:
     return _unzipped(data_dir / "tinyshakespeare" / "input.txt.gz")
 
 
-def gsm8k(data_dir: pathlib.Path) -> str:
+def gsm8k(data_dir: pathlib.Path, problems: int | None = PROBLEMS) -> str:
     """The first problems of GSM8K's training split, each with its worked answer."""
-    lines = _unzipped(data_dir / "gsm8k" / "train.jsonl.gz").splitlines()[:PROBLEMS]
+    lines = _unzipped(data_dir / "gsm8k" / "train.jsonl.gz").splitlines()[:problems]
     problems = map(json.loads, lines)
     return "\n\n".join(f"{one['question']}\n{one['answer']}" for one in problems)
 

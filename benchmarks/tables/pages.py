@@ -22,6 +22,7 @@ PAGES = tuple(
         "docs/results/digits.md",
         "docs/results/federated.md",
         "docs/results/labels.md",
+        "docs/results/noise.md",
         "docs/results/language.md",
         "docs/results/paper.md",
         "docs/results/programs.md",
@@ -269,6 +270,13 @@ TABLES = {
     "glue_steps": lambda: pretrained.glue("equal steps"),
     "glue_time": lambda: pretrained.glue("equal time"),
     "quantized": pretrained.quantized,
+    "noise_texts": lambda: pretrained.noise(
+        ("Shakespeare", "GSM8K", "WikiText-2"), "polar, links of 25"
+    ),
+    "noise_labels": lambda: pretrained.noise(
+        ("SST-2", "exchanged words", "MRPC"), "LoRA r8 Adam"
+    ),
+    "forgetting": pretrained.forgetting,
     "sentiment_steps": lambda: pretrained.losses("sentiment", "equal steps"),
     "sentiment_times": lambda: pretrained.times("sentiment"),
     "sentiment_time": lambda: pretrained.losses("sentiment", "equal time"),

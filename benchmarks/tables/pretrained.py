@@ -190,6 +190,63 @@ def polynomials() -> str:
     return "\n".join(lines)
 
 
+def noise(tasks: tuple[str, ...], base: str) -> str:
+    """The loss of every rule on some tasks, and what it is over one of them."""
+    rows = {(row["method"], row["study"]): row for row in _rows("noise")}
+    methods = [
+        method
+        for method in dict.fromkeys(method for method, _ in rows)
+        if any((method, task) in rows for task in tasks)
+    ]
+
+    def cell(method: str, task: str) -> str:
+        row, other = rows.get((method, task)), rows.get((base, task))
+        if row is None or other is None:
+            return "-"
+        gaps = [a - b for a, b in zip(row["loss"], other["loss"], strict=True)]
+        over = f"{statistics.mean(gaps):+.3f} ± {statistics.stdev(gaps):.3f}"
+        return f"{row['loss_mean']:.3f}; {over}"
+
+    lines = [
+        "| rule | optimizer bytes | " + " | ".join(tasks) + " |",
+        "|---|" + "---:|" * (len(tasks) + 1),
+    ]
+    for method in methods:
+        one = next(rows[method, task] for task in tasks if (method, task) in rows)
+        size = one["optimizer_bytes"]
+        cells = (method, f"{size:,}", *(cell(method, task) for task in tasks))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def forgetting() -> str:
+    """What was forgotten where the new text had been learnt equally well."""
+    rows = _rows("forgetting")
+    levels = list(rows[0]["forgotten_at"])
+    lines = [
+        "| method | loss at the end | forgotten there | "
+        + " | ".join(f"forgotten at {level}" for level in levels)
+        + " |",
+        "|---|" + "---:|" * (len(levels) + 2),
+    ]
+
+    def cell(values: list[float | None]) -> str:
+        if None in values:
+            return "-"
+        found = [value for value in values if value is not None]
+        return f"{statistics.mean(found):.2f} ± {statistics.stdev(found):.2f}"
+
+    for row in rows:
+        cells = (
+            row["method"],
+            f"{row['loss_mean']:.3f}",
+            cell(row["forgotten_at_end"]),
+            *(cell(row["forgotten_at"][level]) for level in levels),
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def quantized() -> str:
     """Losses on bases of codes, those in codes and those with the carried error."""
     rows = _rows("quantized")
