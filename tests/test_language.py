@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.pretrained import entries as contenders
-from benchmarks.pretrained import language, stories
+from benchmarks.pretrained import forgetting, language, noise, stories
 from benchmarks.pretrained import run as contest
 from benchmarks.shared import results as standings
 
@@ -176,6 +176,39 @@ def test_rates_rise_fall_and_end_at_zero():
     again = contest.rate_of(entry._replace(link=25, rewarm=5), 1.0, 300)
     assert float(again(50)) == pytest.approx(float(rate(50)) / 5, rel=1e-5)
     assert float(again(54)) == pytest.approx(float(rate(54)), rel=1e-5)
+
+
+def test_what_is_forgotten_is_read_where_the_level_was_first_passed():
+    """On a line between two measurements, and nowhere if the level was not reached."""
+    points = [(5.0, 0.0), (3.0, 0.4), (3.2, 0.5), (2.0, 0.9)]
+    at = forgetting.forgotten_at
+    np.testing.assert_allclose(
+        [at(4.0, points), at(2.5, points)], [0.2, 0.5 + 0.4 * 7 / 12]
+    )
+    assert at(1.9, points) is None
+
+
+def test_a_model_knows_its_own_stories_best(task):
+    """Stories drawn from it cost it less than others, and less than a changed model."""
+    own = forgetting.written(task.model, 32, contest.LENGTH)
+    assert own.shape == (32, contest.LENGTH + 1)
+    assert set(own[:, 0].tolist()) == {1}
+    loss = jax.jit(task.loss)
+    for factor in (0.8, 1.2):
+        changed = jax.tree.map(lambda leaf, factor=factor: factor * leaf, task.params)
+        assert loss(task.params, own) < loss(changed, own) - 0.01
+    assert loss(task.params, own) < task.validation_loss(task.params) - 2
+
+
+@pytest.mark.parametrize("rule", [noise.soft(1.0), noise.power(0.5), noise.mixed(0.5)])
+def test_rules_that_are_compared_have_the_length_of_the_polar_factor(rule):
+    """And lie between it and the gradient."""
+    factor = np.random.default_rng(0).normal(size=(4, 30)).astype("f")
+    factor *= np.array([10, 1, 1, 0.1], "f")[:, None]
+    (got,), _ = rule().update([factor], rule().init([factor]))
+    np.testing.assert_allclose(np.linalg.norm(got), np.sqrt(120), rtol=1e-5)
+    spread = [np.ptp(np.log(np.linalg.svd(one)[1])) for one in (factor, got)]
+    assert 0.3 < spread[1] < 0.9 * spread[0]
 
 
 def test_search_goes_on_until_the_best_is_inside():
