@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import math
 import os
 import pathlib
 import re
@@ -14,21 +11,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from raclora_jax._core import checks, paths
 from raclora_jax._core.digest import digests
 from raclora_jax._core.disk import write
 from raclora_jax._core.spec import Spec, as_spec
-from raclora_jax._core.types import Leaf, Leaves, PyTree
-from raclora_jax._forms.adapter import AdapterChain, init_adapter, next_link
+from raclora_jax._core.types import Leaves, PyTree
+from raclora_jax._extras import extra
+from raclora_jax._forms.adapter import AdapterChain, init_adapter
+from raclora_jax._forms.link_end import link_end, on_host
 from raclora_jax.checkpoint._everyone import one_line
 
-_FORMAT = "raclora_jax chain log 1"
-_NAME = re.compile(r"link-(\d{8,})")
+with extra("checkpoint"):
+    from raclora_jax._core import record as records
 
-# One program for those who write and those who rebuild, so that both round alike.
-_advance = jax.jit(next_link, static_argnames="spec")
+_FORMAT = "raclora_jax record 1"
+_NAME = re.compile(r"link-(\d{8,})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,38 +50,25 @@ class _Record:
     factors: Leaves
 
     def to_bytes(self) -> bytes:
-        """SHA-256 of the rest, a line of JSON, and the arrays' bytes one by one."""
-        arrays = {p: np.asarray(leaf, order="C") for p, leaf in self.factors.items()}
+        """The record, see ``_core.record``."""
         head = {
             "format": _FORMAT,
             **{field: getattr(self, field) for field in _FIELDS},
             "spec": self.spec.to_json(),
-            "arrays": [[p, str(a.dtype), list(a.shape)] for p, a in arrays.items()],
         }
-        # JSON has no line break of its own here, so that the first one ends it.
-        body = json.dumps(head).encode() + b"\n"
-        body += b"".join(array.tobytes() for array in arrays.values())
-        return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+        numbers = {f"numbers:{path}": leaf for path, leaf in self.factors.items()}
+        return records.to_bytes(head, numbers)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> _Record:
         """Reads what ``to_bytes`` wrote; anything else is a ``ValueError``."""
-        digest, _, body = raw.partition(b"\n")
-        if hashlib.sha256(body).hexdigest().encode() != digest:
-            raise ValueError("it is cut short or its bytes are not those written")
-        line, _, rest = body.partition(b"\n")
-        head = json.loads(line)
-        if head["format"] != _FORMAT:
-            raise ValueError(f"its format is {head['format']!r}, not {_FORMAT!r}")
-        factors, start = {}, 0
-        for path, name, shape in head["arrays"]:
-            dtype = jnp.dtype(name)
-            count = math.prod(shape)
-            flat = np.frombuffer(rest, dtype, count, start)
-            factors[path] = flat.reshape(shape)
-            start += count * dtype.itemsize
-        spec = Spec.from_json(head["spec"])
+        return records.from_bytes(raw, _FORMAT, cls._read)
+
+    @classmethod
+    def _read(cls, head: dict[str, Any], arrays: dict[str, np.ndarray]) -> _Record:
         said = {field: head[field] for field in _FIELDS}
+        spec = Spec.from_json(head["spec"])
+        factors = {name.removeprefix("numbers:"): one for name, one in arrays.items()}
         return cls(**said, spec=spec, factors=factors)
 
 
@@ -143,7 +128,7 @@ class ChainLog:
           OSError: If the record cannot be written.
         """
         spec = as_spec(spec)
-        after = _advance(base_params, factors, chain, spec=spec)
+        after = link_end([base_params], factors, chain, spec)
         trained, _ = paths.flatten(factors)
         record = _Record(
             link=int(chain.link),
@@ -151,7 +136,7 @@ class ChainLog:
             spec=spec,
             before=_digests_of(base_params),
             after=_digests_of(after[0]),
-            factors={path: _on_host(leaf) for path, leaf in trained.items()},
+            factors={path: on_host(leaf) for path, leaf in trained.items()},
         )
         if jax.process_index() == 0:
             self._write(record)
@@ -187,19 +172,15 @@ class ChainLog:
                 f"{found[-1]}, and {links} were asked for; bring the others back, or ask "
                 "for fewer"
             )
-        base, chain, last = base_params, None, None
+        base = base_params
         for index in range(found[0], found[0] + (links or len(found))):
             record = self._read(index)
             spec = record.spec
             _same(record.before, _digests_of(base), self._path(index), _OTHER_BASE)
-            template, fresh = init_adapter(base, spec, key=_key(record))
-            if chain is None or spec != last:
-                # Begun anew at the first record and where the spec changes; else it goes
-                # on with what next_link drew, as the run did.
-                chain = fresh if index == 0 else _moved(fresh, index)
-            last = spec
+            template, chain = init_adapter(base, spec, key=_key(record))
+            chain = chain._replace(link=jnp.full((), index, jnp.int32))
             trained = _filled(template, record, self._path(index))
-            base, _, chain = _advance(base, trained, chain, spec=spec)
+            base, *_ = link_end([base], trained, chain, spec)
             _same(record.after, _digests_of(base), self._path(index), _OTHER_BITS)
         return base
 
@@ -273,21 +254,9 @@ def _key(record: _Record) -> jax.Array:
     return jnp.asarray(record.key_data, jnp.uint32)
 
 
-def _moved(chain: AdapterChain, link: int) -> AdapterChain:
-    """A fresh chain at a later link; without sketches, so that they are drawn there."""
-    return chain._replace(link=jnp.full((), link, jnp.int32), sketches={})
-
-
 def _filled(template: PyTree, record: _Record, file: pathlib.Path) -> PyTree:
     leaves, treedef = paths.flatten(template)
     if leaves.keys() != record.factors.keys():
         path = sorted(leaves.keys() ^ record.factors.keys())[0]
         raise ValueError(f"{file}, leaf {paths.show(path)}: {_OTHER_BASE}")
     return paths.unflatten(treedef, {path: record.factors[path] for path in leaves})
-
-
-def _on_host(leaf: Leaf) -> np.ndarray:
-    """A leaf in whole, wherever its shards are."""
-    if getattr(leaf, "is_fully_addressable", True):
-        return np.asarray(leaf)
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
