@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType
+from jax.sharding import AxisType, SingleDeviceSharding
 
 from raclora_jax._chain.state import next_of
 from raclora_jax._core import paths
 from raclora_jax._core.plan import LeafPlan, with_sharding
+from raclora_jax._core.sharding import sharding_of
 from raclora_jax._core.sides import sketch_shardings
 from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.spec import Spec
@@ -145,7 +146,7 @@ def _alone(device: Any) -> contextlib.AbstractContextManager[Any]:
 def _device(leaves: list[Leaf]) -> Any:
     """The first device of this process that a leaf is on."""
     for leaf in jax.tree.leaves(leaves):
-        if isinstance(leaf, Array) and leaf.committed:
+        if _is_bound(leaf):
             devices: Any = leaf.sharding.addressable_devices
             return min(devices, key=lambda device: device.id)
     return jax.local_devices()[0]
@@ -153,11 +154,16 @@ def _device(leaves: list[Leaf]) -> Any:
 
 def _whole(leaf: Leaf, device: Any) -> Leaf:
     """A leaf in whole on one device; one that is free to go anywhere stays so."""
-    if not (isinstance(leaf, Array) and leaf.committed):
+    if not _is_bound(leaf):
         return leaf
-    return jax.device_put(
-        on_host(leaf) if not leaf.is_fully_addressable else leaf, device
-    )
+    # A plain device would leave the mesh in the type of an array on explicit axes.
+    alone = SingleDeviceSharding(device)
+    return jax.device_put(leaf if leaf.is_fully_addressable else on_host(leaf), alone)
+
+
+def _is_bound(leaf: Leaf) -> bool:
+    """Whether an array is where somebody put it."""
+    return isinstance(leaf, Array) and (leaf.committed or sharding_of(leaf) is not None)
 
 
 def on_host(leaf: Leaf) -> np.ndarray:
@@ -169,7 +175,7 @@ def on_host(leaf: Leaf) -> np.ndarray:
 
 def placed(new: Leaf, old: Leaf) -> Array:
     """A new array where the old one was."""
-    if isinstance(old, Array) and old.committed:
+    if _is_bound(old):
         return jax.device_put(new, old.sharding)
     return jnp.asarray(new)
 

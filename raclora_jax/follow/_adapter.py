@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
@@ -119,15 +118,14 @@ def trained(run: Adapted, message: Message, position: Position) -> Adapted:
         than the run has.
     """
     check_key(run.chain.key_data, position, "the chain of the run")
-    link = int(run.chain.link)
-    check_link(run, message, [link] if message.spec is None else [link, link + 1])
+    check_link(run, message, may_end=message.spec is not None)
     found, treedef = paths.flatten(run.factors)
     for path, part in message.parts.items():
         _check_fits(path, part, found)
     if message.spec is not None:
         spec = Spec.from_json(message.spec)
         check_adapted(run, spec)
-        if message.link > link:
+        if message.link > int(run.chain.link):
             run = next_link(run, spec)
         check_weights(digests(weights_of(run)), message)
 
@@ -153,14 +151,15 @@ def check_form(params: PyTree, message: Message) -> None:
     )
 
 
-def check_link(run: Adapted, message: Message, expected: Collection[int]) -> None:
-    """Refuses a run whose chain stands in another link than a message."""
+def check_link(run: Adapted, message: Message, *, may_end: bool = False) -> None:
+    """Refuses a run in another link than a message, unless that ends the run's."""
+    link = int(run.chain.link)
+    expected = [link, link + 1] if may_end else [link]
     if message.link not in expected:
-        said = " or ".join(map(str, expected))
         raise ValueError(
             f"the message of step {message.step} is of link {message.link}: expected "
-            f"link {said}, since the run is in link {int(run.chain.link)}; begin it with "
-            "the weights of that link and its number: follow.begin(..., link=)"
+            f"link {' or '.join(map(str, expected))}, where the run stands; begin it "
+            "with the weights of that link and its number: follow.begin(..., link=)"
         )
 
 

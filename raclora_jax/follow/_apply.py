@@ -141,7 +141,7 @@ def join(params: PyTree, message: bytes) -> Position:
     check_form(params, read)
     check_weights(digests(weights_of(params)), read)
     if isinstance(params, Adapted):
-        check_link(params, read, [read.link])
+        check_link(params, read)
     before = Position(read.run, read.step, read.last)
     return before if read.before else _behind(before, message)
 
