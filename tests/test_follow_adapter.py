@@ -306,23 +306,28 @@ def test_catching_up_from_the_log(tmp_path):
     assert position == sent[-1][2]
 
 
-def test_catching_up_from_a_chain_log(tmp_path):
+@pytest.mark.parametrize("kind", ["bfloat16", "nf4"])
+def test_catching_up_from_a_chain_log(tmp_path, kind):
     """The trainer ends its links with the log; a follower begins at what it rebuilds."""
     spec, log = spec_of(), ChainLog(tmp_path)
-    run = run_of("bfloat16", spec, mesh=AxisType.Auto)
+    start = run_of(kind, spec)
+    run = run_of(kind, spec, mesh=AxisType.Auto)
     position, sent = follow.start(run, key=3), []
     for link in range(3):
         if link:
-            ended = log.next_link(run.base_params, run.factors, run.chain, spec)
-            run = follow.Adapted(ended[0], None, *ended[1:])
+            base, error, *rest = run
+            ended = log.next_link(base, *rest, spec, error=error)
+            run = follow.Adapted(*(ended if error else (ended[0], None, *ended[1:])))
         for step in range(STEPS):
             factors = stepped(run.factors, STEPS * link + step)
             message = follow.encode_adapter(run, factors, position, spec, numbers="int8")
             run, position = follow.apply(run, message, position)
             sent.append((message, run, position))
-    follows(run_of("bfloat16", spec), sent)
-    base = log.rebuild(params_of("bfloat16"), links=2)
-    late = follow.begin(base, spec, key=3, link=2)
+    follows(start, sent)
+    base, error = log.rebuild(start.base_params, error=start.error, links=2), None
+    if start.error:
+        base, error = base
+    late = follow.begin(base, spec, key=3, link=2, error=error)
     at = follow.join(late, sent[2 * STEPS][0])
     for message, theirs, where in sent[2 * STEPS :]:
         late, at = follow.apply(late, message, at)
@@ -330,7 +335,7 @@ def test_catching_up_from_a_chain_log(tmp_path):
         assert at == where
     refuses(lambda: follow.join(late, sent[1][0]), "step 1 has no digests")
     refuses(lambda: follow.join(late, sent[0][0]), "are not the trainer's")
-    early = follow.begin(base, spec, key=3, link=1)
+    early = follow.begin(base, spec, key=3, link=1, error=error)
     refuses(
         lambda: follow.join(early, sent[2 * STEPS][0]),
         "of link 2: expected link 1",

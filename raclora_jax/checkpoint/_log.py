@@ -105,9 +105,15 @@ class ChainLog:
         self._directory.mkdir(parents=True, exist_ok=True)
 
     def next_link(
-        self, base_params: PyTree, factors: PyTree, chain: AdapterChain, spec: Spec | int
-    ) -> tuple[Any, Any, AdapterChain]:
-        """``raclora_jax.next_link``, compiled, with a record of what it merged.
+        self,
+        base_params: PyTree,
+        factors: PyTree,
+        chain: AdapterChain,
+        spec: Spec | int,
+        *,
+        error: PyTree = None,
+    ) -> tuple[Any, ...]:
+        """``raclora_jax.next_link``, leaf by leaf on one device, with a record of it.
 
         A run that was set back to an earlier checkpoint writes the same records again,
         which changes nothing; other ones are refused.
@@ -117,9 +123,11 @@ class ChainLog:
           factors: The trained tree.
           chain: Where the chain stands.
           spec: The spec of the run.
+          error: The carried errors of a quantised base.
 
         Returns:
-          ``(base_params, factors, chain)`` of the next link.
+          ``(base_params, factors, chain)`` of the next link, or
+          ``(base_params, error, factors, chain)`` as of ``quantized.next_link``.
 
         Raises:
           ValueError: If factors, chain and base do not belong together, another run has
@@ -128,35 +136,39 @@ class ChainLog:
           OSError: If the record cannot be written.
         """
         spec = as_spec(spec)
-        after = link_end([base_params], factors, chain, spec)
+        after = _ended(base_params, error, factors, chain, spec)
         trained, _ = paths.flatten(factors)
         record = _Record(
             link=int(chain.link),
             key_data=np.asarray(chain.key_data).tolist(),
             spec=spec,
-            before=_digests_of(base_params),
-            after=_digests_of(after[0]),
+            before=_digests_of(base_params, error),
+            after=_digests_of(*after[:2]),
             factors={path: on_host(leaf) for path, leaf in trained.items()},
         )
         if jax.process_index() == 0:
             self._write(record)
-        return after
+        return after if error is not None else (after[0], *after[2:])
 
     def links(self) -> list[int]:
         """The links that there are records of, in order."""
         found = map(_NAME.fullmatch, os.listdir(self._directory))
         return sorted(int(match[1]) for match in found if match)
 
-    def rebuild(self, base_params: PyTree, *, links: int | None = None) -> Any:
+    def rebuild(
+        self, base_params: PyTree, *, error: PyTree = None, links: int | None = None
+    ) -> Any:
         """The weights after the log's links, bit by bit.
 
         Args:
           base_params: The weights that the first of them began with.
+          error: The errors beside them, of a quantised base.
           links: How many of them; all that are there if left out, so give it where it is
             known.
 
         Returns:
-          The weights, with the dtypes and shardings of ``base_params``.
+          The weights, with the dtypes and shardings of ``base_params``, or
+          ``(base_params, error)`` if there is one.
 
         Raises:
           FileNotFoundError: If there is no record, or one of those asked for is missing.
@@ -176,13 +188,13 @@ class ChainLog:
         for index in range(found[0], found[0] + (links or len(found))):
             record = self._read(index)
             spec = record.spec
-            _same(record.before, _digests_of(base), self._path(index), _OTHER_BASE)
+            _same(record.before, _digests_of(base, error), self._path(index), _OTHER_BASE)
             template, chain = init_adapter(base, spec, key=_key(record))
             chain = chain._replace(link=jnp.full((), index, jnp.int32))
             trained = _filled(template, record, self._path(index))
-            base, *_ = link_end([base], trained, chain, spec)
-            _same(record.after, _digests_of(base), self._path(index), _OTHER_BITS)
-        return base
+            base, error, *_ = _ended(base, error, trained, chain, spec)
+            _same(record.after, _digests_of(base, error), self._path(index), _OTHER_BITS)
+        return base if error is None else (base, error)
 
     def _path(self, link: int) -> pathlib.Path:
         return self._directory / f"link-{link:08d}"
@@ -240,8 +252,21 @@ _OTHER_BITS = (
 )
 
 
-def _digests_of(params: PyTree) -> dict[str, int]:
-    return digests(paths.flatten(params)[0])
+def _ended(
+    base: PyTree, error: PyTree, factors: PyTree, chain: AdapterChain, spec: Spec
+) -> tuple[Any, ...]:
+    """``(base_params, error, factors, chain)`` of the next link."""
+    if error is None:
+        base, *rest = link_end([base], factors, chain, spec)
+        return base, None, *rest
+    from raclora_jax.quantized._merge import compiled_merge
+
+    return link_end([base, error], factors, chain, spec, compiled_merge)
+
+
+def _digests_of(base: PyTree, error: PyTree) -> dict[str, int]:
+    held = base if error is None else {"base_params": base, "error": error}
+    return digests(paths.flatten(held)[0])
 
 
 def _same(there: dict[str, int], here: dict[str, int], file: Any, why: str) -> None:
