@@ -359,6 +359,22 @@ def test_catching_up_from_a_checkpoint(tmp_path):
     assert_same_bits(jax.device_get(rest[-1][1]), jax.device_get(sent[-1][1]))
 
 
+@pytest.mark.parametrize(
+    ("numbers", "gap"), [("float32", 0), ("bfloat16", 2**-7), ("int8", 1.02 / 127)]
+)
+def test_the_factors_become_those_of_the_message(numbers, gap):
+    run, spec = run_of("nf4", spec_of()), spec_of()
+    factors = stepped(run.factors, 1)
+    position = follow.start(run, key=3)
+    message = follow.encode_adapter(run, factors, position, spec, numbers=numbers)
+    new, _ = follow.apply(run, message, position)
+    assert_close(new.factors, factors, 0.1 * gap)  # no number is larger than 0.1
+    assert_same_bits(new.factors["bias"], factors["bias"])
+    assert numbers == "float32" or not np.array_equal(
+        new.factors["kernel"], factors["kernel"]
+    )
+
+
 def test_a_step_that_is_left_out_moves_nothing():
     run, spec = run_of("nf4", spec_of()), spec_of()
     position = follow.start(run, key=3)
