@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import raclora_jax as rl
 from raclora_jax import follow
+from raclora_jax._forms import link_end
 from raclora_jax.checkpoint import ChainLog, Checkpointer
 from raclora_jax.follow._message import Message
 
@@ -153,6 +154,21 @@ def test_an_explicit_mesh_has_the_same_bits():
     with jax.set_mesh(spread.base_params["kernel"].sharding.mesh):
         sent = messages_of(spread, spec, 2 * STEPS)
     follows(run_of("bfloat16", spec), sent)
+
+
+def test_a_link_is_ended_on_one_device():
+    """CPUs round alike in both ways, so that equal bits do not show it."""
+    spec, seen = spec_of(), []
+    run = run_of("bfloat16", spec, mesh=AxisType.Auto)
+
+    def merged(*trees, spec):
+        seen.extend(jax.tree.leaves(trees))
+        return link_end.merged(*trees, spec=spec)
+
+    base, *_ = link_end.link_end([run.base_params], run.factors, run.chain, spec, merged)
+    arrays = [leaf for leaf in seen if isinstance(leaf, jax.Array)]
+    assert {len(leaf.devices()) for leaf in arrays} == {1}
+    assert len(base["kernel"].devices()) == 8
 
 
 @pytest.mark.parametrize("kind", ["nf4", "float32"])

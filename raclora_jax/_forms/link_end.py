@@ -126,12 +126,13 @@ def _drawn(
     words: tuple[int, ...], link: int, plans: tuple[LeafPlan, ...]
 ) -> dict[str, Drawn]:
     with _alone(jax.local_devices()[0]):
-        drawn = _draw(np.array(words, np.uint32), np.int32(link), plans)
+        drawn = draw(np.array(words, np.uint32), np.int32(link), plans)
         return jax.device_get(drawn)
 
 
 @functools.partial(jax.jit, static_argnames="plans")
-def _draw(data: Array, link: Array, plans: tuple[LeafPlan, ...]) -> dict[str, Drawn]:
+def draw(data: Array, link: Array, plans: tuple[LeafPlan, ...]) -> dict[str, Drawn]:
+    """``draw_all``, compiled, for all who are to have the same bits."""
     return draw_all(data, link, plans)
 
 
