@@ -83,7 +83,7 @@ def link_end(
                 AdapterChain(link, data, own, chain.stamps),
                 spec=spec,
             )
-        # At once, so that no more than a leaf is held twice on one device.
+        # Put back at once: one leaf at a time is in whole on one device.
         for leaves, olds, news in zip(new, parts, out, strict=True):
             leaves.update({p: jax.tree.map(placed, news[p], olds[p]) for p in olds})
     chain = chain._replace(link=next_of(chain.link))
