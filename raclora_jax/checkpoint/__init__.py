@@ -1,6 +1,6 @@
 """Checkpoints that survive: a run's state over orbax, and a log of a chain's links.
 
-``pip install 'raclora-jax[checkpoint]'``; ``ChainLog`` needs no orbax.
+``pip install 'raclora-jax[checkpoint]'``; ``ChainLog`` needs safetensors and no orbax.
 
 Read in this order: ``_checkpointer`` (save and restore), ``_state`` and ``_leaves`` (what
 is saved, and how it lies there), ``_meta`` (how damage is seen), ``_everyone`` and

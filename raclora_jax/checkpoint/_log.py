@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import math
 import os
 import pathlib
 import re
@@ -14,21 +11,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from raclora_jax._core import checks, paths
 from raclora_jax._core.digest import digests
 from raclora_jax._core.disk import write
 from raclora_jax._core.spec import Spec, as_spec
-from raclora_jax._core.types import Leaf, Leaves, PyTree
-from raclora_jax._forms.adapter import AdapterChain, init_adapter, next_link
+from raclora_jax._core.types import Leaves, PyTree
+from raclora_jax._extras import extra
+from raclora_jax._forms.adapter import AdapterChain, init_adapter
+from raclora_jax._forms.link_end import link_end, on_host
 from raclora_jax.checkpoint._everyone import one_line
 
-_FORMAT = "raclora_jax chain log 1"
-_NAME = re.compile(r"link-(\d{8,})")
+with extra("checkpoint"):
+    from raclora_jax._core import record as records
 
-# One program for those who write and those who rebuild, so that both round alike.
-_advance = jax.jit(next_link, static_argnames="spec")
+_FORMAT = "raclora_jax record 1"
+_NAME = re.compile(r"link-(\d{8,})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,38 +50,25 @@ class _Record:
     factors: Leaves
 
     def to_bytes(self) -> bytes:
-        """SHA-256 of the rest, a line of JSON, and the arrays' bytes one by one."""
-        arrays = {p: np.asarray(leaf, order="C") for p, leaf in self.factors.items()}
+        """The record, see ``_core.record``."""
         head = {
             "format": _FORMAT,
             **{field: getattr(self, field) for field in _FIELDS},
             "spec": self.spec.to_json(),
-            "arrays": [[p, str(a.dtype), list(a.shape)] for p, a in arrays.items()],
         }
-        # JSON has no line break of its own here, so that the first one ends it.
-        body = json.dumps(head).encode() + b"\n"
-        body += b"".join(array.tobytes() for array in arrays.values())
-        return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+        numbers = {f"numbers:{path}": leaf for path, leaf in self.factors.items()}
+        return records.to_bytes(head, numbers)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> _Record:
         """Reads what ``to_bytes`` wrote; anything else is a ``ValueError``."""
-        digest, _, body = raw.partition(b"\n")
-        if hashlib.sha256(body).hexdigest().encode() != digest:
-            raise ValueError("it is cut short or its bytes are not those written")
-        line, _, rest = body.partition(b"\n")
-        head = json.loads(line)
-        if head["format"] != _FORMAT:
-            raise ValueError(f"its format is {head['format']!r}, not {_FORMAT!r}")
-        factors, start = {}, 0
-        for path, name, shape in head["arrays"]:
-            dtype = jnp.dtype(name)
-            count = math.prod(shape)
-            flat = np.frombuffer(rest, dtype, count, start)
-            factors[path] = flat.reshape(shape)
-            start += count * dtype.itemsize
-        spec = Spec.from_json(head["spec"])
+        return records.from_bytes(raw, _FORMAT, cls._read)
+
+    @classmethod
+    def _read(cls, head: dict[str, Any], arrays: dict[str, np.ndarray]) -> _Record:
         said = {field: head[field] for field in _FIELDS}
+        spec = Spec.from_json(head["spec"])
+        factors = {name.removeprefix("numbers:"): one for name, one in arrays.items()}
         return cls(**said, spec=spec, factors=factors)
 
 
@@ -120,9 +105,15 @@ class ChainLog:
         self._directory.mkdir(parents=True, exist_ok=True)
 
     def next_link(
-        self, base_params: PyTree, factors: PyTree, chain: AdapterChain, spec: Spec | int
-    ) -> tuple[Any, Any, AdapterChain]:
-        """``raclora_jax.next_link``, compiled, with a record of what it merged.
+        self,
+        base_params: PyTree,
+        factors: PyTree,
+        chain: AdapterChain,
+        spec: Spec | int,
+        *,
+        error: PyTree = None,
+    ) -> tuple[Any, ...]:
+        """``raclora_jax.next_link``, leaf by leaf on one device, with a record of it.
 
         A run that was set back to an earlier checkpoint writes the same records again,
         which changes nothing; other ones are refused.
@@ -132,9 +123,11 @@ class ChainLog:
           factors: The trained tree.
           chain: Where the chain stands.
           spec: The spec of the run.
+          error: The carried errors of a quantised base.
 
         Returns:
-          ``(base_params, factors, chain)`` of the next link.
+          ``(base_params, factors, chain)`` of the next link, or
+          ``(base_params, error, factors, chain)`` as of ``quantized.next_link``.
 
         Raises:
           ValueError: If factors, chain and base do not belong together, another run has
@@ -143,35 +136,39 @@ class ChainLog:
           OSError: If the record cannot be written.
         """
         spec = as_spec(spec)
-        after = _advance(base_params, factors, chain, spec=spec)
+        after = _ended(base_params, error, factors, chain, spec)
         trained, _ = paths.flatten(factors)
         record = _Record(
             link=int(chain.link),
             key_data=np.asarray(chain.key_data).tolist(),
             spec=spec,
-            before=_digests_of(base_params),
-            after=_digests_of(after[0]),
-            factors={path: _on_host(leaf) for path, leaf in trained.items()},
+            before=_digests_of(base_params, error),
+            after=_digests_of(*after[:2]),
+            factors={path: on_host(leaf) for path, leaf in trained.items()},
         )
         if jax.process_index() == 0:
             self._write(record)
-        return after
+        return after if error is not None else (after[0], *after[2:])
 
     def links(self) -> list[int]:
         """The links that there are records of, in order."""
         found = map(_NAME.fullmatch, os.listdir(self._directory))
         return sorted(int(match[1]) for match in found if match)
 
-    def rebuild(self, base_params: PyTree, *, links: int | None = None) -> Any:
+    def rebuild(
+        self, base_params: PyTree, *, error: PyTree = None, links: int | None = None
+    ) -> Any:
         """The weights after the log's links, bit by bit.
 
         Args:
           base_params: The weights that the first of them began with.
+          error: The errors beside them, of a quantised base.
           links: How many of them; all that are there if left out, so give it where it is
             known.
 
         Returns:
-          The weights, with the dtypes and shardings of ``base_params``.
+          The weights, with the dtypes and shardings of ``base_params``, or
+          ``(base_params, error)`` if there is one.
 
         Raises:
           FileNotFoundError: If there is no record, or one of those asked for is missing.
@@ -187,21 +184,17 @@ class ChainLog:
                 f"{found[-1]}, and {links} were asked for; bring the others back, or ask "
                 "for fewer"
             )
-        base, chain, last = base_params, None, None
+        base = base_params
         for index in range(found[0], found[0] + (links or len(found))):
             record = self._read(index)
             spec = record.spec
-            _same(record.before, _digests_of(base), self._path(index), _OTHER_BASE)
-            template, fresh = init_adapter(base, spec, key=_key(record))
-            if chain is None or spec != last:
-                # Begun anew at the first record and where the spec changes; else it goes
-                # on with what next_link drew, as the run did.
-                chain = fresh if index == 0 else _moved(fresh, index)
-            last = spec
+            _same(record.before, _digests_of(base, error), self._path(index), _OTHER_BASE)
+            template, chain = init_adapter(base, spec, key=_key(record))
+            chain = chain._replace(link=jnp.full((), index, jnp.int32))
             trained = _filled(template, record, self._path(index))
-            base, _, chain = _advance(base, trained, chain, spec=spec)
-            _same(record.after, _digests_of(base), self._path(index), _OTHER_BITS)
-        return base
+            base, error, *_ = _ended(base, error, trained, chain, spec)
+            _same(record.after, _digests_of(base, error), self._path(index), _OTHER_BITS)
+        return base if error is None else (base, error)
 
     def _path(self, link: int) -> pathlib.Path:
         return self._directory / f"link-{link:08d}"
@@ -259,8 +252,21 @@ _OTHER_BITS = (
 )
 
 
-def _digests_of(params: PyTree) -> dict[str, int]:
-    return digests(paths.flatten(params)[0])
+def _ended(
+    base: PyTree, error: PyTree, factors: PyTree, chain: AdapterChain, spec: Spec
+) -> tuple[Any, ...]:
+    """``(base_params, error, factors, chain)`` of the next link."""
+    if error is None:
+        base, *rest = link_end([base], factors, chain, spec)
+        return base, None, *rest
+    from raclora_jax.quantized._merge import compiled_merge
+
+    return link_end([base, error], factors, chain, spec, compiled_merge)
+
+
+def _digests_of(base: PyTree, error: PyTree) -> dict[str, int]:
+    held = base if error is None else {"base_params": base, "error": error}
+    return digests(paths.flatten(held)[0])
 
 
 def _same(there: dict[str, int], here: dict[str, int], file: Any, why: str) -> None:
@@ -273,21 +279,9 @@ def _key(record: _Record) -> jax.Array:
     return jnp.asarray(record.key_data, jnp.uint32)
 
 
-def _moved(chain: AdapterChain, link: int) -> AdapterChain:
-    """A fresh chain at a later link; without sketches, so that they are drawn there."""
-    return chain._replace(link=jnp.full((), link, jnp.int32), sketches={})
-
-
 def _filled(template: PyTree, record: _Record, file: pathlib.Path) -> PyTree:
     leaves, treedef = paths.flatten(template)
     if leaves.keys() != record.factors.keys():
         path = sorted(leaves.keys() ^ record.factors.keys())[0]
         raise ValueError(f"{file}, leaf {paths.show(path)}: {_OTHER_BASE}")
     return paths.unflatten(treedef, {path: record.factors[path] for path in leaves})
-
-
-def _on_host(leaf: Leaf) -> np.ndarray:
-    """A leaf in whole, wherever its shards are."""
-    if getattr(leaf, "is_fully_addressable", True):
-        return np.asarray(leaf)
-    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))

@@ -12,15 +12,12 @@ from raclora_jax._core import paths
 from raclora_jax._core.digest import digests
 from raclora_jax._core.factor import stamped_plan
 from raclora_jax._core.plan import LeafPlan
+from raclora_jax._core.record import checksum
 from raclora_jax._core.types import Leaf, Leaves, PyTree
+from raclora_jax.follow._adapted import Adapted, weights_of
+from raclora_jax.follow._adapter import check_form, check_link, trained
 from raclora_jax.follow._exact import added, moved_by_factor, rows_shape, with_rows
-from raclora_jax.follow._message import (
-    Message,
-    Part,
-    check_next,
-    check_weights,
-    checksum,
-)
+from raclora_jax.follow._message import Message, Part, check_next, check_weights
 from raclora_jax.follow._position import Position
 from raclora_jax.follow._sketches import Own, everywhere, own_sketches
 
@@ -33,9 +30,13 @@ def apply(params: PyTree, message: bytes, position: Position) -> tuple[Any, Posi
     matrices are drawn by one program on one device, and are the same on devices of one
     kind. A follower whose sketches have other bits than the trainer's is told so.
 
+    Of a run in the adapter form the factors become those of the message, and the first
+    one of a link ends the link before, as ``next_link`` does.
+
     Args:
-      params: The weights, on any mesh, in the trainer's dtypes.
-      message: What ``encode`` or ``encode_fused`` returned.
+      params: The weights, on any mesh, in the trainer's dtypes, or a run in the adapter
+        form as ``begin`` gives it.
+      message: What ``encode``, ``encode_fused`` or ``encode_adapter`` returned.
       position: Where the weights stand.
 
     Returns:
@@ -60,6 +61,9 @@ def apply(params: PyTree, message: bytes, position: Position) -> tuple[Any, Posi
     """
     read = Message.from_bytes(message)
     check_next(read, position, message)
+    check_form(params, read)
+    if isinstance(params, Adapted):
+        return trained(params, read, position), _behind(position, message)
     leaves, treedef = paths.flatten(params)
     plans = _checked(read.parts, leaves)
     if read.weights is not None and read.before:
@@ -108,9 +112,10 @@ def join(params: PyTree, message: bytes) -> Position:
     """The position of weights that came by another way, such as a checkpoint.
 
     Args:
-      params: The weights.
+      params: The weights, or a run in the adapter form that ``begin`` made of them.
       message: A message of the run that has digests of the weights: one in
-        ``digest_every`` has, and says whether they are those before it or after it.
+        ``digest_every`` has, and says whether they are those before it or after it; in
+        the adapter form the first of each link, of the weights that it begins with.
 
     Returns:
       The position, from which ``apply`` goes on.
@@ -131,10 +136,12 @@ def join(params: PyTree, message: bytes) -> Position:
     if read.weights is None:
         raise ValueError(
             f"the message of step {read.step} has no digests of the weights; expected "
-            "one that has, which encode makes once in digest_every"
+            "one that has: one in digest_every, or the first of a link"
         )
-    leaves, _ = paths.flatten(params)
-    check_weights(digests(leaves), read)
+    check_form(params, read)
+    check_weights(digests(weights_of(params)), read)
+    if isinstance(params, Adapted):
+        check_link(params, read)
     before = Position(read.run, read.step, read.last)
     return before if read.before else _behind(before, message)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-from raclora_jax._chain.state import RacLoraState
 from raclora_jax._core import paths
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.rounding import is_low
@@ -22,13 +22,13 @@ def check_outside(tree: PyTree) -> None:
         )
 
 
-def check_key(state: RacLoraState, position: Position) -> None:
-    """Refuses a state whose sketches are not those of the run."""
-    words = words_of(state.key_data)
+def check_key(data: Array, position: Position, what: str) -> None:
+    """Refuses a state or chain whose sketches are not those of the run."""
+    words = words_of(data)
     if words != position.run[16:]:
         raise ValueError(
-            f"opt_state has another key than the run: expected {position.run[16:]}, got "
-            f"{words}; hand start the key that raclora was given"
+            f"{what} has another key than the run: expected {position.run[16:]}, got "
+            f"{words}; hand start the key that it was made with"
         )
 
 

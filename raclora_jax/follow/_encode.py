@@ -80,7 +80,7 @@ def encode(
     leaves, _ = paths.flatten(params)
     steps, _ = paths.flatten(updates, is_leaf=is_factor)
     check_outside((params, updates, state))
-    check_key(state, position)
+    check_key(state.key_data, position, "opt_state")
     plans = {}
     for path, step in steps.items():
         if path not in leaves:

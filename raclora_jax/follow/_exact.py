@@ -24,7 +24,7 @@ from raclora_jax._core.picks import Picks, picked_axes
 from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.rounding import nearest, settle
 from raclora_jax._core.sharding import auto_axes, constrained
-from raclora_jax._core.types import RANK, Drawn, Label
+from raclora_jax._core.types import RANK, Drawn, Label, Leaf
 
 # Below it a part is zero: products of parts then stay above the subnormal numbers, which
 # some devices round to zero.
@@ -47,12 +47,12 @@ def _kept(part: Array) -> Array:
     return jnp.where(jnp.abs(part) < _LEAST, 0.0, part)
 
 
-def numbers_of(numbers: Array, scales: Array | None, plan: LeafPlan) -> Array:
+def numbers_of(numbers: Leaf, scales: Leaf | None) -> Array:
     """The numbers of a message in float32; those of 8 bits times what one is worth."""
     if scales is None:
-        return numbers.astype(jnp.float32)
+        return jnp.asarray(numbers, jnp.float32)
     # 7 bits times the 8 of a bfloat16: no product rounds here either.
-    kept = range(-len(plan.kept_axes), 0)
+    kept = range(scales.ndim - numbers.ndim, 0)
     wide = lax.expand_dims(scales.astype(jnp.float32), kept)
     return numbers.astype(jnp.float32) * wide
 
@@ -106,7 +106,7 @@ def moved_by_factor(
             exact = settle(exact, weight.dtype, plan.rounding, key)
         return exact.astype(weight.dtype)
 
-    factor = numbers_of(numbers, scales, plan)
+    factor = numbers_of(numbers, scales)
     new: Array = moved(weight, factor, sketch, decay, key)
     return new if plan.sharding is None else constrained(new, plan.sharding)
 

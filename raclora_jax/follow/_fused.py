@@ -71,7 +71,7 @@ def encode_fused(
     state = find_state(opt_state)
     leaves, _ = paths.flatten(params)
     check_outside((params, state))
-    check_key(state, position)
+    check_key(state.key_data, position, "opt_state")
     decaying = tx.descent.decaying(params)
     plans = plan_leaves(tx.descent.run.spec, leaves)
     for path, plan in plans.items():

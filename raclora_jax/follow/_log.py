@@ -8,9 +8,10 @@ import re
 from typing import Any
 
 from raclora_jax._core.disk import write
+from raclora_jax._core.record import checksum
 from raclora_jax._core.types import PyTree
 from raclora_jax.follow._apply import apply
-from raclora_jax.follow._message import Message, checksum
+from raclora_jax.follow._message import Message
 from raclora_jax.follow._position import Position
 
 _NAME = re.compile(r"step-(\d{8,})")
@@ -51,7 +52,7 @@ class Log:
         """Adds a message; the same once more changes nothing.
 
         Args:
-          message: What ``encode`` or ``encode_fused`` returned.
+          message: What ``encode`` and its kin returned.
 
         Raises:
           ValueError: If it is damaged, does not go on from the message before it, or
@@ -101,7 +102,7 @@ class Log:
         """The weights after all messages that are here.
 
         Args:
-          params: The weights.
+          params: The weights, or a run in the adapter form.
           position: Where they stand.
 
         Returns:

@@ -1,41 +1,17 @@
-"""The wire format: a line with a checksum, and a safetensors file with a header."""
+"""The wire format: what is said of each leaf, and of which weights."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
-from raclora_jax._core import paths
+from raclora_jax._core import paths, record
 from raclora_jax._core.stamp import Stamp
-from raclora_jax._extras import extra
 from raclora_jax.follow._position import Position
 
-with extra("follow"):
-    import safetensors
-    from safetensors.numpy import save
-
 _FORMAT = "raclora_jax message 1"
-_HEADER = "raclora_jax"
-_DTYPES: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": jnp.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U32": np.uint32,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
-
-
 _NONE = np.zeros(0, np.float32)
 
 
@@ -47,7 +23,8 @@ class Part(NamedTuple):
         ``"still"``: the same for a leaf that does not move, with no number, since its
         sketch is drawn with the others; ``"rows"``: new values of the rows that the
         sketch picks; ``"added"``: an update of the leaf's shape; ``"whole"``: new values
-        of the leaf.
+        of the leaf; ``"trained"``: what the leaf trains in the adapter form, which is
+        zero where a message does not say.
       dtype: Dtype of the weight.
       numbers: The array, empty of a leaf that is still.
       scales: Where the numbers are of 8 bits, what one of each row is worth.
@@ -79,6 +56,9 @@ class Message:
       parts: ``{path: part}`` of the leaves that change.
       weights: Digests of all leaves, or ``None`` where the message has none.
       before: Whether those are of the weights before it, or after it.
+      adapter: Whether it is of a run in the adapter form.
+      spec: The spec of that, by which the link before is ended; a message that begins a
+        link has one.
     """
 
     run: str
@@ -88,17 +68,19 @@ class Message:
     parts: dict[str, Part]
     weights: dict[str, int] | None
     before: bool
+    adapter: bool = False
+    spec: str | None = None
 
     def to_bytes(self) -> bytes:
-        """The SHA-256 of what follows as a line, and a safetensors file."""
+        """The message as a record, see ``_core.record``."""
         stamps = list(dict.fromkeys(p.stamp for p in self.parts.values() if p.stamp))
         tensors: dict[str, np.ndarray] = {}
         leaves: dict[str, dict[str, Any]] = {}
         for path, part in self.parts.items():
             if part.kind != "still":
-                tensors[f"numbers:{path}"] = np.asarray(part.numbers, order="C")
+                tensors[f"numbers:{path}"] = part.numbers
             if part.scales is not None:
-                tensors[f"scales:{path}"] = np.asarray(part.scales, order="C")
+                tensors[f"scales:{path}"] = part.scales
             said = {k: v for k, v in part._asdict().items() if v is not None}
             del said["numbers"]
             said.pop("scales", None)
@@ -111,9 +93,7 @@ class Message:
             "plans": stamps,
             "leaves": leaves,
         }
-        # One entry: several would be written in an order of their own each time.
-        body = save(tensors, metadata={_HEADER: json.dumps(head)})
-        return hashlib.sha256(body).hexdigest().encode() + b"\n" + body
+        return record.to_bytes(head, tensors)
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> Message:
@@ -123,41 +103,10 @@ class Message:
           TypeError: If it is not bytes.
           ValueError: If it is anything else.
         """
-        if not isinstance(raw, bytes):
-            raise TypeError(
-                f"a message must be bytes, got {type(raw).__name__}; hand over what "
-                "encode returned"
-            )
-        digest, _, body = raw.partition(b"\n")
-        if hashlib.sha256(body).hexdigest().encode() != digest:
-            raise ValueError(
-                f"this is no whole message: expected bytes with the SHA-256 of their "
-                f"first line, got {len(raw)} bytes that are cut short or not those "
-                "written; ask for it again"
-            )
-        try:
-            size = int.from_bytes(body[:8], "little")
-            head = json.loads(json.loads(body[8 : 8 + size])["__metadata__"][_HEADER])
-            version = head["format"]
-            if version == _FORMAT:
-                return cls._read(head, body)
-        except Exception as error:  # what another program wrote shows as anything
-            raise ValueError(
-                f"this is no message: expected {_FORMAT!r}, got bytes that cannot be "
-                f"read as one ({type(error).__name__}: {error}); hand over what encode "
-                "returned"
-            ) from error
-        raise ValueError(
-            f"this message has another format: expected {_FORMAT!r}, got {version!r}; "
-            "take the same version of raclora_jax on both sides"
-        )
+        return record.from_bytes(raw, _FORMAT, cls._read)
 
     @classmethod
-    def _read(cls, head: dict[str, Any], body: bytes) -> Message:
-        tensors = {
-            name: np.frombuffer(one["data"], _DTYPES[one["dtype"]]).reshape(one["shape"])
-            for name, one in safetensors.deserialize(body)
-        }
+    def _read(cls, head: dict[str, Any], tensors: dict[str, np.ndarray]) -> Message:
         stamps = [
             Stamp._make(tuple(v) if isinstance(v, list) else v for v in stamp)
             for stamp in head["plans"]
@@ -182,12 +131,7 @@ class Message:
         )
 
 
-_FIELDS = ("run", "step", "last", "link", "weights", "before")
-
-
-def checksum(raw: bytes) -> str:
-    """The first line of a message."""
-    return raw.partition(b"\n")[0].decode()
+_FIELDS = ("run", "step", "last", "link", "weights", "before", "adapter", "spec")
 
 
 def check_next(message: Message, position: Position, raw: bytes) -> None:
@@ -206,7 +150,7 @@ def check_next(message: Message, position: Position, raw: bytes) -> None:
         )
     step = position.step
     if message.step < step:
-        again = message.step == step - 1 and checksum(raw) == position.last
+        again = message.step == step - 1 and record.checksum(raw) == position.last
         said = "repeated" if again else "an earlier one, or repeated"
         raise ValueError(
             f"this message is {said}: expected step {step}, got step {message.step}; "

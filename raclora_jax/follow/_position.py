@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from raclora_jax._core import paths
 from raclora_jax._core.digest import digests
 from raclora_jax._core.keys import key_data
 from raclora_jax._core.types import KeyLike, PyTree
+from raclora_jax.follow._adapted import weights_of
 
 
 class Position(NamedTuple):
@@ -39,8 +39,10 @@ def start(params: PyTree, *, key: KeyLike) -> Position:
     """The position before the first message, on the trainer and on every follower.
 
     Args:
-      params: The weights that the run begins with, on any mesh.
-      key: The key that ``raclora`` is given: typed, raw key data, or int seed.
+      params: The weights that the run begins with, on any mesh, or what ``begin``
+        returned.
+      key: The key that ``raclora`` or ``begin`` is given: typed, raw key data, or int
+        seed.
 
     Returns:
       The position, the same wherever the weights have the same bits.
@@ -54,7 +56,7 @@ def start(params: PyTree, *, key: KeyLike) -> Position:
       >>> start({"kernel": jnp.ones((6, 4))}, key=0).step
       0
     """
-    leaves, _ = paths.flatten(params)
+    leaves = weights_of(params)
     found = digests(leaves)
     said = [
         f"{path}\t{leaves[path].dtype}\t{leaves[path].shape}\t{found[path]}\n"

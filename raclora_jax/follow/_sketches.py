@@ -17,8 +17,8 @@ from raclora_jax._core.picks import Picks
 from raclora_jax._core.plan import LeafPlan, with_sharding
 from raclora_jax._core.rounding import places_of
 from raclora_jax._core.sides import in_link
-from raclora_jax._core.sketch import draw_all
 from raclora_jax._core.types import Drawn, Leaf, PyTree
+from raclora_jax._forms.link_end import draw
 from raclora_jax.follow._position import key_of
 
 
@@ -65,17 +65,12 @@ def _drawn(
     # or fused with its use, it may round otherwise.
     auto = (AxisType.Auto,)
     with jax.set_mesh(jax.make_mesh((1,), ("one",), auto, devices=[device])):
-        both = _draw(key_of(run), np.int32(link), plans)
+        both = draw(key_of(run), np.int32(link), plans)
         used = {plan.path: _side(plan, both[plan.path]) for plan in plans}
         sketches = {p: in_link(both[p], plan) for p, plan in used.items()}
         found = digests({p: raw_of(sketch) for p, sketch in sketches.items()})
         seen = {p: np.asarray(probe(sketches[p], plan)) for p, plan in used.items()}
     return {p: Own(plan, sketches[p], found[p], seen[p]) for p, plan in used.items()}
-
-
-@functools.partial(jax.jit, static_argnames="plans")
-def _draw(data: Array, link: Array, plans: tuple[LeafPlan, ...]) -> dict[str, Drawn]:
-    return draw_all(data, link, plans)
 
 
 def _side(plan: LeafPlan, drawn: Drawn) -> LeafPlan:

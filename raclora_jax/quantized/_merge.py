@@ -185,6 +185,10 @@ def merge(
     return merged, paths.unflatten(treedef, new_errors)
 
 
+# One program for all who end links on one device, see ``_forms.link_end``.
+compiled_merge = jax.jit(merge, static_argnames="spec")
+
+
 def next_link(
     base_params: PyTree,
     error: PyTree,
