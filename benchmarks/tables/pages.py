@@ -274,7 +274,7 @@ TABLES = {
         ("Shakespeare", "GSM8K", "WikiText-2"), "polar, links of 25"
     ),
     "noise_labels": lambda: pretrained.noise(
-        ("SST-2", "exchanged words", "MRPC"), "LoRA r8 Adam"
+        ("SST-2", "exchanged words"), "LoRA r8 Adam"
     ),
     "forgetting": pretrained.forgetting,
     "sentiment_steps": lambda: pretrained.losses("sentiment", "equal steps"),
