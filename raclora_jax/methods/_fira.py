@@ -27,7 +27,7 @@ def fira(
 ) -> Method:
     """Fira: ``W <- W - lr * scaling * (P N + phi (G - P R))``.
 
-    ``R = P^T G`` and N is Adam's direction of it.     ``phi`` is ``|N_j| / |R_j|`` for
+    ``R = P^T G`` and N is Adam's direction of it. ``phi`` is ``|N_j| / |R_j|`` for
     each column j of R: the rest of the gradient is scaled as its part in the basis was.
     The norm of the second term grows by 1.01 a step at most. P is ``galore``'s. The step
     has full rank, its state is GaLore's and one number a matrix, and the gradient is
