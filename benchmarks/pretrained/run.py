@@ -32,7 +32,7 @@ class Task:
 
     def __init__(self, data_dir: pathlib.Path, text: str = "Shakespeare"):
         self.model, tokenizer = stories.files(data_dir)
-        self.text = stories.encoded(stories.TEXTS[text](data_dir), tokenizer)
+        self.text = stories.encoded(stories.TEXTS[text](data_dir), tokenizer.encode)
         spread = stories.spread_windows(self.text.validation, WINDOWS, LENGTH)
         self._validation = jnp.asarray(spread)
         self._score = jax.jit(self.loss)

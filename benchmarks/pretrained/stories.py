@@ -8,6 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -186,10 +187,10 @@ def _unzipped(path: pathlib.Path) -> str:
         return file.read()
 
 
-def encoded(text: str, tokenizer: Tokenizer) -> Text:
+def encoded(text: str, encode: Callable[[str], list[int]]) -> Text:
     """A text in tokens, its characters split nine to one."""
     cut = len(text) * 9 // 10
-    parts = (tokenizer.encode(part) for part in (text[:cut], text[cut:]))
+    parts = (encode(part) for part in (text[:cut], text[cut:]))
     return Text(*(np.array(ids, np.int32) for ids in parts))
 
 

@@ -125,13 +125,6 @@ def own_tokenizer(texts: list[str], size: int) -> tokenizers.Tokenizer:
     return made
 
 
-def encoded(text: str, tokenizer: tokenizers.Tokenizer) -> stories.Text:
-    """A text in tokens, its characters split nine to one."""
-    cut = len(text) * 9 // 10
-    parts = (tokenizer.encode(part).ids for part in (text[:cut], text[cut:]))
-    return stories.Text(*(np.array(ids, np.int32) for ids in parts))
-
-
 def trained(size: Size, data_dir: pathlib.Path, scratch: pathlib.Path) -> Base:
     """The decoder trained from nothing, read if it has been before."""
     scratch.mkdir(parents=True, exist_ok=True)
@@ -142,7 +135,7 @@ def trained(size: Size, data_dir: pathlib.Path, scratch: pathlib.Path) -> Base:
     if not words.exists():
         own_tokenizer([text], size.vocabulary).save(str(words))
     tokenizer = tokenizers.Tokenizer.from_file(str(words))
-    own = encoded(text, tokenizer)
+    own = stories.encoded(text, lambda part: tokenizer.encode(part).ids)
     model = fresh(config, jax.random.key(0))
     leaves, treedef = jax.tree.flatten(model[1:])
     if weights.exists():
@@ -194,7 +187,9 @@ class Task(run.Task):
     def __init__(self, size: Size, data_dir: pathlib.Path, scratch: pathlib.Path):
         base = trained(size, data_dir, scratch)
         self.model, self.loss_before = base.model, base.loss
-        self.text = encoded(stories.shakespeare(data_dir), base.tokenizer)
+        self.text = stories.encoded(
+            stories.shakespeare(data_dir), lambda part: base.tokenizer.encode(part).ids
+        )
         spread = stories.spread_windows(self.text.validation, run.WINDOWS, run.LENGTH)
         self._validation = jnp.asarray(spread)
         self._score = jax.jit(self.loss)

@@ -64,7 +64,7 @@ def orthogonal(
         NorMuon does, and divide by its root.
       memory: Weight in [0, 1] of the mean of the Gram matrices of the link, which are
         ``rank x rank`` (``n x n`` if that is smaller); 0 keeps none. 0.5 changes little
-        on text, 0.8 with links of 100 is for few and noisy targets. A new link begins
+        on text, 1 with links of 100 is for few and noisy targets. A new link begins
         anew as ``moments`` says.
 
     Returns:
