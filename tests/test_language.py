@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.pretrained import entries as contenders
-from benchmarks.pretrained import forgetting, language, noise, stories
+from benchmarks.pretrained import forgetting, language, noise, stories, texts
 from benchmarks.pretrained import run as contest
 from benchmarks.shared import results as standings
 
@@ -209,6 +209,38 @@ def test_rules_that_are_compared_have_the_length_of_the_polar_factor(rule):
     np.testing.assert_allclose(np.linalg.norm(got), np.sqrt(120), rtol=1e-5)
     spread = [np.ptp(np.log(np.linalg.svd(one)[1])) for one in (factor, got)]
     assert 0.3 < spread[1] < 0.9 * spread[0]
+
+
+def test_rates_are_chosen_by_what_is_not_reported():
+    """By windows and a seed of their own."""
+    task = texts.Task(DATA, "GSM8K")
+    chosen_by, reported = (
+        {tuple(window) for window in np.asarray(windows).tolist()}
+        for windows in (task._tuning, task._validation)
+    )
+    assert len(chosen_by) == len(reported) == contest.WINDOWS
+    assert not chosen_by & reported
+
+    class Run:
+        entry = contenders.full("full Adam", 1.0)
+
+        class task:  # noqa: N801
+            tuning_loss = staticmethod(lambda end: (np.log2(end[0]) - 2) ** 2 + end[1])
+
+        def trained(self, rate, steps, seed):
+            return rate, seed
+
+        def run(self, rate, steps, seed):  # what is reported likes a smaller rate
+            return rate + seed
+
+        def facts(self):
+            return {}
+
+    row = contest.contest(Run(), "", 10, (0, 1), 1.0, held_out=7)
+    assert row["tried"] == [[0.5, 16], [1.0, 11], [2.0, 8], [4.0, 7], [8.0, 8]]
+    assert (row["rate"], row["loss"]) == (4.0, [4.0, 5.0])
+    row = contest.contest(Run(), "", 10, (0, 1), 1.0, tune=False, held_out=7)
+    assert (row["rate"], row["loss"]) == (1.0, [1.0, 2.0])
 
 
 def test_search_goes_on_until_the_best_is_inside():

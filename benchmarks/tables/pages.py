@@ -270,6 +270,9 @@ TABLES = {
     "glue_steps": lambda: pretrained.glue("equal steps"),
     "glue_time": lambda: pretrained.glue("equal time"),
     "quantized": pretrained.quantized,
+    "texts_short": lambda: pretrained.texts(300),
+    "texts_time": lambda: pretrained.texts(1000),
+    "texts_long": pretrained.long_runs,
     "noise_texts": lambda: pretrained.noise(
         ("Shakespeare", "GSM8K", "WikiText-2"), "polar, links of 25"
     ),

@@ -199,8 +199,44 @@ def noise(tasks: tuple[str, ...], base: str) -> str:
         if any((method, task) in rows for task in tasks)
     ]
 
-    def cell(method: str, task: str) -> str:
-        row, other = rows.get((method, task)), rows.get((base, task))
+    return _grid("rule", methods, tasks, rows, base)
+
+
+def texts(steps: int) -> str:
+    """Losses on three texts in the time of full Adam's steps."""
+    columns = {text: f"{text}, the time of {steps} steps" for text in TEXTS}
+    return _texts(columns)
+
+
+def long_runs() -> str:
+    """Losses at equal steps, from short to long runs on one text."""
+    lengths = ("300", "1000", "3000", "10000")
+    return _texts({f"{n} steps": f"{TEXTS[-1]}, {n} steps" for n in lengths})
+
+
+TEXTS = ("Shakespeare", "GSM8K", "WikiText-2")
+
+
+def _texts(columns: dict[str, str]) -> str:
+    studies = {study: column for column, study in columns.items()}
+    kept = [row for row in _rows("texts") if row["study"] in studies]
+    rows = {(row["method"], studies[row["study"]]): row for row in kept}
+    order = [row["method"] for row in _rows("texts") if row["study"] == "time"]
+    methods = [m for m in order if any((m, column) in rows for column in columns)]
+    return _grid("method", methods, tuple(columns), rows, "full Adam")
+
+
+def _grid(
+    head: str,
+    methods: list[str],
+    columns: tuple[str, ...],
+    rows: dict[tuple[str, str], dict],
+    base: str,
+) -> str:
+    """Losses, and after each what it is over that of one method, seed by seed."""
+
+    def cell(method: str, column: str) -> str:
+        row, other = rows.get((method, column)), rows.get((base, column))
         if row is None or other is None:
             return "-"
         gaps = [a - b for a, b in zip(row["loss"], other["loss"], strict=True)]
@@ -208,13 +244,16 @@ def noise(tasks: tuple[str, ...], base: str) -> str:
         return f"{row['loss_mean']:.3f}; {over}"
 
     lines = [
-        "| rule | optimizer bytes | " + " | ".join(tasks) + " |",
-        "|---|" + "---:|" * (len(tasks) + 1),
+        f"| {head} | optimizer bytes | " + " | ".join(columns) + " |",
+        "|---|" + "---:|" * (len(columns) + 1),
     ]
     for method in methods:
-        one = next(rows[method, task] for task in tasks if (method, task) in rows)
-        size = one["optimizer_bytes"]
-        cells = (method, f"{size:,}", *(cell(method, task) for task in tasks))
+        one = next(rows[method, c] for c in columns if (method, c) in rows)
+        cells = (
+            method,
+            f"{one['optimizer_bytes']:,}",
+            *(cell(method, column) for column in columns),
+        )
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -1,0 +1,204 @@
+"""Three texts in the time of full Adam, and how long the lead of each method lasts.
+
+stories260K learns tiny Shakespeare, problems of GSM8K, or WikiText-2: the seven matrices
+of each layer are tuned, 8 windows of 64 tokens a step, 10 % warm-up, then a cosine to
+zero. The learning rate of every method is searched on one grid of powers of two, by a
+seed and by windows of the held-out text that are not reported: the even ones choose, the
+odd ones are reported. It is searched again for every length.
+
+Studies: steps timed in turn in this run; runs of 300 and 1000 steps on every text, and of
+3,000 and 10,000 on WikiText-2, the longest; and for the first two lengths as many steps
+as fit in the time of full Adam's, at the rate of that length. Rows are saved as they come
+and missing ones are added.
+
+    python -m benchmarks.pretrained.texts --data-dir DIR [--quick] [--steps 300 1000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax.numpy as jnp
+
+import raclora_jax as rl
+from benchmarks.pretrained import entries, run, stories
+from benchmarks.pretrained.entries import Entry
+from benchmarks.shared import timing
+from benchmarks.shared.results import Results, use_one_core
+from raclora_jax import methods
+
+TUNING_SEED = 100
+SEEDS = (0, 1, 2, 3, 4)
+LENGTHS = (300, 1000, 3000, 10_000)
+TIMED = (300, 1000)  # run in the time of full Adam, too
+LONG = "WikiText-2"  # the text of the longer ones
+LONG_SEEDS = SEEDS[:3]
+
+
+class Task(run.Task):
+    """The language task, whose rates are chosen on windows that are not reported."""
+
+    def __init__(self, data_dir: pathlib.Path, text: str):
+        super().__init__(data_dir, text)
+        windows = stories.spread_windows(
+            self.text.validation, 2 * run.WINDOWS, run.LENGTH
+        )
+        self._tuning, self._validation = map(jnp.asarray, (windows[::2], windows[1::2]))
+
+    def tuning_loss(self, layers: Any) -> float:
+        """Over the windows that choose a rate."""
+        return float(self._score(layers, self._tuning))
+
+
+def contenders() -> list[Entry]:
+    """The contenders, those the claim is about first."""
+    whole = {"rules": [rl.Rule(".*", mode="full")], "fused": True}
+    momentum = {"inner": entries.momentum, "guess": 1e-3}
+
+    def blocks(part: int, name: str, **options: Any) -> Entry:
+        named = f"blocks of dim/{part}, {name}"
+        return entries.ours(named, 64 // part, sketch="block", **options)
+
+    def remembering(part: int, memory: float, link: int) -> Entry:
+        inner = functools.partial(rl.orthogonal, memory=memory)
+        name = f"memory {memory:g}, links of {link}"
+        return blocks(part, name, inner=inner, resample_every=link)
+
+    return [
+        entries.full("full Adam", 2e-3),
+        entries.ours("full orthogonal, fused", 32, **whole),
+        entries.pair("LoRA r8 Adam", methods.lora, 8, 8e-3),
+        blocks(4, "orthogonal"),
+        blocks(2, "orthogonal"),
+        remembering(4, 0.5, 25),
+        *(remembering(part, 1.0, 100) for part in (4, 2)),
+        entries.ours("RAC r12 Adam, links of 100", 12, inner=None, resample_every=100),
+        entries.ours(
+            "RAC r24 Adam by columns, links of 100",
+            24,
+            inner=entries.column_adam,
+            resample_every=100,
+        ),
+        entries.ours("full orthogonal, momentum 0.9, fused", 32, **momentum, **whole),
+        *(
+            blocks(part, "momentum 0.9, links of 100", resample_every=100, **momentum)
+            for part in (4, 2)
+        ),
+    ]
+
+
+# The program -------------------------------------------------------------------------
+
+
+@functools.cache
+def _task(data_dir: pathlib.Path, text: str) -> Task:
+    return Task(data_dir, text)
+
+
+@functools.cache
+def _runner(data_dir: pathlib.Path, text: str, name: str) -> run.Runner:
+    entry = next(entry for entry in contenders() if entry.name == name)
+    return run.Runner(_task(data_dir, text), entry)
+
+
+def _work(data_dir: pathlib.Path, text: str, name: str, **job: Any) -> dict[str, Any]:
+    """One row, in a process of its own."""
+    return run.contest(_runner(data_dir, text, name), held_out=TUNING_SEED, **job)
+
+
+def study_of(text: str, steps: int, timed: bool = False) -> str:
+    """What rows call a length on a text, or the time that full Adam takes for it."""
+    return f"{text}, {'the time of ' if timed else ''}{steps} steps"
+
+
+def jobs(results: Results, steps: int, options: argparse.Namespace) -> Iterator[dict]:
+    """The rows of a length that are missing, then those of its time."""
+    texts = options.texts if steps in TIMED else [LONG]
+    chosen = [e for e in contenders() if re.search(options.only, e.name)]
+    for entry in chosen:
+        shorter = [length for length in LENGTHS if length < steps]
+        for text in texts:
+            study = study_of(text, steps)
+            if results.get(study, entry.name):
+                continue
+            known = (
+                results.get(study_of(text, length), entry.name)
+                for length in reversed(shorter)
+            )
+            before = next((row for row in known if row), None)
+            yield {
+                "text": text,
+                "name": entry.name,
+                "study": study,
+                "steps": run.CHUNK if options.quick else steps,
+                "seeds": options.seeds if steps in TIMED else options.seeds[:3],
+                "guess": before["rate"] if before else entry.guess,
+                "tune": not options.quick,
+            }
+
+
+def in_time(results: Results, steps: int, options: argparse.Namespace) -> Iterator[dict]:
+    """The rows in the time of full Adam's steps that are missing and can be made."""
+    for entry in contenders():
+        own = results.get("time", entry.name)
+        if steps not in TIMED or not own or not re.search(options.only, entry.name):
+            continue
+        for text in options.texts:
+            study = study_of(text, steps, timed=True)
+            tuned = results.get(study_of(text, steps), entry.name)
+            if tuned and not results.get(study, entry.name):
+                yield {
+                    "text": text,
+                    "name": entry.name,
+                    "study": study,
+                    "steps": run.CHUNK * round(steps / own["over_full_adam"] / run.CHUNK),
+                    "seeds": options.seeds,
+                    "guess": tuned["rate"],
+                    "tune": False,
+                }
+
+
+def main() -> None:
+    """Runs the studies and prints their rows."""
+    parser = timing.parser(__doc__)
+    parser.add_argument("--data-dir", type=pathlib.Path, required=True)
+    parser.add_argument("--only", default="", help="methods, a regular expression")
+    parser.add_argument(
+        "--texts", nargs="+", choices=stories.TEXTS, default=stories.TEXTS
+    )
+    parser.add_argument("--steps", nargs="+", type=int, choices=LENGTHS, default=LENGTHS)
+    parser.add_argument("--workers", type=int, default=2, help="runs side by side")
+    options = timing.parse(parser, __file__)
+    options.seeds = SEEDS[:1] if options.quick else SEEDS
+    if options.quick:
+        options.texts, options.steps = ["GSM8K"], LENGTHS[:1]
+        options.only = "^(full orthogonal|blocks of dim/4, memory)"
+    use_one_core()
+    path = None if options.out is None else options.out / "texts.json"
+    results = Results(
+        path,
+        "pretrained.texts",
+        tokens_a_step=f"8 x {run.LENGTH}",
+        validation_windows=run.WINDOWS,
+        tuning_seed=TUNING_SEED,
+        warm_up=run.WARM_UP,
+    )
+    if not all(results.get("time", entry.name) for entry in contenders()):
+        results.drop("time")
+        for row in run.race(
+            _task(options.data_dir, LONG), contenders(), 1 if options.quick else 5
+        ):
+            results.add(row)
+    work = functools.partial(_work, options.data_dir)
+    for steps in options.steps:
+        for missing in (jobs, in_time):
+            results.fill(work, missing(results, steps, options), options.workers)
+
+
+if __name__ == "__main__":
+    main()
