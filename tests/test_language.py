@@ -220,6 +220,8 @@ def test_rates_are_chosen_by_what_is_not_reported():
     )
     assert len(chosen_by) == len(reported) == contest.WINDOWS
     assert not chosen_by & reported
+    # None overlaps the next.
+    assert len(task.text.validation) >= 2 * contest.WINDOWS * (contest.LENGTH + 1)
 
     class Run:
         entry = contenders.full("full Adam", 1.0)

@@ -181,18 +181,21 @@ def contest(
     guess: float,
     tune: bool = True,
     held_out: int | None = None,
+    tuning_steps: int | None = None,
 ) -> dict[str, Any]:
     """The row of one method at one length: its rate tuned, then all seeds.
 
     The rate is chosen by what is reported of the first seed; with ``held_out``, a seed,
-    by the ``tuning_loss`` of the task on that one, and nothing of it is reported.
+    by the ``tuning_loss`` of the task on that one, after ``tuning_steps`` if they are not
+    as many, and nothing of it is reported.
     """
     begun = time.perf_counter()
 
     def score(rate: float) -> float:
         if held_out is None:
             return runner.run(rate, steps, seeds[0])
-        return runner.task.tuning_loss(runner.trained(rate, steps, held_out))
+        end = runner.trained(rate, tuning_steps or steps, held_out)
+        return runner.task.tuning_loss(end)
 
     tried = search(score, guess) if tune else {guess: score(guess)}
     rate = min(tried, key=lambda rate: tried[rate])

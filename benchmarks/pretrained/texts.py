@@ -45,9 +45,11 @@ class Task(run.Task):
 
     def __init__(self, data_dir: pathlib.Path, text: str):
         super().__init__(data_dir, text)
-        windows = stories.spread_windows(
-            self.text.validation, 2 * run.WINDOWS, run.LENGTH
-        )
+        self._halve()
+
+    def _halve(self, count: int = run.WINDOWS) -> None:
+        """Windows of the held-out text, in turn for choosing and for reporting."""
+        windows = stories.spread_windows(self.text.validation, 2 * count, run.LENGTH)
         self._tuning, self._validation = map(jnp.asarray, (windows[::2], windows[1::2]))
 
     def tuning_loss(self, layers: Any) -> float:
