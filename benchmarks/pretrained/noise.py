@@ -90,7 +90,8 @@ def task_of(name: str, data_dir: pathlib.Path, model_dir: pathlib.Path) -> Any:
     if name == "SST-2":
         return sentiment.Task(data_dir, model_dir, DEPTH)
     if name == "MRPC":
-        return glue.Task(data_dir, model_dir, "mrpc", glue.TABLES["mrpc"], DEPTH)
+        table = glue.TABLES["mrpc"]._replace(depth=DEPTH)
+        return glue.Task(data_dir, model_dir, "mrpc", table)
     return exchanged(data_dir, model_dir)
 
 

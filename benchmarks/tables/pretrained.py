@@ -131,8 +131,8 @@ _TASKS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2"}
 
 def _glue(study: str) -> tuple[dict[tuple[str, str], dict], list[str]]:
     """The rows of a study by method and task, and the tasks that all methods have."""
-    kept = [row for row in _rows("glue") if row["study"].endswith(study)]
-    rows = {(row["method"], row["study"].partition(",")[0]): row for row in kept}
+    kept = [row for row in _rows("glue") if row["study"].endswith(f", {study}")]
+    rows = {(r["method"], r["study"].removesuffix(f", {study}")): r for r in kept}
     methods = dict.fromkeys(row["method"] for row in kept)
     return rows, [task for task in _TASKS if all((one, task) in rows for one in methods)]
 
