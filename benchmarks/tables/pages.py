@@ -28,6 +28,7 @@ PAGES = tuple(
         "docs/results/programs.md",
         "docs/results/quantised.md",
         "docs/results/rules.md",
+        "docs/results/texts.md",
         "docs/field.md",
         "docs/guides/followers.md",
         "docs/guides/one_chip.md",
@@ -271,7 +272,6 @@ TABLES = {
     "glue_time": lambda: pretrained.glue("equal time"),
     "quantized": pretrained.quantized,
     "texts_short": lambda: pretrained.texts(300),
-    "texts_time": lambda: pretrained.texts(1000),
     "texts_long": pretrained.long_runs,
     "noise_texts": lambda: pretrained.noise(
         ("Shakespeare", "GSM8K", "WikiText-2"), "polar, links of 25"

@@ -210,8 +210,9 @@ def texts(steps: int) -> str:
 
 def long_runs() -> str:
     """Losses at equal steps, from short to long runs on one text."""
-    lengths = ("300", "1000", "3000", "10000")
-    return _texts({f"{n} steps": f"{TEXTS[-1]}, {n} steps" for n in lengths})
+    made = {row["study"] for row in _rows("texts")}
+    columns = {f"{n} steps": f"{TEXTS[-1]}, {n} steps" for n in (300, 1000, 3000, 10_000)}
+    return _texts({name: study for name, study in columns.items() if study in made})
 
 
 TEXTS = ("Shakespeare", "GSM8K", "WikiText-2")

@@ -69,6 +69,7 @@ def table(docs: str) -> str:
     ]
     for make in (
         _language,
+        _texts,
         _language_adam,
         _same_rule,
         _program,
@@ -100,6 +101,33 @@ def _language() -> Line:
         f"loss {steps['LoRA']}, with no optimizer bytes for {bytes_:,}"
         f"{_TIME}{time['LoRA']}",
         f"{steps['full']}{_TIME}{time['full']}",
+    )
+
+
+def _texts() -> Line:
+    method = "blocks of dim/2, orthogonal"
+
+    def beside(rival: str, when: str) -> str:
+        """The least and the largest lead over the texts."""
+        leads = []
+        for text in pretrained.TEXTS:
+            ours, other = (
+                _one("pretrained/texts", f"{text}, {when}300 steps", name)["loss"]
+                for name in (method, rival)
+            )
+            leads.append(lead(_negative(ours), _negative(other)))
+        least, most = (pick(leads, key=lambda one: one.mean) for pick in (min, max))
+        words, _, number = str(most).rpartition(" ")
+        same = str(least).startswith(words)
+        return f"{least} to {number if same else most}"
+
+    time = "the time of "
+    return Line(
+        "Three texts, the time of 300 steps of full Adam",
+        "results/texts.md",
+        "RAC-LoRA without state, half of the width",
+        f"loss {beside(_ADAM, '')} at equal steps{_TIME}{beside(_ADAM, time)}",
+        f"{beside('full Adam', '')} at equal steps{_TIME}{beside('full Adam', time)}",
     )
 
 
