@@ -201,8 +201,14 @@ def contenders(labelled: bool) -> list[Entry]:
     table = [
         ours("polar, links of 25"),
         lora("LoRA r8 Adam", 8, 4e-3 if labelled else 8e-3),
-        *(remembering(*one) for one in ((1.0, 100), (0.5, 25), (1.0, 25), (0.8, 100))),
-        *(remembering(*one, rank=wide) for one in ((1.0, 100), (0.5, 25), (1.0, 25))),
+        *(
+            remembering(*one)
+            for one in ((1.0, 100), (0.5, 25), (1.0, 25), (0.9, 25), (0.8, 100))
+        ),
+        *(
+            remembering(*one, rank=wide)
+            for one in ((1.0, 100), (0.5, 25), (1.0, 25), (0.9, 25))
+        ),
         ours("polar, links of 25", rank=wide),
         ours("Adam, links of 100", inner=None, resample_every=100),
         ours("momentum 0.9, links of 100", inner=entries.momentum, resample_every=100),
