@@ -277,7 +277,10 @@ TABLES = {
         ("Shakespeare", "GSM8K", "WikiText-2"), "polar, links of 25"
     ),
     "noise_labels": lambda: pretrained.noise(
-        ("SST-2", "exchanged words"), "LoRA r8 Adam"
+        ("SST-2", "MRPC", "exchanged words"), "LoRA r8 Adam"
+    ),
+    "noise_time": lambda: pretrained.noise(
+        ("SST-2", "exchanged words"), "LoRA r8 Adam", ", equal time"
     ),
     "forgetting": pretrained.forgetting,
     "sentiment_steps": lambda: pretrained.losses("sentiment", "equal steps"),

@@ -190,15 +190,12 @@ def polynomials() -> str:
     return "\n".join(lines)
 
 
-def noise(tasks: tuple[str, ...], base: str) -> str:
+def noise(tasks: tuple[str, ...], base: str, when: str = "") -> str:
     """The loss of every rule on some tasks, and what it is over one of them."""
-    rows = {(row["method"], row["study"]): row for row in _rows("noise")}
-    methods = [
-        method
-        for method in dict.fromkeys(method for method, _ in rows)
-        if any((method, task) in rows for task in tasks)
-    ]
-
+    studies = {task + when: task for task in tasks}
+    kept = [row for row in _rows("noise") if row["study"] in studies]
+    rows = {(row["method"], studies[row["study"]]): row for row in kept}
+    methods = list(dict.fromkeys(row["method"] for row in kept))
     return _grid("rule", methods, tasks, rows, base)
 
 

@@ -63,9 +63,9 @@ def orthogonal(
       second_moment: Whether to keep a mean square for each of the ``n`` columns, as
         NorMuon does, and divide by its root.
       memory: Weight in [0, 1] of the mean of the Gram matrices of the link, which are
-        ``rank x rank`` (``n x n`` if that is smaller); 0 keeps none. 0.5 changes little
-        on text, 1 with links of 100 is for few and noisy targets. A new link begins
-        anew as ``moments`` says.
+        ``rank x rank`` (``n x n`` if that is smaller); 0 keeps none. 0.9 changes little
+        on text, 1 is for few and noisy targets. A new link begins anew as ``moments``
+        says.
 
     Returns:
       An optax transformation, to be passed as ``inner``. It takes the leaves' plans as
