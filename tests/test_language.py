@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import raclora_jax as rl
 from benchmarks.pretrained import entries as contenders
 from benchmarks.pretrained import forgetting, language, noise, stories, texts
 from benchmarks.pretrained import run as contest
@@ -223,6 +224,8 @@ def test_rates_are_chosen_by_what_is_not_reported():
     # None overlaps the next.
     assert len(task.text.validation) >= 2 * contest.WINDOWS * (contest.LENGTH + 1)
 
+    asked = []
+
     class Run:
         entry = contenders.full("full Adam", 1.0)
 
@@ -230,6 +233,7 @@ def test_rates_are_chosen_by_what_is_not_reported():
             tuning_loss = staticmethod(lambda end: (np.log2(end[0]) - 2) ** 2 + end[1])
 
         def trained(self, rate, steps, seed):
+            asked.append(steps)
             return rate, seed
 
         def run(self, rate, steps, seed):  # what is reported likes a smaller rate
@@ -241,8 +245,35 @@ def test_rates_are_chosen_by_what_is_not_reported():
     row = contest.contest(Run(), "", 10, (0, 1), 1.0, held_out=7)
     assert row["tried"] == [[0.5, 16], [1.0, 11], [2.0, 8], [4.0, 7], [8.0, 8]]
     assert (row["rate"], row["loss"]) == (4.0, [4.0, 5.0])
+    assert asked == [10] * 5
+    short = {"held_out": 7, "tuning_steps": 3}
+    assert contest.contest(Run(), "", 10, (0, 1), 1.0, **short)["rate"] == 4.0
+    assert asked == [10] * 5 + [3] * 5
     row = contest.contest(Run(), "", 10, (0, 1), 1.0, tune=False, held_out=7)
     assert (row["rate"], row["loss"]) == (1.0, [1.0, 2.0])
+    assert len(asked) == 10  # nothing is trained that no one reads
+
+
+def test_adam_by_columns_goes_on_over_links():
+    """Against NumPy: a new link starts the momentum again, not the columns' squares."""
+    draw = np.random.default_rng(0)
+    spec = rl.Spec(2, side="left", sketch="block", resample_every=3, rest="frozen")
+    tx = rl.scale_by_raclora(spec, inner=contenders.column_adam(), key=0)
+    params = {"w": jnp.zeros((6, 4))}
+    state = tx.init(params)
+    momentum, squares = np.zeros((2, 4)), np.zeros(4)
+    for count in range(1, 8):
+        grad = draw.normal(size=(6, 4)).astype("f")
+        update, state = tx.update({"w": jnp.asarray(grad)}, state, params)
+        sketch = rl.sample_sketch(params, spec, key=0, link=state.link)
+        factor = rl.project({"w": jnp.asarray(grad)}, sketch, spec)["w"].value
+        seen = (count - 1) % 3 + 1
+        momentum = 0.9 * (momentum if seen > 1 else 0) + 0.1 * np.asarray(factor)
+        squares = 0.999 * squares + 0.001 * (np.asarray(factor) ** 2).mean(0)
+        root = np.sqrt(squares / (1 - 0.999**count)) + 1e-8
+        want = momentum / (1 - 0.9**seen) / root
+        got = rl.project(update, sketch, spec)["w"].value
+        np.testing.assert_allclose(got, want, rtol=2e-5)
 
 
 def test_search_goes_on_until_the_best_is_inside():

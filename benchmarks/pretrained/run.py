@@ -197,9 +197,9 @@ def contest(
         end = runner.trained(rate, tuning_steps or steps, held_out)
         return runner.task.tuning_loss(end)
 
-    tried = search(score, guess) if tune else {guess: score(guess)}
-    rate = min(tried, key=lambda rate: tried[rate])
-    known = [] if held_out is not None else [tried[rate]]
+    tried = search(score, guess) if tune else {}
+    rate = min(tried, key=lambda rate: tried[rate], default=guess)
+    known = [tried[rate]] if tune and held_out is None else []
     losses = [*known, *(runner.run(rate, steps, seed) for seed in seeds[len(known) :])]
     return {
         "study": study,

@@ -15,7 +15,8 @@ from raclora_jax._chain.inner import PROBE, as_rule, knowing
 from raclora_jax._chain.separable import PerMatrix
 from raclora_jax._chain.state import is_state
 from raclora_jax._core.types import Leaves, OptState, PyTree
-from raclora_jax._forms.optimizer import Descent, RacLora
+from raclora_jax._forms.descent import Descent
+from raclora_jax._forms.optimizer import RacLora
 
 
 def descent_of(tx: Any) -> Descent:

@@ -31,9 +31,9 @@ from raclora_jax._core.plan import LeafPlan
 from raclora_jax._core.sides import apart, in_link, switched
 from raclora_jax._core.types import Drawn, FactorValue, Leaf, Leaves, OptState, PyTree
 from raclora_jax._forms.apply import applied
+from raclora_jax._forms.descent import Descent
 from raclora_jax._forms.fusable import check_alone, descent_of, tell_of_two_copies
 from raclora_jax._forms.gradient import Traced, traced, zero_trained_leaves
-from raclora_jax._forms.optimizer import Descent
 
 
 def fused_step(
