@@ -25,8 +25,8 @@ ROOMS = {
     "_autodiff": "stage reads elementwise uses axes attach weight rearrange arithmetic "
     "output picked consume join rounds updating interpret watch",
     "_chain": "boxes inner separable orthogonal state around clip start step slices",
-    "_forms": "pure apply optimizer gradient fusable fused adapter link_end factor_rules "
-    "unmerged trace costs summary shardings trainer",
+    "_forms": "pure apply descent optimizer gradient fusable fused adapter link_end "
+    "factor_rules unmerged trace costs summary shardings trainer",
     "flax": "_tree _optimizer _module _train_state _trainer",
     "follow": "_adapted _position _message _numbers _size _sketches _exact _checks "
     "_encode _fused _adapter _apply _log",
