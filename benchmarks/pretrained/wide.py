@@ -199,28 +199,21 @@ class Task(texts.Task):
 def contenders(width: int) -> list[Entry]:
     """The contenders: rank is a part of the width where nothing is kept."""
 
-    def blocks(part: int, **options: Any) -> Entry:
-        rule = "orthogonal" if "inner" not in options else "memory 0.5"
-        name = f"blocks of dim/{part}, {rule}"
+    def blocks(part: int, name: str, **options: Any) -> Entry:
         options = {"side": "left", "sketch": "block", "rules": [], **options}
-        return entries.ours(name, width // part, guess=1e-3, **options)
+        named = f"blocks of dim/{part}, {name}"
+        return entries.ours(named, width // part, guess=1e-3, **options)
 
-    memory = functools.partial(rl.orthogonal, memory=0.5)
+    adam = {"inner": None, "resample_every": 100, "guess": 1e-3, "rules": []}
+    whole = {"rules": [rl.Rule(".*", mode="full")], "fused": True, "guess": 1e-3}
     return [
         entries.full("full Adam", 5e-4),
-        entries.full("full orthogonal", 1e-3, rl.orthogonal),
         entries.pair("LoRA r8 Adam", methods.lora, 8, 4e-3),
+        *(blocks(part, "orthogonal") for part in (4, 8, 2, 16)),
+        entries.ours("full orthogonal, fused", 8, **whole),
         entries.pair("LoRA r32 Adam", methods.lora, 32, 4e-3),
-        *(blocks(part) for part in (16, 8, 4)),
-        blocks(4, inner=memory),
-        entries.ours(
-            "RAC r12 Adam, links of 100",
-            12,
-            inner=None,
-            resample_every=100,
-            guess=1e-3,
-            rules=[],
-        ),
+        blocks(4, "memory 0.9", inner=functools.partial(rl.orthogonal, memory=0.9)),
+        entries.ours("RAC r12 Adam, links of 100", 12, **adam),
     ]
 
 
@@ -280,7 +273,7 @@ def main() -> None:
     size = WHOLE if options.full else HERE
     if options.quick:
         size, options.studies = TINY, STUDIES[:1]
-        options.only = "^(full Adam|blocks of dim/4, memory)"
+        options.only = "^(full Adam|full orth|blocks of dim/4, memory)"
     where = (size, options.data_dir, options.scratch)
     # From nothing on all cores, and in this process, so that the others read it.
     base = trained(*where)
