@@ -292,14 +292,19 @@ def jobs_in_time(results: Results, options: Any) -> Iterator[dict[str, Any]]:
             own, tuned = (
                 results.get(name, entry.name) for name in (f"{task}, time", task)
             )
-            if clock and own and tuned and not results.get(study, entry.name):
-                steps = STEPS * clock["milliseconds"] / own["milliseconds"]
+            if not (clock and own and tuned) or results.get(study, entry.name):
+                continue
+            ratio = clock["milliseconds"] / own["milliseconds"]
+            steps = run.CHUNK * round(STEPS * ratio / run.CHUNK)
+            if steps == tuned["steps"]:  # the same run
+                results.add(tuned | {"study": study})
+            else:
                 yield {
                     "task": task,
                     "study": study,
                     "folders": (options.data_dir, options.model_dir),
                     "name": entry.name,
-                    "steps": run.CHUNK * round(steps / run.CHUNK),
+                    "steps": steps,
                     "guess": tuned["rate"],
                     "seeds": SEEDS,
                     "tune": False,

@@ -150,12 +150,17 @@ def in_time(results: Results, steps: int, options: argparse.Namespace) -> Iterat
         for text in options.texts:
             study = study_of(text, steps, timed=True)
             tuned = results.get(study_of(text, steps), entry.name)
-            if tuned and not results.get(study, entry.name):
+            fit = run.CHUNK * round(steps / own["over_full_adam"] / run.CHUNK)
+            if not tuned or results.get(study, entry.name):
+                continue
+            if fit == tuned["steps"]:  # the same run
+                results.add(tuned | {"study": study})
+            else:
                 yield {
                     "text": text,
                     "name": entry.name,
                     "study": study,
-                    "steps": run.CHUNK * round(steps / own["over_full_adam"] / run.CHUNK),
+                    "steps": fit,
                     "seeds": options.seeds,
                     "guess": tuned["rate"],
                     "tune": False,

@@ -253,7 +253,10 @@ def jobs(
         before, own = (results.get(s, entry.name) for s in ("equal steps", "time"))
         if before and own:
             steps = run.CHUNK * round(STEPS / own["over_full_adam"] / run.CHUNK)
-            yield job | {"steps": steps, "guess": before["rate"], "tune": False}
+            if steps == before["steps"]:  # the same run
+                results.add(before | {"study": study})
+            else:
+                yield job | {"steps": steps, "guess": before["rate"], "tune": False}
 
 
 STUDIES = ("equal steps", "time", "equal time")
@@ -293,7 +296,7 @@ def main() -> None:
         if study == "time":
             results.drop("time")
             asked = [e for e in contenders(size.width) if re.search(options.only, e.name)]
-            for row in run.race(_task(*where), asked, 1 if options.quick else 3):
+            for row in run.race(_task(*where), asked, 1 if options.quick else 2):
                 results.add(row)
         else:
             results.fill(_work, jobs(results, study, where, options), options.workers)
