@@ -16,6 +16,7 @@ from benchmarks.pretrained import entries as contenders
 from benchmarks.pretrained import forgetting, language, noise, stories, texts
 from benchmarks.pretrained import run as contest
 from benchmarks.shared import results as standings
+from raclora_jax._chain.inner import restarted
 
 DATA = pathlib.Path(
     os.environ.get("RACLORA_DATA_DIR", pathlib.Path(__file__).parents[2] / "shared/data")
@@ -210,6 +211,31 @@ def test_rules_that_are_compared_have_the_length_of_the_polar_factor(rule):
     np.testing.assert_allclose(np.linalg.norm(got), np.sqrt(120), rtol=1e-5)
     spread = [np.ptp(np.log(np.linalg.svd(one)[1])) for one in (factor, got)]
     assert 0.3 < spread[1] < 0.9 * spread[0]
+
+
+@pytest.mark.parametrize("noisy", [0.0, 2.0])
+def test_a_measured_softness_is_that_of_signal_and_noise(noisy):
+    """Over links: without noise the polar factor, and linear in one batch with much."""
+    draw = np.random.default_rng(0)
+    signal = draw.normal(size=(4, 300)) * np.array([8, 4, 2, 1])[:, None]
+    size = noisy * np.linalg.norm(signal) / np.sqrt(signal.size)
+    rule = noise.measured()
+    start = state = rule.init({"w": jnp.zeros(signal.shape)})
+    for step in range(1000):
+        if step % 25 == 0:
+            state = restarted(state, start)
+        batch = signal + size * draw.normal(size=signal.shape)
+        got, state = rule.update({"w": jnp.asarray(batch, "f")}, state)
+    got = np.asarray(got["w"])
+    left, values, right = np.linalg.svd(batch, full_matrices=False)
+    softness = noisy**2 * np.sum(signal**2) * (1 + noisy**2) / 4
+    expected = np.sqrt(300 * (1 + noisy**2) / (values**2 + softness)) * values
+    # 64 sums say a product to 1/8 of |F|^2, and the mean is over some twenty.
+    rtol = 0.25 if noisy else 1e-3
+    assert np.sum(got * (left @ right)) == pytest.approx(np.sum(expected), rel=rtol)
+    one, other = (rule.update({"w": c * got}, state)[0]["w"] for c in (1e-3, 2e-3))
+    ratio = np.linalg.norm(other) / np.linalg.norm(one)
+    assert ratio == pytest.approx(2 if noisy else 1, rel=1e-2)
 
 
 def test_rates_are_chosen_by_what_is_not_reported():
