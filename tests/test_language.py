@@ -13,7 +13,7 @@ import pytest
 
 import raclora_jax as rl
 from benchmarks.pretrained import entries as contenders
-from benchmarks.pretrained import forgetting, language, noise, stories, texts
+from benchmarks.pretrained import forgetting, language, rules, stories, texts
 from benchmarks.pretrained import run as contest
 from benchmarks.shared import results as standings
 from raclora_jax._chain.inner import restarted
@@ -202,12 +202,12 @@ def test_a_model_knows_its_own_stories_best(task):
     assert loss(task.params, own) < task.validation_loss(task.params) - 2
 
 
-@pytest.mark.parametrize("rule", [noise.soft(1.0), noise.power(0.5), noise.mixed(0.5)])
+@pytest.mark.parametrize("rule", [rules.soft(1.0), rules.power(0.5), rules.mixed(0.5)])
 def test_rules_that_are_compared_have_the_length_of_the_polar_factor(rule):
     """And lie between it and the gradient."""
     factor = np.random.default_rng(0).normal(size=(4, 30)).astype("f")
     factor *= np.array([10, 1, 1, 0.1], "f")[:, None]
-    (got,), _ = rule().update([factor], rule().init([factor]))
+    got = rule().update({"w": factor}, rule().init({"w": factor}))[0]["w"]
     np.testing.assert_allclose(np.linalg.norm(got), np.sqrt(120), rtol=1e-5)
     spread = [np.ptp(np.log(np.linalg.svd(one)[1])) for one in (factor, got)]
     assert 0.3 < spread[1] < 0.9 * spread[0]
@@ -219,7 +219,7 @@ def test_a_measured_softness_is_that_of_signal_and_noise(noisy):
     draw = np.random.default_rng(0)
     signal = draw.normal(size=(4, 300)) * np.array([8, 4, 2, 1])[:, None]
     size = noisy * np.linalg.norm(signal) / np.sqrt(signal.size)
-    rule = noise.measured()
+    rule = rules.measured()
     start = state = rule.init({"w": jnp.zeros(signal.shape)})
     for step in range(1000):
         if step % 25 == 0:
@@ -236,6 +236,32 @@ def test_a_measured_softness_is_that_of_signal_and_noise(noisy):
     one, other = (rule.update({"w": c * got}, state)[0]["w"] for c in (1e-3, 2e-3))
     ratio = np.linalg.norm(other) / np.linalg.norm(one)
     assert ratio == pytest.approx(2 if noisy else 1, rel=1e-2)
+
+
+@pytest.mark.parametrize("rule", [rules.prism, rules.variance_scaled])
+def test_rules_with_momentum_follow_their_formula(rule):
+    """Over three steps, by the formula in float64."""
+    draw = np.random.default_rng(0)
+    batches = draw.normal(size=(3, 4, 30))
+    state = rule().init({"w": jnp.zeros((4, 30))})
+    mean, variance = np.zeros((4, 30)), np.zeros((4, 30))
+    for step, batch in enumerate(batches, 1):
+        got, state = rule().update({"w": jnp.asarray(batch, "f")}, state)
+        variance = 0.9 * variance + 0.9 * 0.1 * (mean - batch) ** 2
+        mean = 0.9 * mean + 0.1 * batch
+        now, root = mean / (1 - 0.9**step), np.sqrt(variance / (1 - 0.9**step))
+        if rule is rules.prism:
+            values, vectors = np.linalg.eigh(
+                now @ now.T + (batch - now) @ (batch - now).T
+            )
+            expected = vectors @ np.diag(values**-0.5) @ vectors.T @ now
+        else:
+            left, _, right = np.linalg.svd(
+                (batch + 9 * now) / (root if step > 1 else 1), full_matrices=False
+            )
+            expected = left @ right
+        # The polynomials end within 0.7 %.
+        np.testing.assert_allclose(got["w"], 30**0.5 * expected, rtol=0.02, atol=0.02)
 
 
 def test_rates_are_chosen_by_what_is_not_reported():

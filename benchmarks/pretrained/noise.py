@@ -8,10 +8,9 @@ rate of every method is searched on one grid of powers of two, on seed 0, until 
 has a worse neighbour on both sides.
 
 Rules, for blocks of rank 16 unless the name says another: ``memory``
-(``rl.orthogonal``), momentum, and five that are of this file: soft polar factors
-``(F F^T + kappa |F|^2 / rank I)^(-1/2) F``, also as soft as the gradients of a link
-disagree, mixtures ``(1 - s) msign(F) + s sqrt(rank) F / |F|``, rows of equal length
-before the polar factor, and powers ``(F F^T)^((p - 1) / 2) F``.
+(``rl.orthogonal``), momentum, and those of ``rules``: soft polar factors, also as soft
+as the gradients of a link disagree, PRISM and Muon-VS, mixtures with the gradient, powers
+between the two, and rows of equal length before the polar factor.
 
 Studies: 300 steps; steps of the methods that have such rows, timed in turn in this run;
 and as many steps as fit in the time of LoRA's, at the rate of 300. Rows are saved as they
@@ -27,25 +26,19 @@ import functools
 import itertools
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import tokenizers
-from jax import Array
 
 import raclora_jax as rl
-from benchmarks.pretrained import entries, glue, minilm, run, sentiment, stories
+from benchmarks.pretrained import entries, glue, minilm, rules, run, sentiment, stories
 from benchmarks.pretrained.classifier import Classifier
 from benchmarks.pretrained.entries import Entry
 from benchmarks.shared import timing
 from benchmarks.shared.results import Results, use_one_core
 from raclora_jax import methods
-from raclora_jax._chain.inner import ADAM, OrthogonalState
-from raclora_jax._chain.orthogonal import polar_factor
 
 SEEDS = (0, 1, 2, 3, 4)
 STEPS = 300
@@ -53,10 +46,7 @@ DEPTH, BATCH = 3, 16  # of the encoder's tasks
 LABELLED = ("SST-2", "MRPC", "exchanged words")
 TASKS = (*stories.TEXTS, *LABELLED)
 RANK = 16
-HASHED, DECAY = 64, 0.95  # what a measured softness keeps
 CLOCK = "LoRA r8 Adam"
-
-Rule = Callable[[], optax.GradientTransformation]
 
 
 def exchanged(data_dir: pathlib.Path, model_dir: pathlib.Path) -> Classifier:
@@ -97,145 +87,6 @@ def task_of(name: str, data_dir: pathlib.Path, model_dir: pathlib.Path) -> Any:
     return exchanged(data_dir, model_dir)
 
 
-# Rules that are only compared here -----------------------------------------------------
-
-
-def matrix_rule(direction: Callable[[Array], Array]) -> Rule:
-    """An inner rule of a function of one factor, as long as the polar factor is.
-
-    Heads and biases get Adam.
-
-    Args:
-      direction: Of an array ``(rank, n)``.
-    """
-
-    def one(factor: Array) -> Array:
-        found = direction(factor)
-        length = jnp.linalg.norm(found)
-        wanted = jnp.sqrt(found.size * 1.0)  # root mean square 1
-        return found * wanted / jnp.where(length > 0, length, 1)
-
-    def rule() -> optax.GradientTransformation:
-        def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
-            if _dense(updates):
-                return ADAM.update(updates, state, params)
-            return jax.tree.map(one, updates), state
-
-        return optax.GradientTransformation(
-            lambda params: ADAM.init(params) if _dense(params) else (), update
-        )
-
-    return rule
-
-
-def _dense(tree: Any) -> bool:
-    """Whether it is what the head trains, and not factors."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return any("head" in jax.tree_util.keystr(path) for path, _ in leaves)
-
-
-def _spectral(change: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """``f(F F^T)^(-1/2) F`` by the eigenvalues of the Gram matrix."""
-
-    def direction(factor: Array) -> Array:
-        gram = jnp.matmul(factor, factor.T, precision="highest")
-        values, vectors = jnp.linalg.eigh(gram)
-        values = jnp.maximum(values, 1e-10 * values[-1:])
-        roots = jnp.where(values > 0, change(values), 0)
-        return (vectors * roots) @ (vectors.T @ factor)
-
-    return direction
-
-
-def soft(kappa: float) -> Rule:
-    """``(F F^T + kappa |F|^2 / rank I)^(-1/2) F``."""
-    return matrix_rule(_spectral(lambda s: (s + kappa * s.mean()) ** -0.5))
-
-
-def power(p: float) -> Rule:
-    """``(F F^T)^((p - 1) / 2) F``: the polar factor at 0, the gradient at 1."""
-    return matrix_rule(_spectral(lambda s: s ** ((p - 1) / 2)))
-
-
-def mixed(share: float) -> Rule:
-    """``(1 - s) msign(F) + s sqrt(rank) F / |F|``."""
-
-    def direction(factor: Array) -> Array:
-        length = jnp.linalg.norm(factor)
-        along = factor * jnp.sqrt(1.0 * min(factor.shape)) / jnp.where(length, length, 1)
-        return (1 - share) * polar_factor(factor, 0) + share * along
-
-    return matrix_rule(direction)
-
-
-def equal_rows() -> optax.GradientTransformation:
-    """Rows of one length, then the polar factor: SWAN, https://arxiv.org/abs/2412.13148."""
-
-    def direction(factor: Array) -> Array:
-        lengths = jnp.linalg.norm(factor, axis=1, keepdims=True)
-        return polar_factor(factor / jnp.where(lengths > 0, lengths, 1), 0)
-
-    return matrix_rule(direction)()
-
-
-def measured() -> optax.GradientTransformation:
-    """A soft polar factor, as soft as the gradients of a link disagree.
-
-    Two batches' gradients have the signal in common, ``p = E <F_k, F_{k+1}>``, and one
-    has the noise, too, ``q = E |F|^2``. With ``t = (q - p) / p`` it is
-    ``sqrt(1 + t) (F F^T + t q / rank I)^(-1/2) F``: the polar factor where all is signal,
-    linear in ``F`` where all is noise. A leaf keeps ``p``, ``q`` and 64 sums of its last
-    gradient's entries with signs, whose products are those of gradients in expectation.
-    """
-
-    def init(params: Any) -> OrthogonalState:
-        none, zero = {}, jnp.zeros((), jnp.int32)
-        if _dense(params):
-            return OrthogonalState(ADAM.init(params), none, zero, none, zero, none, none)
-        # By the names of fields: a new link forgets the last gradient, not the means.
-        last = {path: jnp.zeros(HASHED) for path in params}
-        means = {path: jnp.zeros(2) for path in params}
-        return OrthogonalState((), last, zero, means, zero, none, none)
-
-    def update(
-        updates: Any, state: OrthogonalState, params: Any = None
-    ) -> tuple[Any, OrthogonalState]:
-        del params
-        if _dense(updates):
-            answer, adam = ADAM.update(updates, state.adam)
-            return answer, state._replace(adam=adam)
-        hashed = {path: _hashed(factor) for path, factor in updates.items()}
-        follows = state.seen > 0
-        count = state.count + follows
-        answer, means = {}, {}
-        for path, factor in updates.items():
-            own = hashed[path]
-            now = jnp.stack([own @ state.momentum[path], own @ own])
-            old = state.second_moment[path]
-            means[path] = jnp.where(follows, DECAY * old + (1 - DECAY) * now, old)
-            p, q = means[path] / jnp.where(count, 1 - DECAY**count, 1)
-            signal = jnp.where(q > 0, jnp.clip(p / jnp.where(q > 0, q, 1), 1e-3, 1), 1)
-            ratio = (1 - signal) / signal
-            soft = functools.partial(_softened, ratio, ratio * q / len(factor))
-            answer[path] = _spectral(soft)(factor) * max(factor.shape) ** 0.5
-        new = state._replace(
-            momentum=hashed, second_moment=means, count=count, seen=state.seen + 1
-        )
-        return answer, new
-
-    return optax.GradientTransformation(init, update)
-
-
-def _softened(ratio: Array, floor: Array, squares: Array) -> Array:
-    return jnp.sqrt((1 + ratio) / (squares + floor))
-
-
-def _hashed(factor: Array) -> Array:
-    signs = np.random.default_rng(0).choice([-1.0, 1.0], factor.shape)
-    signed = jnp.ravel(factor * signs.astype("f"))
-    return jnp.pad(signed, (0, -len(signed) % HASHED)).reshape(-1, HASHED).sum(0)
-
-
 # The contenders ------------------------------------------------------------------------
 
 
@@ -272,17 +123,21 @@ def contenders(labelled: bool) -> list[Entry]:
         ours("polar, links of 100", resample_every=100),
         *(
             ours(
-                f"soft {kappa:g}, links of {link}", inner=soft(kappa), resample_every=link
+                f"soft {kappa:g}, links of {n}", inner=rules.soft(kappa), resample_every=n
             )
-            for kappa, link in itertools.product((0.1, 1.0, 10.0), (25, 100))
+            for kappa, n in itertools.product((0.1, 1.0, 10.0), (25, 100))
         ),
         *(
-            ours("measured softness, links of 25", rank, inner=measured)
+            ours("measured softness, links of 25", rank, inner=rules.measured)
             for rank in (RANK, wide)
         ),
-        *(ours(f"mixed {s:g}, links of 25", inner=mixed(s)) for s in (0.25, 0.5)),
-        *(ours(f"power {p:g}, links of 25", inner=power(p)) for p in (0.25, 1.0)),
-        ours("equal rows, links of 25", inner=equal_rows),
+        *(
+            ours(f"{name}, links of 100", inner=rule, resample_every=100)
+            for name, rule in (("PRISM", rules.prism), ("Muon-VS", rules.variance_scaled))
+        ),
+        *(ours(f"mixed {s:g}, links of 25", inner=rules.mixed(s)) for s in (0.25, 0.5)),
+        *(ours(f"power {p:g}, links of 25", inner=rules.power(p)) for p in (0.25, 1.0)),
+        ours("equal rows, links of 25", inner=rules.equal_rows),
         entries.full("full Adam", 2e-4 if labelled else 2e-3),
         entries.full("full orthogonal", 2e-4 if labelled else 2e-3, rl.orthogonal),
     ]
