@@ -202,24 +202,26 @@ def noise(tasks: tuple[str, ...], base: str, when: str = "") -> str:
 def texts(steps: int) -> str:
     """Losses on three texts in the time of full Adam's steps."""
     columns = {text: f"{text}, the time of {steps} steps" for text in TEXTS}
-    return _texts(columns)
+    return _over_full("texts", columns)
 
 
 def long_runs() -> str:
     """Losses at equal steps, from short to long runs on one text."""
     made = {row["study"] for row in _rows("texts")}
     columns = {f"{n} steps": f"{TEXTS[-1]}, {n} steps" for n in (300, 1000, 3000, 10_000)}
-    return _texts({name: study for name, study in columns.items() if study in made})
+    kept = {name: study for name, study in columns.items() if study in made}
+    return _over_full("texts", kept)
 
 
 TEXTS = ("Shakespeare", "GSM8K", "WikiText-2")
 
 
-def _texts(columns: dict[str, str]) -> str:
+def _over_full(name: str, columns: dict[str, str]) -> str:
+    """The methods that were timed, in columns of studies."""
     studies = {study: column for column, study in columns.items()}
-    kept = [row for row in _rows("texts") if row["study"] in studies]
+    kept = [row for row in _rows(name) if row["study"] in studies]
     rows = {(row["method"], studies[row["study"]]): row for row in kept}
-    order = [row["method"] for row in _rows("texts") if row["study"] == "time"]
+    order = [row["method"] for row in _rows(name) if row["study"] == "time"]
     methods = [m for m in order if any((m, column) in rows for column in columns)]
     return _grid("method", methods, tuple(columns), rows, "full Adam")
 

@@ -158,7 +158,7 @@ def _same_rule() -> Line:
     return Line(
         "The same stateless rule in LoRA's pair",
         "field.md",
-        "either",
+        "LoRA's pair by bytes, RAC-LoRA by time",
         f"loss {found['equal bytes', 'LoRA, orthogonal']}, no bytes for both"
         f"{_TIME}{found['equal time', 'LoRA, orthogonal']}",
         f"the same rule: {found['equal bytes', 'full orthogonal']}"
