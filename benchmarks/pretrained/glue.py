@@ -196,8 +196,12 @@ def _work(
     steps: int,
     guess: float,
     seeds: tuple[int, ...],
+    known: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One row, in a process of its own; tuned where no other row says the rate."""
+    """One row, in a process of its own; tuned where no other row says the rate.
+
+    A row that is known of fewer seeds gets the others, at its rate.
+    """
     begun = time.perf_counter()
     task = _task(*where)
     found = {entry.name: entry for entry in contenders(where[-1].steps, batch)}
@@ -208,12 +212,19 @@ def _work(
         first[rate] = runner.trained(rate, steps, seeds[0])
         return task.validation_loss(first[rate])
 
-    tune = study.endswith("equal steps")
-    tried = run.search(score, guess) if tune else {guess: score(guess)}
-    rate = min(tried, key=lambda rate: tried[rate])
-    ends = [first[rate], *(runner.trained(rate, steps, seed) for seed in seeds[1:])]
-    losses = [task.validation_loss(end) for end in ends]
-    scores = [task.score(end) for end in ends]
+    losses, scores, ends = [], [], []
+    if known:
+        rate, tried = known["rate"], dict(known["tried"])
+        losses, scores = known["loss"], known["score"]
+    else:
+        tune = study.endswith("equal steps")
+        tried = run.search(score, guess) if tune else {guess: score(guess)}
+        rate = min(tried, key=lambda rate: tried[rate])
+        ends = [first[rate]]
+    for seed in seeds[len(losses) + len(ends) :]:
+        ends.append(runner.trained(rate, steps, seed))
+    losses = [*losses, *map(task.validation_loss, ends)]
+    scores = [*scores, *map(task.score, ends)]
     return {
         "study": study,
         "method": method,
@@ -255,8 +266,8 @@ def jobs(
             "seeds": options.seeds,
         }
         if kind == "equal steps":
-            guess = known["rate"] if known else entry.guess
-            yield job | {"steps": table.steps, "guess": guess}
+            fixed = {"steps": table.steps, "guess": entry.guess}
+            yield job | fixed | {"known": known}
             continue
         before = results.get(f"{name}, equal steps", entry.name)
         times = [
@@ -268,7 +279,9 @@ def jobs(
             if steps == table.steps:
                 results.add(before | {"study": study})
             else:
-                yield job | {"steps": steps, "guess": before["rate"]}
+                same = known and known["steps"] == steps
+                fixed = {"steps": steps, "guess": before["rate"]}
+                yield job | fixed | {"known": known if same else None}
 
 
 def fill(options: argparse.Namespace, results: Results) -> None:
