@@ -112,6 +112,11 @@ def contenders() -> list[Entry]:
         table.append(entry._replace(batch=BATCH))
     table.append(ours("RAC r16 orthogonal, link 25", 16))
     table.append(ours("RAC r64 block, momentum 0.9", 64, sketch="block", inner=momentum))
+    for memory, link in ((0.8, 25), (0.9, 25), (1, 100)):
+        inner = functools.partial(rl.orthogonal, memory=memory)
+        name = f"RAC r64 block, memory {memory:g}, link {link}"
+        options: dict[str, Any] = {"inner": inner, "resample_every": link}
+        table.append(ours(name, 64, sketch="block", **options))
     return table
 
 
