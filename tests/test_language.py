@@ -264,6 +264,13 @@ def test_rules_with_momentum_follow_their_formula(rule):
         np.testing.assert_allclose(got["w"], 30**0.5 * expected, rtol=0.02, atol=0.02)
 
 
+def test_whole_runs_go_down_from_what_short_ones_found():
+    """By halves until the next is worse, and no further."""
+    tried = contest.lowered(lambda rate: abs(np.log2(rate) + 3), 1.0)
+    assert list(tried) == [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
+    assert list(contest.lowered(lambda rate: -rate, 1.0)) == [1 / 2, 1]
+
+
 def test_rates_are_chosen_by_what_is_not_reported():
     """By windows and a seed of their own."""
     task = texts.Task(DATA, "GSM8K")

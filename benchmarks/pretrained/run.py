@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import statistics
 import time
@@ -163,6 +164,15 @@ def search(
         best = nearest
 
 
+def lowered(score: Callable[[float], float], rate: float) -> dict[float, float]:
+    """Losses by rate, from one downwards by halves until the next is worse."""
+    found = {rate: score(rate), rate / 2: score(rate / 2)}
+    while found[rate / 2] < found[rate]:
+        rate /= 2
+        found[rate / 2] = score(rate / 2)
+    return dict(sorted(found.items()))
+
+
 def fitted(tried: dict[float, float]) -> float:
     """Where a parabola through the best and its neighbours, over log rate, is lowest."""
     rates = list(tried)
@@ -186,18 +196,23 @@ def contest(
     """The row of one method at one length: its rate tuned, then all seeds.
 
     The rate is chosen by what is reported of the first seed; with ``held_out``, a seed,
-    by the ``tuning_loss`` of the task on that one, after ``tuning_steps`` if they are not
-    as many, and nothing of it is reported.
+    by the ``tuning_loss`` of the task on that one, and nothing of it is reported. With
+    ``tuning_steps`` runs of so many steps search, and whole ones go down from what they
+    found: what is too fast for a long run may win a short one.
     """
     begun = time.perf_counter()
 
-    def score(rate: float) -> float:
+    def score(rate: float, steps: int = steps) -> float:
         if held_out is None:
             return runner.run(rate, steps, seeds[0])
-        end = runner.trained(rate, tuning_steps or steps, held_out)
-        return runner.task.tuning_loss(end)
+        return runner.task.tuning_loss(runner.trained(rate, steps, held_out))
 
-    tried = search(score, guess) if tune else {}
+    short, tried = {}, {}
+    if tune and tuning_steps:
+        short = search(functools.partial(score, steps=tuning_steps), guess)
+        tried = lowered(score, min(short, key=lambda rate: short[rate]))
+    elif tune:
+        tried = search(score, guess)
     rate = min(tried, key=lambda rate: tried[rate], default=guess)
     known = [tried[rate]] if tune and held_out is None else []
     losses = [*known, *(runner.run(rate, steps, seed) for seed in seeds[len(known) :])]
@@ -208,8 +223,9 @@ def contest(
         "batch": runner.entry.batch,
         "steps": steps,
         "rate": rate,
-        "fitted_rate": fitted(tried) if tune else None,
+        "fitted_rate": fitted(tried) if tune and not short else None,
         "tried": [[rate, loss] for rate, loss in tried.items()],
+        "tried_short": [[rate, loss] for rate, loss in short.items()],
         "loss": losses,
         "loss_mean": statistics.mean(losses),
         "loss_std": statistics.stdev(losses) if len(losses) > 1 else None,

@@ -3,8 +3,9 @@
 A Llama of six layers and 21 million numbers is trained in full from nothing, by AdamW on
 WikiText-2 and GSM8K, and kept in ``--scratch``. Then the seven matrices of each layer are
 tuned on tiny Shakespeare: 8 windows of 64 tokens a step, 10 % warm-up, a cosine to zero.
-The learning rate of every method is searched on one grid of powers of two, by runs of a
-third of the steps and by windows and a seed that are not reported.
+The learning rate of every method is searched on one grid of powers of two, by windows
+and a seed that are not reported: by runs of a third of the steps, and downwards from
+what these found by whole ones.
 
 Studies: 300 steps, steps timed in turn in this run, and as many steps as fit into the
 time of full Adam's 300. Rows are saved as they come and missing ones are added.

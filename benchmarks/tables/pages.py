@@ -273,6 +273,8 @@ TABLES = {
     "quantized": pretrained.quantized,
     "texts_short": lambda: pretrained.texts(300),
     "texts_long": pretrained.long_runs,
+    "wide": pretrained.wide,
+    "wide_times": lambda: pretrained.times("wide"),
     "noise_texts": lambda: pretrained.noise(
         ("Shakespeare", "GSM8K", "WikiText-2"), "polar, links of 25"
     ),
@@ -280,7 +282,7 @@ TABLES = {
         ("SST-2", "MRPC", "exchanged words"), "LoRA r8 Adam"
     ),
     "noise_time": lambda: pretrained.noise(
-        ("SST-2", "exchanged words"), "LoRA r8 Adam", ", equal time"
+        ("SST-2", "MRPC", "exchanged words"), "LoRA r8 Adam", ", equal time"
     ),
     "forgetting": pretrained.forgetting,
     "sentiment_steps": lambda: pretrained.losses("sentiment", "equal steps"),

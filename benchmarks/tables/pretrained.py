@@ -213,6 +213,12 @@ def long_runs() -> str:
     return _over_full("texts", kept)
 
 
+def wide() -> str:
+    """Losses of the decoder that is made here, at equal steps and in equal time."""
+    columns = {"300 steps": "equal steps", "the time of 300 of full Adam": "equal time"}
+    return _over_full("wide", columns)
+
+
 TEXTS = ("Shakespeare", "GSM8K", "WikiText-2")
 
 

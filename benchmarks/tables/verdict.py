@@ -70,6 +70,7 @@ def table(docs: str) -> str:
     for make in (
         _language,
         _texts,
+        _wide,
         _language_adam,
         _same_rule,
         _program,
@@ -128,6 +129,26 @@ def _texts() -> Line:
         "RAC-LoRA without state, half of the width",
         f"loss {beside(_ADAM, '')} at equal steps{_TIME}{beside(_ADAM, time)}",
         f"{beside('full Adam', '')} at equal steps{_TIME}{beside('full Adam', time)}",
+    )
+
+
+def _wide() -> Line:
+    method = "blocks of dim/4, orthogonal"
+    found = {}
+    for study in ("equal steps", "equal time"):
+        for rival in (_ADAM, "full Adam"):
+            ours, other = (
+                _one("pretrained/wide", study, name)["loss"] for name in (method, rival)
+            )
+            found[study, rival] = lead(_negative(ours), _negative(other))
+    bytes_ = _one("pretrained/wide", "equal steps", _ADAM)["optimizer_bytes"]
+    return Line(
+        "A Llama 512 wide, 21 million weights",
+        "results/texts.md#at-a-width-of-512",
+        "RAC-LoRA without state, a quarter of the width",
+        f"loss {found['equal steps', _ADAM]}, with no optimizer bytes for {bytes_:,}"
+        f"{_TIME}{found['equal time', _ADAM]}",
+        f"{found['equal steps', 'full Adam']}{_TIME}{found['equal time', 'full Adam']}",
     )
 
 
