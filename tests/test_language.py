@@ -305,12 +305,13 @@ def test_rates_are_chosen_by_what_is_not_reported():
     assert row["tried"] == [[0.5, 16], [1.0, 11], [2.0, 8], [4.0, 7], [8.0, 8]]
     assert (row["rate"], row["loss"]) == (4.0, [4.0, 5.0])
     assert asked == [10] * 5
-    short = {"held_out": 7, "tuning_steps": 3}
-    assert contest.contest(Run(), "", 10, (0, 1), 1.0, **short)["rate"] == 4.0
-    assert asked == [10] * 5 + [3] * 5
+    row = contest.contest(Run(), "", 10, (0, 1), 1.0, held_out=7, tuning_steps=3)
+    # Whole runs try what short ones found, and half of it.
+    assert (row["rate"], row["tried"]) == (4.0, [[2.0, 8], [4.0, 7]])
+    assert asked == [10] * 5 + [3] * 5 + [10] * 2
     row = contest.contest(Run(), "", 10, (0, 1), 1.0, tune=False, held_out=7)
     assert (row["rate"], row["loss"]) == (1.0, [1.0, 2.0])
-    assert len(asked) == 10  # nothing is trained that no one reads
+    assert len(asked) == 12  # nothing is trained that no one reads
 
 
 def test_adam_by_columns_goes_on_over_links():
