@@ -13,7 +13,16 @@ import pytest
 
 import raclora_jax as rl
 from benchmarks.pretrained import entries as contenders
-from benchmarks.pretrained import forgetting, language, rules, stories, texts
+from benchmarks.pretrained import (
+    forgetting,
+    glue,
+    language,
+    noise,
+    rules,
+    stories,
+    texts,
+    wide,
+)
 from benchmarks.pretrained import run as contest
 from benchmarks.shared import results as standings
 from raclora_jax._chain.inner import restarted
@@ -269,6 +278,72 @@ def test_whole_runs_go_down_from_what_short_ones_found():
     tried = contest.lowered(lambda rate: abs(np.log2(rate) + 3), 1.0)
     assert list(tried) == [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]
     assert list(contest.lowered(lambda rate: -rate, 1.0)) == [1 / 2, 1]
+
+
+def test_a_row_of_fewer_seeds_gets_the_others_at_its_rate(monkeypatch):
+    """And what it says of its own stays."""
+    trained = []
+
+    class Run:
+        def __init__(self, task, entry):
+            pass
+
+        def trained(self, rate, steps, seed):
+            trained.append(seed)
+            return 10 * rate + seed
+
+        def facts(self):
+            return {}
+
+    class Table:
+        params, cut = 0.0, 0.0
+        validation_loss = staticmethod(lambda end: end)
+        score = staticmethod(lambda end: -end)
+
+    monkeypatch.setattr(glue, "_task", lambda *where: Table)
+    monkeypatch.setattr(contest, "Runner", Run)
+    known = {"rate": 2.0, "tried": [[2.0, 7.0]], "loss": [7.0, 8.0], "score": [1.0, 2.0]}
+    job = {"method": "full Adam", "study": "cola, equal steps", "steps": 10}
+    where = (glue.TABLES["cola"],)
+    row = glue._work(where, 4, **job, guess=1.0, seeds=(0, 1, 2, 3), known=known)
+    assert trained == [2, 3]
+    assert (row["rate"], row["tried"]) == (2.0, [[2.0, 7.0]])
+    assert row["loss"] == [7.0, 8.0, 22.0, 23.0]
+    assert row["score"] == [1.0, 2.0, -22.0, -23.0]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: noise.contenders(False),
+        lambda: noise.contenders(True),
+        texts.contenders,
+        lambda: wide.contenders(512),
+    ],
+    ids=["noise, texts", "noise, labels", "texts", "wide"],
+)
+def test_contenders_have_names_of_their_own(made):
+    """By which rows are found; and each can be made."""
+    entries = made()
+    names = [entry.name for entry in entries]
+    assert len(set(names)) == len(names)
+    for entry in entries:
+        entry.make(lambda count: 0.0 * count, jax.random.key(0))
+
+
+def test_equal_rows_are_whitened_whatever_their_lengths():
+    """A row's length says nothing; nor is a row of zeros divided by its length."""
+    factor = np.random.default_rng(0).normal(size=(4, 30)).astype("f")
+    rule = rules.equal_rows()
+
+    def direction(lengths):
+        scaled = {"w": factor * np.array(lengths, "f")[:, None]}
+        return rule.update(scaled, rule.init(scaled))[0]["w"]
+
+    even = direction([1, 1, 1, 1])
+    np.testing.assert_allclose(direction([9, 2, 1, 0.1]), even, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(even @ even.T, 30 * np.eye(4), atol=1)
+    assert np.isfinite(direction([1, 1, 1, 0])).all()
 
 
 def test_rates_are_chosen_by_what_is_not_reported():

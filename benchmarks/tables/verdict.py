@@ -112,11 +112,8 @@ def _texts() -> Line:
         """The least and the largest lead over the texts."""
         leads = []
         for text in pretrained.TEXTS:
-            ours, other = (
-                _one("pretrained/texts", f"{text}, {when}300 steps", name)["loss"]
-                for name in (method, rival)
-            )
-            leads.append(lead(_negative(ours), _negative(other)))
+            study = f"{text}, {when}300 steps"
+            leads.append(_lower("pretrained/texts", study, method, rival))
         least, most = (pick(leads, key=lambda one: one.mean) for pick in (min, max))
         words, _, number = str(most).rpartition(" ")
         same = str(least).startswith(words)
@@ -134,13 +131,11 @@ def _texts() -> Line:
 
 def _wide() -> Line:
     method = "blocks of dim/4, orthogonal"
-    found = {}
-    for study in ("equal steps", "equal time"):
-        for rival in (_ADAM, "full Adam"):
-            ours, other = (
-                _one("pretrained/wide", study, name)["loss"] for name in (method, rival)
-            )
-            found[study, rival] = lead(_negative(ours), _negative(other))
+    found = {
+        (study, rival): _lower("pretrained/wide", study, method, rival)
+        for study in ("equal steps", "equal time")
+        for rival in (_ADAM, "full Adam")
+    }
     bytes_ = _one("pretrained/wide", "equal steps", _ADAM)["optimizer_bytes"]
     return Line(
         "A Llama 512 wide, 21 million weights",
@@ -171,11 +166,8 @@ def _same_rule() -> Line:
         ("equal time", "RAC-LoRA, orthogonal, block"),
     ):
         for rival in ("LoRA, orthogonal", "full orthogonal"):
-            ours, other = (
-                _one("field/field", f"language model, {study}", method)["loss"]
-                for method in (own, rival)
-            )
-            found[study, rival] = lead(_negative(ours), _negative(other))
+            where = f"language model, {study}"
+            found[study, rival] = _lower("field/field", where, own, rival)
     return Line(
         "The same stateless rule in LoRA's pair",
         "field.md",
@@ -242,11 +234,8 @@ def _phrases() -> Line:
         ("equal time", short),
     ):
         for rival in (_ADAM, "full Adam"):
-            ours, other = (
-                _one("pretrained/sentiment", study, name) for name in (method, rival)
-            )
-            found[study, method, rival] = lead(
-                _negative(ours["loss"]), _negative(other["loss"])
+            found[study, method, rival] = _lower(
+                "pretrained/sentiment", study, method, rival
             )
     ours, lora = (
         _one("pretrained/sentiment", "equal steps", name)["optimizer_bytes"]
@@ -312,6 +301,12 @@ def _beside(study: str, method: str) -> dict[str, Lead]:
         name: lead(_negative(ours["loss"]), _negative(other["loss"]))
         for name, other in (("LoRA", lora), ("full", full))
     }
+
+
+def _lower(name: str, study: str, method: str, rival: str) -> Lead:
+    """How far a method's losses are below a rival's in a study of a result file."""
+    ours, other = (_one(name, study, one)["loss"] for one in (method, rival))
+    return lead(_negative(ours), _negative(other))
 
 
 def _negative(losses: Sequence[float]) -> list[float]:
