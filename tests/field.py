@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from helpers import compiled_once
 
 import raclora_jax as rl
 from raclora_jax import methods
@@ -208,6 +209,7 @@ def run(row: Row) -> Run:
     The key is an argument of the step, which is compiled once for all of it.
     """
 
+    @compiled_once
     @jax.jit
     def step(key, state, *batch):
         method = row.make(row.learning_rate, row.spec, key)
@@ -227,7 +229,6 @@ def run(row: Row) -> Run:
 
     first, second = jax.random.key(1), jax.random.key(2)
     (held, losses), (again, _), (other, _) = map(states, (first, first, second))
-    assert step._cache_size() == 1, "the step was compiled again"
     method = row.make(row.learning_rate, row.spec, first)
     shown = see(first, held[0]), see(first, held[-1])
     return Run(method, held, shown, losses, again[-1], see(second, other[-1]))

@@ -6,6 +6,36 @@ import jax
 import numpy as np
 import pytest
 
+LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"  # once a program
+
+
+def compiled_once(jitted):
+    """``jitted``, whose calls fail where one after the first compiles again.
+
+    Compilations are counted as JAX tells of them. The size of a function's own cache
+    stays zero in a process that has compiled more than some thousand functions.
+    """
+    calls = itertools.count()
+
+    def call(*args, **kwargs):
+        lowered = []
+
+        def listen(event, _, **about):
+            lowered.extend([about] if event == LOWERED else [])
+
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        try:
+            answer = jitted(*args, **kwargs)
+        finally:
+            jax.monitoring.unregister_event_duration_listener(listen)
+        if next(calls) == 0:
+            assert lowered, "the first call compiles: was it called before?"
+        else:
+            assert not lowered, f"compiled again: {lowered}"
+        return answer
+
+    return call
+
 
 def repeat(*values):
     """A case of seconds, for what a quicker case or another test shows too."""
