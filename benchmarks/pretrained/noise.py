@@ -118,7 +118,10 @@ def contenders(labelled: bool) -> list[Entry]:
             for one in ((1, 100), (0.5, 25), (1, 25), (0.9, 25), (0.8, 25))
         ),
         ours("polar, links of 25", rank=wide),
-        ours("Adam, links of 100", inner=None, resample_every=100),
+        *(
+            ours("Adam, links of 100", rank, inner=None, resample_every=100)
+            for rank in (RANK, wide)
+        ),
         ours("momentum 0.9, links of 100", inner=entries.momentum, resample_every=100),
         ours("polar, links of 100", resample_every=100),
         *(
