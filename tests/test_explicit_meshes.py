@@ -237,6 +237,7 @@ def test_scan_and_accumulation():
 
 OTHERS = {
     "orthogonal": {"inner": rl.orthogonal(momentum=0.9, second_moment=True, memory=0.5)},
+    "orthogonal in blocks": {"inner": rl.orthogonal(memory=0.5, block_size=2)},
     "block": {"spec": {"sketch": "block"}},
     "coordinate": {"spec": {"sketch": "coordinate"}},
     "drawn side": {"spec": {"side": 0.5}},

@@ -26,6 +26,7 @@ RULES = {
     "orthogonal with momentum": rl.orthogonal(
         momentum=0.9, second_moment=True, memory=0.5
     ),
+    "orthogonal in blocks": rl.orthogonal(memory=0.5, block_size=2),
 }
 
 

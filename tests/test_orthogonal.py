@@ -54,7 +54,8 @@ def test_where_singular_values_end():
 def test_no_gradient_gives_no_step_and_no_nan(dtype):
     params = {"kernel": jnp.ones((9, 7), dtype), "stack": jnp.ones((2, 6, 8), dtype)}
     spec = rl.Spec(3, rules=[rl.Rule("stack", batch=0)])
-    for options in ({}, {"momentum": 0.9, "second_moment": True, "memory": 0.5}):
+    all_of_it = {"momentum": 0.9, "second_moment": True, "memory": 0.5}
+    for options in ({}, all_of_it, {"block_size": 2, **all_of_it}):
         tx = rl.raclora(0.1, spec, inner=rl.orthogonal(**options), key=0)
         state = tx.init(params)
         zeros = jax.tree.map(jnp.zeros_like, params)
@@ -199,6 +200,88 @@ def test_memory_whitens_by_the_mean_of_what_was_seen(memory, shape):
         assert seed == 0 or np.abs(plain - want).max() > 0.04 * np.abs(want).max()
 
 
+def blocks_of(matrix, rows):
+    """The blocks of rows that are whitened apart."""
+    count = -(-len(matrix) // rows)
+    size = -(-len(matrix) // count)
+    return [matrix[at : at + size] for at in range(0, len(matrix), size)]
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("shape", "rows"), [((12, 30), 4), ((13, 30), 4), ((40, 6), 16), ((5, 30), 8)]
+)
+def test_blocks_of_rows_are_whitened_apart(shape, rows):
+    """By the singular value decomposition of each; 13 rows are 4, 4, 4 and 1."""
+    for seed in range(3):
+        factor = normal(seed, *shape).astype("f")
+        rule = rl.orthogonal(block_size=rows)
+        got, _ = jax.jit(rule.update)({"f": factor}, rule.init({"f": factor}))
+        want = []
+        for block in blocks_of(np.float64(factor), rows):
+            left, _, right = np.linalg.svd(block, full_matrices=False)
+            size = max(len(blocks_of(factor, rows)[0]), shape[1])
+            want.append(np.sqrt(size) * left @ right)
+        want = np.concatenate(want)
+        np.testing.assert_allclose(got["f"], want, atol=WITHIN * np.abs(want).max())
+        np.testing.assert_allclose(np.sqrt(np.mean(want**2)), 1, rtol=0.15)
+        # Not what whole factors give, but for those of no more rows than a block.
+        whole = np.sqrt(max(shape)) * np.asarray(polar_factor(factor, 0))
+        assert (np.abs(whole - want).max() < 0.1) == (shape[0] <= rows)
+
+
+@pytest.mark.parametrize("shape", [(2, 7, 20), (2, 11, 3, 4)])
+def test_a_block_remembers_its_own(shape):
+    """Of a stack and with a momentum: one by one as all together."""
+    rows, options = 3, {"momentum": 0.9, "memory": 0.8}
+    rule, alone = rl.orthogonal(block_size=rows, **options), rl.orthogonal(**options)
+    spec = rl.Spec(shape[1], rules=[rl.Rule("f", rows=1, batch=0, mode="full")])
+    count = -(-shape[1] // rows)
+    tx = rl.raclora(1.0, spec, inner=rule, key=0)
+    params = {"f": jnp.zeros(shape)}
+    state, step = tx.init(params), jax.jit(tx.update)
+    gram = state.inner_state.lowrank.gram["f"]
+    size = min(-(-shape[1] // count), int(np.prod(shape[2:])))
+    assert gram.shape == (2, count, size, size)
+    width = int(np.prod(shape[2:]))
+    lone = {}
+    for seed in range(3):
+        grads = {"f": normal(seed, *shape).astype("f")}
+        updates, state = step(grads, state, params)
+        for i in range(2):
+            blocks = blocks_of(grads["f"][i].reshape(-1, width), rows)
+            got = blocks_of(-np.asarray(updates["f"][i]).reshape(-1, width), rows)
+            for j, block in enumerate(blocks):
+                start = alone.init({"f": jnp.zeros(block.shape)})
+                want, lone[i, j] = alone.update({"f": block}, lone.get((i, j), start))
+                np.testing.assert_allclose(got[j], want["f"], atol=2e-3)
+
+
+def test_blocks_descend_no_less():
+    """Along the gradient, at the same length over all."""
+    for seed in range(5):
+        factor = normal(seed, 24, 60) * np.logspace(0, -2, 60)
+        along, length = {}, {}
+        for rows in (None, 12, 5, 1):
+            rule = rl.orthogonal(block_size=rows)
+            step, _ = rule.update({"f": factor.astype("f")}, rule.init({"f": factor}))
+            along[rows] = np.sum(factor * step["f"])
+            length[rows] = np.linalg.norm(step["f"])
+        assert along[None] < along[12] < along[5] < along[1]
+        np.testing.assert_allclose(list(length.values()), length[None], rtol=2 * WITHIN)
+
+
+def test_blocks_keep_less():
+    """A memory of blocks has a share of the numbers of one of whole factors."""
+    params = {"kernel": jnp.zeros((64, 80))}
+    kept = {}
+    for rows in (None, 8):
+        rule = rl.orthogonal(memory=0.9, block_size=rows)
+        tx = rl.raclora(1.0, rl.Spec(32, side="left"), inner=rule, key=0)
+        kept[rows] = tx.init(params).inner_state.lowrank.gram["kernel"].size
+    assert kept == {None: 32 * 32, 8: 32 * 8}
+
+
 def test_memory_of_a_stack_is_that_of_its_matrices():
     """One by one: a large matrix does not hide a small one."""
     spec = rl.Spec(3, side="left", rules=[rl.Rule("stack", batch=0)])
@@ -330,6 +413,9 @@ def test_under_a_mask_the_rest_of_the_leaves_is_orthogonalised():
         ({"second_moment": 1}, TypeError, ["second_moment", "int"]),
         ({"memory": 1.5}, ValueError, ["memory", "between 0 and 1", "1.5"]),
         ({"memory": True}, TypeError, ["memory", "bool"]),
+        ({"block_size": 0}, ValueError, ["block_size", "at least 1", "0"]),
+        ({"block_size": 2.5}, TypeError, ["block_size", "an int", "2.5"]),
+        ({"block_size": True}, TypeError, ["block_size", "an int", "bool"]),
     ],
 )
 def test_bad_options(options, error, pieces):

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import raclora_jax as rl
+from raclora_jax._core.sharding import auto_axes, sharding_of
 from raclora_jax.flax import to_tree
 from raclora_jax.sharding import factor_shardings, state_shardings
 
@@ -60,7 +61,28 @@ TXS = {
     "orthogonal": rl.scale_by_raclora(
         SPEC, inner=rl.orthogonal(momentum=0.9, second_moment=True, memory=0.5), key=0
     ),
+    "orthogonal in blocks": rl.scale_by_raclora(
+        SPEC, inner=rl.orthogonal(memory=0.5, block_size=2), key=0
+    ),
 }
+
+
+def test_results_of_constants_are_whole():
+    """On explicit axes, beside results whose sharding a type says."""
+    mesh = mesh_of(AxisType.Explicit)
+    x = jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("fsdp", None)))
+
+    @auto_axes(lambda x, scale: {"x": sharding_of(x), "scale": sharding_of(scale)})
+    def scaled(x, scale):
+        return {"x": x * scale, "scale": scale + 1}
+
+    with jax.set_mesh(mesh):
+        found = jax.jit(lambda x: scaled(x, jnp.full((), 2.0)))(x)
+        constant = jax.jit(lambda x: scaled(x, jnp.zeros(())))(x)
+    assert found["x"].sharding.spec == P("fsdp", None)
+    for one, value in ((found, 3.0), (constant, 1.0)):
+        assert one["scale"].sharding.is_fully_replicated
+        assert one["scale"] == value
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

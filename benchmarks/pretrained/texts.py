@@ -86,6 +86,17 @@ def contenders() -> list[Entry]:
             inner=entries.column_adam,
             resample_every=100,
         ),
+        entries.ours(
+            "full orthogonal in blocks of dim/4, fused",
+            32,
+            inner=functools.partial(rl.orthogonal, block_size=16),
+            **whole,
+        ),
+        blocks(
+            2,
+            "orthogonal in halves",
+            inner=functools.partial(rl.orthogonal, block_size=16),
+        ),
         entries.ours("full orthogonal, momentum 0.9, fused", 32, **momentum, **whole),
         *(
             blocks(part, "momentum 0.9, links of 100", resample_every=100, **momentum)

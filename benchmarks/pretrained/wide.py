@@ -7,8 +7,9 @@ The learning rate of every method is searched on one grid of powers of two, by w
 and a seed that are not reported: by runs of a third of the steps, and downwards from
 what these found by whole ones.
 
-Studies: 300 steps, steps timed in turn in this run, and as many steps as fit into the
-time of full Adam's 300. Rows are saved as they come and missing ones are added.
+Studies: 300 steps, steps timed in turn in this run, those of the orthogonal rule in
+blocks timed beside whole ones, and as many steps as fit into the time of full Adam's
+300. Rows are saved as they come and missing ones are added.
 ``--full`` is a decoder of 1024 and 12 layers at equal steps, for a GPU.
 
     python -m benchmarks.pretrained.wide --data-dir DIR --scratch DIR [--quick] [--full]
@@ -205,6 +206,7 @@ def contenders(width: int) -> list[Entry]:
         named = f"blocks of dim/{part}, {name}"
         return entries.ours(named, width // part, guess=1e-3, **options)
 
+    quarters = functools.partial(rl.orthogonal, block_size=width // 4)
     adam = {"inner": None, "resample_every": 100, "guess": 1e-3, "rules": []}
     whole = {"rules": [rl.Rule(".*", mode="full")], "fused": True, "guess": 1e-3}
     return [
@@ -215,6 +217,10 @@ def contenders(width: int) -> list[Entry]:
         entries.pair("LoRA r32 Adam", methods.lora, 32, 4e-3),
         blocks(4, "memory 0.9", inner=functools.partial(rl.orthogonal, memory=0.9)),
         entries.ours("RAC r12 Adam, links of 100", 12, **adam),
+        entries.ours(
+            "full orthogonal in blocks of dim/4, fused", 8, inner=quarters, **whole
+        ),
+        blocks(2, "orthogonal in halves", inner=quarters),
     ]
 
 
@@ -251,7 +257,8 @@ def jobs(
                 "tuning_steps": TUNING_STEPS,
             }
             continue
-        before, own = (results.get(s, entry.name) for s in ("equal steps", "time"))
+        before = results.get("equal steps", entry.name)
+        own = next(filter(None, (results.get(race, entry.name) for race in RACES)), None)
         if before and own:
             steps = run.CHUNK * round(STEPS / own["over_full_adam"] / run.CHUNK)
             if steps == before["steps"]:  # the same run
@@ -260,7 +267,8 @@ def jobs(
                 yield job | {"steps": steps, "guess": before["rate"], "tune": False}
 
 
-STUDIES = ("equal steps", "time", "equal time")
+RACES = {"time": "", "time, blocks": "^full|dim/2"}  # and what takes part
+STUDIES = ("equal steps", *RACES, "equal time")
 
 
 def main() -> None:
@@ -294,11 +302,16 @@ def main() -> None:
         warm_up=run.WARM_UP,
     )
     for study in options.studies:
-        if study == "time":
-            results.drop("time")
-            asked = [e for e in contenders(size.width) if re.search(options.only, e.name)]
+        if study in RACES:
+            results.drop(study)
+            asked = [
+                entry
+                for entry in contenders(size.width)
+                if re.search(options.only, entry.name)
+                and re.search(RACES[study], entry.name)
+            ]
             for row in run.race(_task(*where), asked, 1 if options.quick else 2):
-                results.add(row)
+                results.add(row | {"study": study})
         else:
             results.fill(_work, jobs(results, study, where, options), options.workers)
 

@@ -275,6 +275,7 @@ TABLES = {
     "texts_long": pretrained.long_runs,
     "wide": pretrained.wide,
     "wide_times": lambda: pretrained.times("wide"),
+    "wide_blocks": lambda: pretrained.times("wide", "time, blocks"),
     "noise_texts": lambda: pretrained.noise(
         ("Shakespeare", "GSM8K", "WikiText-2"), "polar, links of 25"
     ),

@@ -137,11 +137,11 @@ def _glue(study: str) -> tuple[dict[tuple[str, str], dict], list[str]]:
     return rows, [task for task in _TASKS if all((one, task) in rows for one in methods)]
 
 
-def times(name: str) -> str:
+def times(name: str, study: str = "time") -> str:
     """Milliseconds a step, timed in turn."""
     lines = ["| method | milliseconds a step | over full Adam |", "|---|---:|---:|"]
     for row in _rows(name):
-        if row["study"] == "time":
+        if row["study"] == study:
             over = f"{row['milliseconds']:.1f} | {row['over_full_adam']:.2f}"
             lines.append(f"| {row['method']} | {over} |")
     return "\n".join(lines)
@@ -223,12 +223,11 @@ TEXTS = ("Shakespeare", "GSM8K", "WikiText-2")
 
 
 def _over_full(name: str, columns: dict[str, str]) -> str:
-    """The methods that were timed, in columns of studies."""
+    """The methods that have a row, in columns of studies."""
     studies = {study: column for column, study in columns.items()}
     kept = [row for row in _rows(name) if row["study"] in studies]
     rows = {(row["method"], studies[row["study"]]): row for row in kept}
-    order = [row["method"] for row in _rows(name) if row["study"] == "time"]
-    methods = [m for m in order if any((m, column) in rows for column in columns)]
+    methods = list(dict.fromkeys(row["method"] for row in kept))
     return _grid("method", methods, tuple(columns), rows, "full Adam")
 
 

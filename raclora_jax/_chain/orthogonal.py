@@ -32,7 +32,11 @@ _SECOND_MOMENT_DECAY = 0.95
 
 
 def orthogonal(
-    *, momentum: float = 0.0, second_moment: bool = False, memory: float = 0.0
+    *,
+    momentum: float = 0.0,
+    second_moment: bool = False,
+    memory: float = 0.0,
+    block_size: int | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces each factor's gradient by its polar factor; an ``inner`` without state.
 
@@ -57,6 +61,14 @@ def orthogonal(
     ``1 / sqrt(1 - m)``, and a batch with a large gradient takes a larger step than one
     with a small one, so that noise averages out over steps.
 
+    With ``block_size = k`` the rows of a factor are cut into the fewest blocks of at
+    most ``k``, of one size but for the last, and each is a matrix of its own in all of
+    the above. Of ``rank > k`` rows the Gram matrices then cost ``k / rank`` of what they
+    cost, their polynomials ``(k / rank)^2``, and a memory has ``rank k`` numbers. Blocks
+    are not orthogonal to each other: a step is at most ``sqrt(rank / k)`` times as long
+    in its largest direction, and as long as before over all. It falls by no less, since
+    the nuclear norms of blocks add up to at least that of the whole.
+
     Args:
       momentum: Decay of a momentum of the factor's size, with Nesterov's look ahead, in
         [0, 1); 0 keeps none. A new link resets it as ``moments`` says.
@@ -66,6 +78,8 @@ def orthogonal(
         ``rank x rank`` (``n x n`` if that is smaller); 0 keeps none. 0.9 changes little
         on text, 1 is for few and noisy targets. A new link begins anew as ``moments``
         says.
+      block_size: How many rows are whitened together at most; all by default. For large
+        ranks, and leaves that take no sketch.
 
     Returns:
       An optax transformation, to be passed as ``inner``. It takes the leaves' plans as
@@ -73,7 +87,8 @@ def orthogonal(
       two axes are read as factors of ``(rank, n)``.
 
     Raises:
-      ValueError: If ``momentum`` is outside [0, 1), or ``memory`` outside [0, 1].
+      ValueError: If ``momentum`` is outside [0, 1), ``memory`` outside [0, 1], or
+        ``block_size`` below 1.
       TypeError: If an argument has the wrong type.
 
     Example:
@@ -86,11 +101,15 @@ def orthogonal(
     References:
       Jordan et al., `Muon <https://kellerjordan.github.io/posts/muon/>`_, 2024. Amsel et
       al., `The Polar Express <https://arxiv.org/abs/2505.16932>`_, 2025. Li et al.,
-      `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025.
+      `NorMuon <https://arxiv.org/abs/2510.05491>`_, 2025. Blocks of rows: Khaled et al.,
+      `MuonBP <https://arxiv.org/abs/2510.16981>`_, 2025, where they are what a device
+      holds.
     """
     checks.number("momentum", momentum, checks.DECAY)
     checks.flag("second_moment", second_moment)
     checks.number("memory", memory, checks.PROBABILITY)
+    if block_size is not None:
+        block_size = checks.count("block_size", block_size)
 
     def init(params: PyTree) -> OrthogonalState:
         leaves, _ = paths.flatten(params)
@@ -104,10 +123,10 @@ def orthogonal(
             if second_moment
             else {},
             seen=jnp.zeros((), jnp.int32) if memory else (),
-            gram={p: _no_gram(leaves[p], axis) for p, axis in factors.items()}
+            gram={p: _no_gram(leaves[p], axis, block_size) for p, axis in factors.items()}
             if memory
             else {},
-            unit={p: _no_unit(leaves[p], axis) for p, axis in factors.items()}
+            unit={p: _no_unit(leaves[p], axis, block_size) for p, axis in factors.items()}
             if memory
             else {},
         )
@@ -141,17 +160,17 @@ def orthogonal(
         if memory:
             seen = optax.safe_increment(seen)
             directions, grams, units = whitened(
-                gradients, factors, grams, units, seen, memory
+                gradients, factors, grams, units, seen, memory, block_size
             )
         else:
-            directions = polar_factors(gradients, factors)
+            directions = polar_factors(gradients, factors, block_size)
         for path, axis in factors.items():
             direction = directions[path]
             if second_moment:
                 moments[path], direction = _even(
                     direction, state.second_moment[path], count, axis
                 )
-            answer[path] = math.sqrt(max(_sizes(direction, axis))) * direction
+            answer[path] = math.sqrt(_long_side(direction, axis, block_size)) * direction
         new = OrthogonalState(adam, momenta, count, moments, seen, grams, units)
         return paths.unflatten(treedef, {p: answer[p] for p in leaves}), new
 
@@ -173,9 +192,13 @@ def polar_factor(matrix: Array, axis: int) -> Array:
 
 
 @auto_axes(
-    lambda matrices, axes: {path: sharding_of(array) for path, array in matrices.items()}
+    lambda matrices, axes, block_size=None: {
+        path: sharding_of(array) for path, array in matrices.items()
+    }
 )
-def polar_factors(matrices: dict[str, Array], axes: dict[str, int]) -> dict[str, Array]:
+def polar_factors(
+    matrices: dict[str, Array], axes: dict[str, int], block_size: int | None = None
+) -> dict[str, Array]:
     """``polar_factor`` of several matrices: those of one rank are worked on as a stack.
 
     Polynomials of the Gram matrix on the short side. A matrix is divided by its largest
@@ -184,17 +207,21 @@ def polar_factors(matrices: dict[str, Array], axes: dict[str, int]) -> dict[str,
     Args:
       matrices: ``{path: array (batch..., rank, *axes)}``.
       axes: ``{path: where the rank stands}``.
+      block_size: How many rows are a matrix of their own at most; all by default.
 
     Returns:
       ``{path: array}``.
     """
+    whole, axes_of_whole = matrices, axes
+    matrices, axes = _in_blocks(matrices, axes, block_size)
     units = {path: _largest(matrix, axes[path]) for path, matrix in matrices.items()}
     lying = _in_units(matrices, axes, units)
-    return _turned(matrices, axes, lying, _grams(lying, axes))
+    turned = _turned(matrices, axes, lying, _grams(lying, axes))
+    return _joined(turned, whole, axes_of_whole)
 
 
 @auto_axes(
-    lambda matrices, axes, grams, units, seen, memory: (
+    lambda matrices, axes, grams, units, seen, memory, block_size=None: (
         {path: sharding_of(array) for path, array in matrices.items()},
         {path: sharding_of(array) for path, array in grams.items()},
         {path: sharding_of(array) for path, array in units.items()},
@@ -207,6 +234,7 @@ def whitened(
     units: dict[str, Array],
     seen: Array,
     memory: float,
+    block_size: int | None = None,
 ) -> tuple[dict[str, Array], dict[str, Array], dict[str, Array]]:
     """``polar_factors`` by Gram matrices that are in part a mean over earlier matrices.
 
@@ -218,10 +246,14 @@ def whitened(
       units: ``{path: array (batch...,)}``, the largest entry of any matrix before.
       seen: int32 scalar, how many matrices there were, this one among them.
       memory: Weight of the mean.
+      block_size: How many rows are a matrix of their own at most; all by default. Where
+        there are more, ``grams`` and ``units`` have an axis of blocks behind the batch.
 
     Returns:
       ``{path: array}`` like ``matrices``, and the new ``grams`` and ``units``.
     """
+    whole, axes_of_whole = matrices, axes
+    matrices, axes = _in_blocks(matrices, axes, block_size)
     new_units, means, mixed = {}, {}, {}
     for path, matrix in matrices.items():
         largest = _largest(matrix, axes[path]).reshape(units[path].shape)
@@ -237,7 +269,49 @@ def whitened(
         before = grams[path] * (shrunk**2)[..., None, None]
         means[path] = before + (gram - before) / seen.astype(gram.dtype)
         mixed[path] = (1 - memory) * gram + memory * means[path]
-    return _turned(matrices, axes, lying, mixed), means, new_units
+    turned = _turned(matrices, axes, lying, mixed)
+    return _joined(turned, whole, axes_of_whole), means, new_units
+
+
+def _blocks(matrix: Array, axis: int, block_size: int | None) -> tuple[int, int]:
+    """Into how many blocks of how many rows a matrix is cut; the last may have fewer."""
+    rank = matrix.shape[axis]
+    count = 1 if block_size is None else -(-rank // block_size)
+    return count, -(-rank // count)
+
+
+def _long_side(matrix: Array, axis: int, block_size: int | None) -> int:
+    """The longer side of a block, at whose root its polar factor has mean square 1."""
+    return max(_blocks(matrix, axis, block_size)[1], _sizes(matrix, axis)[1])
+
+
+def _in_blocks(
+    matrices: dict[str, Array], axes: dict[str, int], block_size: int | None
+) -> tuple[dict[str, Array], dict[str, int]]:
+    """Stacks of blocks of rows, filled up with zeros, and where their rows stand."""
+    cut_up, within = dict(matrices), dict(axes)
+    for path, matrix in matrices.items():
+        axis = axes[path]
+        count, size = _blocks(matrix, axis, block_size)
+        if count > 1:
+            filled = [(0, 0)] * matrix.ndim
+            filled[axis] = (0, count * size - matrix.shape[axis])
+            shape = (*matrix.shape[:axis], count, size, *matrix.shape[axis + 1 :])
+            cut_up[path] = jnp.pad(matrix, filled).reshape(shape)
+            within[path] = axis + 1
+    return cut_up, within
+
+
+def _joined(
+    blocks: dict[str, Array], matrices: dict[str, Array], axes: dict[str, int]
+) -> dict[str, Array]:
+    """The inverse of ``_in_blocks`` for matrices that were cut."""
+    found = {}
+    for path, matrix in matrices.items():
+        axis, rank = axes[path], matrix.shape[axes[path]]
+        shape = (*matrix.shape[:axis], -1, *matrix.shape[axis + 1 :])
+        found[path] = lax.slice_in_dim(blocks[path].reshape(shape), 0, rank, axis=axis)
+    return found
 
 
 def _in_units(
@@ -313,15 +387,23 @@ def _largest(matrix: Array, axis: int) -> Array:
     return jnp.max(jnp.abs(matrix), axis=tuple(range(axis, matrix.ndim)), keepdims=True)
 
 
-def _no_gram(factor: Array, axis: int) -> Array:
+def _no_gram(factor: Array, axis: int, block_size: int | None) -> Array:
     """Zeros for the Gram matrices of a factor, on its short side."""
-    shape = (*factor.shape[:axis], *(min(_sizes(factor, axis)),) * 2)
+    short = min(_blocks(factor, axis, block_size)[1], _sizes(factor, axis)[1])
+    shape = (*_stack(factor, axis, block_size), short, short)
     return zeros(shape, factor.dtype, stack_sharding(factor, axis))
 
 
-def _no_unit(factor: Array, axis: int) -> Array:
+def _no_unit(factor: Array, axis: int, block_size: int | None) -> Array:
     """Zeros, one for each matrix of a factor."""
-    return zeros(factor.shape[:axis], factor.dtype, stack_sharding(factor, axis))
+    shape = _stack(factor, axis, block_size)
+    return zeros(shape, factor.dtype, stack_sharding(factor, axis))
+
+
+def _stack(factor: Array, axis: int, block_size: int | None) -> tuple[int, ...]:
+    """The sizes of the axes before those of a matrix, blocks among them."""
+    count, _ = _blocks(factor, axis, block_size)
+    return (*factor.shape[:axis], *((count,) if count > 1 else ()))
 
 
 def _lying(matrix: Array, axis: int) -> Array:

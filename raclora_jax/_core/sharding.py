@@ -205,7 +205,11 @@ def auto_axes(
                 args, kwargs = treedef.unflatten(own)
                 return function(*args, **kwargs)
 
-            axes = _explicit_axes(explicit[0].mesh)
+            mesh = explicit[0].mesh
+            # A constant among the arguments is on no mesh: what is made of it is whole.
+            whole = NamedSharding(mesh, PartitionSpec())
+            out = jax.tree.map(lambda s: s or whole, out, is_leaf=lambda s: s is None)
+            axes = _explicit_axes(mesh)
             called = jax.sharding.auto_axes(inside, axes=axes, out_sharding=out)
             result: T = called(*(leaves[i] for i in places))
             return result
