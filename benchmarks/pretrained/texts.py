@@ -179,6 +179,9 @@ def in_time(results: Results, steps: int, options: argparse.Namespace) -> Iterat
                 }
 
 
+STUDIES = ("equal steps", "time", "equal time")
+
+
 def main() -> None:
     """Runs the studies and prints their rows."""
     parser = timing.parser(__doc__)
@@ -188,11 +191,13 @@ def main() -> None:
         "--texts", nargs="+", choices=stories.TEXTS, default=stories.TEXTS
     )
     parser.add_argument("--steps", nargs="+", type=int, choices=LENGTHS, default=LENGTHS)
+    parser.add_argument("--studies", nargs="+", choices=STUDIES, default=STUDIES)
     parser.add_argument("--workers", type=int, default=2, help="runs side by side")
     options = timing.parse(parser, __file__)
     options.seeds = SEEDS[:1] if options.quick else SEEDS
     if options.quick:
         options.texts, options.steps = ["GSM8K"], LENGTHS[:1]
+        options.studies = STUDIES[:2]
         options.only = "^blocks of dim/4, memory 0.5"
     use_one_core()
     path = None if options.out is None else options.out / "texts.json"
@@ -206,7 +211,8 @@ def main() -> None:
     )
     clock, *others = contenders()
     timed = [clock, *(e for e in others if re.search(options.only, e.name))]
-    if not all(results.get("time", entry.name) for entry in timed):
+    known = all(results.get("time", entry.name) for entry in timed)
+    if "time" in options.studies and not known:
         results.drop("time")
         for text, steps in itertools.product(stories.TEXTS, TIMED):
             results.drop(study_of(text, steps, timed=True))
@@ -214,8 +220,10 @@ def main() -> None:
         for row in run.race(_task(options.data_dir, LONG), timed, rounds):
             results.add(row)
     work = functools.partial(_work, options.data_dir)
+    kinds = {"equal steps": jobs, "equal time": in_time}
+    asked = [kinds[study] for study in kinds if study in options.studies]
     for steps in options.steps:
-        for missing in (jobs,) if options.quick else (jobs, in_time):
+        for missing in asked:
             results.fill(work, missing(results, steps, options), options.workers)
 
 
