@@ -206,7 +206,7 @@ def contenders(width: int) -> list[Entry]:
         named = f"blocks of dim/{part}, {name}"
         return entries.ours(named, width // part, guess=1e-3, **options)
 
-    quarters = functools.partial(rl.orthogonal, block_size=width // 4)
+    eighths = functools.partial(rl.orthogonal, block_size=width // 8)
     adam = {"inner": None, "resample_every": 100, "guess": 1e-3, "rules": []}
     whole = {"rules": [rl.Rule(".*", mode="full")], "fused": True, "guess": 1e-3}
     return [
@@ -218,9 +218,9 @@ def contenders(width: int) -> list[Entry]:
         blocks(4, "memory 0.9", inner=functools.partial(rl.orthogonal, memory=0.9)),
         entries.ours("RAC r12 Adam, links of 100", 12, **adam),
         entries.ours(
-            "full orthogonal in blocks of dim/4, fused", 8, inner=quarters, **whole
+            "full orthogonal in blocks of dim/8, fused", 8, inner=eighths, **whole
         ),
-        blocks(2, "orthogonal in halves", inner=quarters),
+        blocks(2, "orthogonal in quarters", inner=eighths),
     ]
 
 
