@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -109,8 +110,22 @@ def side_by_side(
     """
     spawn = multiprocessing.get_context("spawn")
     for start in range(0, len(jobs), each * workers):
-        with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
+        with concurrent.futures.ProcessPoolExecutor(
+            workers, spawn, initializer=_end_with_parent
+        ) as pool:
             now = jobs[start : start + each * workers]
             running = {pool.submit(work, job): job for job in now}
             for done in concurrent.futures.as_completed(running):
                 yield running[done], done.result()
+
+
+def _end_with_parent() -> None:
+    """Ends this process when the one that began it is gone, in the middle of a job."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent is not None:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
