@@ -204,9 +204,12 @@ def contenders(width: int) -> list[Entry]:
     def blocks(part: int, name: str, **options: Any) -> Entry:
         options = {"side": "left", "sketch": "block", "rules": [], **options}
         named = f"blocks of dim/{part}, {name}"
-        return entries.ours(named, width // part, guess=1e-3, **options)
+        return entries.ours(named, width // part, **{"guess": 1e-3} | options)
 
-    eighths = functools.partial(rl.orthogonal, block_size=width // 8)
+    eighths = {
+        "inner": functools.partial(rl.orthogonal, block_size=width // 8),
+        "guess": 4e-3,
+    }
     adam = {"inner": None, "resample_every": 100, "guess": 1e-3, "rules": []}
     whole = {"rules": [rl.Rule(".*", mode="full")], "fused": True, "guess": 1e-3}
     return [
@@ -217,10 +220,8 @@ def contenders(width: int) -> list[Entry]:
         entries.pair("LoRA r32 Adam", methods.lora, 32, 4e-3),
         blocks(4, "memory 0.9", inner=functools.partial(rl.orthogonal, memory=0.9)),
         entries.ours("RAC r12 Adam, links of 100", 12, **adam),
-        entries.ours(
-            "full orthogonal in blocks of dim/8, fused", 8, inner=eighths, **whole
-        ),
-        blocks(2, "orthogonal in quarters", inner=eighths),
+        entries.ours("full orthogonal in blocks of dim/8, fused", 8, **whole | eighths),
+        blocks(2, "orthogonal in quarters", **eighths),
     ]
 
 
