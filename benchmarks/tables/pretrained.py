@@ -199,18 +199,9 @@ def noise(tasks: tuple[str, ...], base: str, when: str = "") -> str:
     return _grid("rule", methods, tasks, rows, base)
 
 
-def texts(steps: int) -> str:
-    """Losses on three texts in the time of full Adam's steps."""
-    columns = {text: f"{text}, the time of {steps} steps" for text in TEXTS}
-    return _over_full("texts", columns)
-
-
-def long_runs() -> str:
-    """Losses at equal steps, from short to long runs on one text."""
-    made = {row["study"] for row in _rows("texts")}
-    columns = {f"{n} steps": f"{TEXTS[-1]}, {n} steps" for n in (300, 1000, 3000, 10_000)}
-    kept = {name: study for name, study in columns.items() if study in made}
-    return _over_full("texts", kept)
+def texts(length: str) -> str:
+    """Losses on three texts by some steps, or in the time of as many of full Adam's."""
+    return _over_full("texts", {text: f"{text}, {length}" for text in TEXTS})
 
 
 def wide() -> str:
