@@ -221,7 +221,7 @@ RULES_INSIDE = {
     ),
     "orthogonal": (
         rl.orthogonal,
-        lambda: reference.Orthogonal(rl._chain.orthogonal.POLYNOMIALS),
+        lambda: reference.Orthogonal(rl._core.whiten.POLYNOMIALS),
     ),
 }
 

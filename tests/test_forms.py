@@ -19,7 +19,7 @@ import reference
 from helpers import repeat
 
 import raclora_jax as rl
-from raclora_jax._chain.orthogonal import POLYNOMIALS
+from raclora_jax._core.whiten import POLYNOMIALS
 
 TOLERANCE = 1e-12
 EVERY, LINKS, RANK, ALPHA, RATE = 3, 3, 2, 3.0, 0.05

@@ -9,7 +9,7 @@ import reference
 from helpers import chequered, repeat
 
 import raclora_jax as rl
-from raclora_jax._chain.orthogonal import polar_factor
+from raclora_jax._core.whiten import polar_factor
 
 # Where the docstring says that singular values end.
 WITHIN = 0.007

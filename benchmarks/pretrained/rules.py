@@ -13,7 +13,7 @@ import optax
 from jax import Array
 
 from raclora_jax._chain.inner import ADAM, OrthogonalState
-from raclora_jax._chain.orthogonal import polar_factor
+from raclora_jax._core.whiten import polar_factor
 
 HASHED, DECAY = 64, 0.95  # what a measured softness keeps
 BETA = 0.9  # of a momentum

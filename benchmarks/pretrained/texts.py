@@ -61,6 +61,7 @@ def contenders() -> list[Entry]:
     """The contenders, those the claim is about first."""
     whole = {"rules": [rl.Rule(".*", mode="full")], "fused": True}
     momentum = {"inner": entries.momentum, "guess": 1e-3}
+    quarters = functools.partial(rl.orthogonal, block_size=16)
 
     def blocks(part: int, name: str, **options: Any) -> Entry:
         named = f"blocks of dim/{part}, {name}"
@@ -89,14 +90,10 @@ def contenders() -> list[Entry]:
         entries.ours(
             "full orthogonal in blocks of dim/4, fused",
             32,
-            inner=functools.partial(rl.orthogonal, block_size=16),
+            inner=quarters,
             **whole,
         ),
-        blocks(
-            2,
-            "orthogonal in halves",
-            inner=functools.partial(rl.orthogonal, block_size=16),
-        ),
+        blocks(2, "orthogonal in halves", inner=quarters),
         entries.ours("full orthogonal, momentum 0.9, fused", 32, **momentum, **whole),
         *(
             blocks(part, "momentum 0.9, links of 100", resample_every=100, **momentum)
