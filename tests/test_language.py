@@ -5,6 +5,7 @@ import os
 import pathlib
 import struct
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -329,6 +330,20 @@ def test_contenders_have_names_of_their_own(made):
     assert len(set(names)) == len(names)
     for entry in entries:
         entry.make(lambda count: 0.0 * count, jax.random.key(0))
+
+
+@pytest.mark.parametrize("race", ["time", "time, blocks"])
+def test_a_method_has_the_time_of_the_race_it_was_in(race):
+    """300 steps of full Adam are 150 of one that takes twice as long."""
+    name = "full orthogonal in blocks of dim/8, fused"
+    results = standings.Results(None, "pretrained.wide")
+    results.add({"study": "equal steps", "method": name, "steps": 300, "rate": 0.5})
+    options = SimpleNamespace(only=name, seeds=(0, 1), quick=False)
+    where = (wide.TINY,)
+    assert list(wide.jobs(results, "equal time", where, options)) == []
+    results.add({"study": race, "method": name, "over_full_adam": 2.0})
+    (job,) = wide.jobs(results, "equal time", where, options)
+    assert [job[k] for k in ("name", "steps", "guess", "tune")] == [name, 150, 0.5, False]
 
 
 def test_equal_rows_are_whitened_whatever_their_lengths():
