@@ -20,8 +20,8 @@ PACKAGE = pathlib.Path(rl.__file__).parent
 # Inside a folder each room imports only from rooms before it.
 ROOMS = {
     "_core": "types checks parts bits polar cholesky orthonormal paths saved digest "
-    "disk record stamp sharding contraction select picks spec plan planning sides keys "
-    "sketch lowrank rounding factor merge",
+    "disk record stamp sharding whiten contraction select picks spec plan planning sides "
+    "keys sketch lowrank rounding factor merge",
     "_autodiff": "stage reads elementwise uses axes attach weight rearrange arithmetic "
     "output picked consume join rounds updating interpret watch",
     "_chain": "boxes inner separable orthogonal state around clip start step slices",
