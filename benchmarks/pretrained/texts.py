@@ -62,6 +62,7 @@ def contenders() -> list[Entry]:
     whole = {"rules": [rl.Rule(".*", mode="full")], "fused": True}
     momentum = {"inner": entries.momentum, "guess": 1e-3}
     quarters = functools.partial(rl.orthogonal, block_size=16)
+    remembers = functools.partial(rl.orthogonal, memory=0.9)
 
     def blocks(part: int, name: str, **options: Any) -> Entry:
         named = f"blocks of dim/{part}, {name}"
@@ -95,6 +96,7 @@ def contenders() -> list[Entry]:
         ),
         blocks(2, "orthogonal in halves", inner=quarters),
         entries.ours("full orthogonal, momentum 0.9, fused", 32, **momentum, **whole),
+        entries.ours("full orthogonal, memory 0.9, fused", 32, inner=remembers, **whole),
         *(
             blocks(part, "momentum 0.9, links of 100", resample_every=100, **momentum)
             for part in (4, 2)
