@@ -273,6 +273,8 @@ TABLES = {
     "quantized": pretrained.quantized,
     "texts_time": lambda: pretrained.texts("the time of 300 steps"),
     "texts_steps": lambda: pretrained.texts("300 steps"),
+    "texts_long": lambda: pretrained.texts("1000 steps"),
+    "texts_lengths": pretrained.lengths,
     "wide": pretrained.wide,
     "wide_times": lambda: pretrained.times("wide"),
     "wide_blocks": lambda: pretrained.times("wide", "time, blocks"),

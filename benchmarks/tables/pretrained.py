@@ -201,7 +201,16 @@ def noise(tasks: tuple[str, ...], base: str, when: str = "") -> str:
 
 def texts(length: str) -> str:
     """Losses on three texts by some steps, or in the time of as many of full Adam's."""
-    return _over_full("texts", {text: f"{text}, {length}" for text in TEXTS})
+    columns = {text: f"{text}, {length}" for text in TEXTS}
+    return _over_full("texts", columns, needed=TEXTS)
+
+
+def lengths() -> str:
+    """Losses on the longest text by runs of every length, and in full Adam's time."""
+    counts = (300, 1000, 3000, 10_000)
+    columns = {f"{count:,} steps": f"WikiText-2, {count} steps" for count in counts}
+    columns["the time of 1,000"] = "WikiText-2, the time of 1000 steps"
+    return _over_full("texts", columns, needed=("1,000 steps",))
 
 
 def wide() -> str:
@@ -213,12 +222,16 @@ def wide() -> str:
 TEXTS = ("Shakespeare", "GSM8K", "WikiText-2")
 
 
-def _over_full(name: str, columns: dict[str, str]) -> str:
-    """The methods that have a row, in columns of studies."""
+def _over_full(name: str, columns: dict[str, str], needed: tuple[str, ...] = ()) -> str:
+    """The methods that have a row, in columns of studies; in those needed, if any."""
     studies = {study: column for column, study in columns.items()}
     kept = [row for row in _rows(name) if row["study"] in studies]
     rows = {(row["method"], studies[row["study"]]): row for row in kept}
-    methods = list(dict.fromkeys(row["method"] for row in kept))
+    methods = [
+        method
+        for method in dict.fromkeys(row["method"] for row in kept)
+        if all((method, column) in rows for column in needed)
+    ]
     return _grid("method", methods, tuple(columns), rows, "full Adam")
 
 
