@@ -132,12 +132,8 @@ def _texts() -> Line:
 
 def _long_run() -> Line:
     whole, half = "full orthogonal, memory 0.9, fused", "blocks of dim/2, orthogonal"
-
-    name, study = "pretrained/texts", "WikiText-2, 3000 steps"
-
-    def beside(method: str, rival: str) -> Lead:
-        return _lower(name, study, method, rival)
-
+    name, full = "pretrained/texts", "full Adam"
+    study, longest = (f"WikiText-2, {count} steps" for count in (3000, 10_000))
     ours, lora = (
         _one(name, study, method)["optimizer_bytes"] for method in (whole, _ADAM)
     )
@@ -145,10 +141,12 @@ def _long_run() -> Line:
         "A longer run, 3,000 steps of WikiText-2",
         "results/texts.md#how-long-it-lasts",
         "whole gradients with memory, fused",
-        f"loss {beside(whole, _ADAM)}, at {ours / lora:.2f} of its optimizer bytes; half "
-        f"of the width without state {beside(half, _ADAM)}{_TIME}not raced",
-        f"{beside(whole, 'full Adam')}; half of the width without state "
-        f"{beside(half, 'full Adam')}",
+        f"loss {_lower(name, study, whole, _ADAM)}, at {ours / lora:.2f} of its "
+        f"optimizer bytes; half of the width without state "
+        f"{_lower(name, study, half, _ADAM)}{_TIME}not raced",
+        f"{_lower(name, study, whole, full)}, after 10,000 steps "
+        f"{_lower(name, longest, whole, full)}; half of the width without state "
+        f"{_lower(name, study, half, full)}",
     )
 
 
