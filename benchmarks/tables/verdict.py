@@ -142,7 +142,7 @@ def _long_run() -> Line:
         "results/texts.md#how-long-it-lasts",
         "whole gradients with memory, fused",
         f"loss {_lower(name, study, whole, _ADAM)}, at {ours / lora:.2f} of its "
-        f"optimizer bytes; half of the width without state "
+        "optimizer bytes; half of the width without state "
         f"{_lower(name, study, half, _ADAM)}{_TIME}not raced",
         f"{_lower(name, study, whole, full)}, after 10,000 steps "
         f"{_lower(name, longest, whole, full)}; half of the width without state "
