@@ -165,6 +165,7 @@ def contenders(steps: int, batch: int) -> list[Entry]:
             "RAC r12 Adam, link 100", 12, inner=None, resample_every=100, guess=4e-4
         ),
         sentiment.ours("RAC r16 block orthogonal", 16, sketch="block", guess=2e-4),
+        sentiment.remembering(0.8, 25, guess=4e-4),
     ]
     return [entry._replace(batch=batch) for entry in table]
 

