@@ -281,6 +281,11 @@ TABLES = {
     "noise_texts": lambda: pretrained.noise(
         ("Shakespeare", "GSM8K", "WikiText-2"), "polar, links of 25"
     ),
+    "noise_rules": lambda: pretrained.noise(
+        ("Shakespeare", "GSM8K", "WikiText-2", "SST-2"),
+        "polar, links of 25",
+        others=True,
+    ),
     "noise_labels": lambda: pretrained.noise(
         ("SST-2", "MRPC", "exchanged words"), "LoRA r8 Adam"
     ),

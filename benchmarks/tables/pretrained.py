@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 
 from benchmarks.shared import rows as result_rows
@@ -190,10 +191,15 @@ def polynomials() -> str:
     return "\n".join(lines)
 
 
-def noise(tasks: tuple[str, ...], base: str, when: str = "") -> str:
-    """The loss of every rule on some tasks, and what it is over one of them."""
+def noise(tasks: tuple[str, ...], base: str, when: str = "", others: bool = False) -> str:
+    """The loss on some tasks, and what it is over one: of memory, or of other rules."""
     studies = {task + when: task for task in tasks}
-    kept = [row for row in _rows("noise") if row["study"] in studies]
+    kept = [
+        row
+        for row in _rows("noise")
+        if row["study"] in studies
+        and (row["method"] == base or others != bool(_MEMORY.search(row["method"])))
+    ]
     rows = {(row["method"], studies[row["study"]]): row for row in kept}
     methods = list(dict.fromkeys(row["method"] for row in kept))
     return _grid("rule", methods, tasks, rows, base)
@@ -220,6 +226,8 @@ def wide() -> str:
 
 
 TEXTS = ("Shakespeare", "GSM8K", "WikiText-2")
+# Beside memory stand the polar factor with links as long, LoRA, and Adam inside.
+_MEMORY = re.compile("memory|polar, links of 25|Adam")
 
 
 def _over_full(name: str, columns: dict[str, str], needed: tuple[str, ...] = ()) -> str:
