@@ -32,8 +32,14 @@ with extra("finetuning", __name__):
     from raclora_jax import peft
 
 DEFAULTS = asked.Defaults(
-    "raclora",
-    {"raclora": 4e-4, "raclora-orthogonal": 4e-4, "lora": 2e-3, "full": 2e-4},
+    "raclora-memory",
+    {
+        "raclora-memory": 4e-4,
+        "raclora": 4e-4,
+        "raclora-orthogonal": 4e-4,
+        "lora": 2e-3,
+        "full": 2e-4,
+    },
     "tasks of GLUE with an encoder 384 wide",
 )
 

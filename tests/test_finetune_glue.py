@@ -134,7 +134,9 @@ def test_the_written_model_is_the_best_one(whole, folder, table):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["raclora", "raclora-orthogonal", "lora", "full"])
+@pytest.mark.parametrize(
+    "method", ["raclora", "raclora-orthogonal", "raclora-memory", "lora", "full"]
+)
 def test_a_stopped_run_goes_on(folder, table, tmp_path, monkeypatch, capsys, method):
     """Interrupted between two checkpoints, it ends with the numbers of the whole run."""
     settings = {"method": method, "steps": 40, "eval_every": 10, "learning_rate": 0.005}

@@ -365,7 +365,7 @@ def test_help_says_every_default(program):
             assert f"(default: {action.default})" in said, action.dest
     for method, rate in program.DEFAULTS.rates.items():
         assert f"{rate:g} for {method}" in said
-    assert "half of the model's width for raclora" in said.replace("- ", "-")
+    assert "1/2 of the model's width for raclora-orthogonal" in said.replace("- ", "-")
 
 
 @pytest.mark.parametrize(

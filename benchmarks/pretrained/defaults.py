@@ -71,7 +71,7 @@ def tasks(options: argparse.Namespace, scratch: pathlib.Path) -> dict[str, Task]
         "batch": 16,
         "length": 24,
     }
-    found["who speaks"] = Task("finetune_glue.py", "raclora", words)
+    found["who speaks"] = Task("finetune_glue.py", "raclora-memory", words)
     return {name: task for name, task in found.items() if re.search(options.only, name)}
 
 

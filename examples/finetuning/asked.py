@@ -66,19 +66,21 @@ class RunParser(Parser):
     def __init__(self, description: str | None, defaults: Defaults):
         settings = "\n".join(
             f"  {method}: " + ", ".join(f"{k} {v}" for k, v in settings.items())
-            for method, settings in training.SETTINGS.items()
-            if settings
+            for method in defaults.rates
+            if (settings := training.SETTINGS[method])
         )
+        kept = _by_method({method: training.KEPT[method] for method in defaults.rates})
         super().__init__(description, epilog=f"without --spec:\n{settings}")
         add = self.add_argument
         add(
             "--method",
-            choices=training.SETTINGS,
+            choices=defaults.rates,
             default=defaults.method,
-            help="raclora-orthogonal keeps no optimizer state, raclora has Adam inside, "
-            "full trains every weight (default: %(default)s)",
+            help=f"it keeps {kept} (default: %(default)s)",
         )
-        ranks = _by_method({k: training.rank_said(k) for k in training.RANKS})
+        ranks = _by_method(
+            {k: training.rank_said(k) for k in defaults.rates if k in training.RANKS}
+        )
         add("--rank", type=count, help=f"(default: {ranks})")
         add("--spec", type=pathlib.Path, help="a spec in TOML, in place of --rank")
         rates = _by_method({k: f"{v:g}" for k, v in defaults.rates.items()})

@@ -24,12 +24,26 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "side": "left",
         "resample_every": 25,
     },
+    "raclora-memory": {
+        "alpha": "dim",
+        "sketch": "block",
+        "side": "smaller",
+        "resample_every": 25,
+    },
     "raclora": {"alpha": "dim", "side": "smaller", "resample_every": 100},
     "lora": {"side": "smaller"},
     "full": {},
 }
-# By method; 0 is half of the model's width. A full one has none.
-RANKS = {"raclora-orthogonal": 0, "raclora": 16, "lora": 8}
+KEPT = {
+    "raclora-orthogonal": "no optimizer state",
+    "raclora-memory": "rank x rank numbers a leaf",
+    "raclora": "Adam's moments of one factor",
+    "lora": "Adam's moments of two factors",
+    "full": "Adam's moments of every weight",
+}
+# By method, a number or a share of the model's width. A full one has none.
+RANKS = {"raclora-orthogonal": 1 / 2, "raclora-memory": 1 / 6, "raclora": 16, "lora": 8}
+MEMORY = 0.8
 
 
 class Trainer(NamedTuple):
@@ -50,7 +64,8 @@ class Trainer(NamedTuple):
 
 def rank_said(method: str) -> str:
     """The default rank of a method, in words."""
-    return str(RANKS[method] or "half of the model's width")
+    rank = RANKS[method]
+    return str(rank) if rank >= 1 else f"1/{round(1 / rank)} of the model's width"
 
 
 def settings(method: str, rank: int | None, width: int) -> dict[str, Any]:
@@ -61,7 +76,9 @@ def settings(method: str, rank: int | None, width: int) -> dict[str, Any]:
       rank: Asked for, if any.
       width: Of the model.
     """
-    default = RANKS.get(method, 1) or max(1, width // 2)
+    default = RANKS.get(method, 1)
+    if default < 1:
+        default = max(1, round(default * width))
     return {"rank": rank or default} | SETTINGS[method]
 
 
@@ -72,7 +89,10 @@ def effective(method: str, spec: rl.Spec) -> dict[str, Any]:
     if method == "lora":
         return {"rank": spec.rank, "alpha": spec.alpha or spec.rank}
     names = "rank", "alpha", "sketch", "side", "resample_every"
-    inner = "orthogonal" if method == "raclora-orthogonal" else "Adam"
+    inner = {
+        "raclora-orthogonal": "orthogonal",
+        "raclora-memory": f"orthogonal, memory {MEMORY:g}",
+    }.get(method, "Adam")
     stated = {name: getattr(spec, name) for name in names}
     return stated | {"alpha": spec.alpha or spec.rank, "inner": inner}
 
@@ -107,7 +127,10 @@ def trainer(
 ) -> Trainer:
     """``raclora``, fused or in factor form, ``lora`` beside the weights, or ``full``."""
     if method.startswith("raclora"):
-        inner = rl.orthogonal() if method == "raclora-orthogonal" else None
+        inner = {
+            "raclora-orthogonal": rl.orthogonal(),
+            "raclora-memory": rl.orthogonal(memory=MEMORY),
+        }.get(method)
         return _raclora(rate, spec, loss_fn, inner, seed, fused)
     made = methods.full(rate)
     if method == "lora":
