@@ -295,6 +295,7 @@ TABLES = {
     "forgetting": pretrained.forgetting,
     "sentiment_steps": lambda: pretrained.losses("sentiment", "equal steps"),
     "sentiment_times": lambda: pretrained.times("sentiment"),
+    "sentiment_races": lambda: pretrained.times("sentiment", "time, memory"),
     "sentiment_time": lambda: pretrained.losses("sentiment", "equal time"),
     "data_parallel": data_parallel_table,
     "laws": laws_table,
