@@ -4,18 +4,22 @@ import json
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import programs
 import pytest
 from flax import nnx
 from programs import ended, launch, rows_of
 
+import raclora_jax as rl
 from raclora_jax import flax as rl_flax
 from raclora_jax import peft
 
 tokenizers = pytest.importorskip("tokenizers")
 finetune_glue = pytest.importorskip("finetune_glue")  # an example beside the tests
 bert = pytest.importorskip("finetuning.bert")
+training = pytest.importorskip("finetuning.training")
 
 WORDS = ["good", "fine", "bright", "bad", "poor", "dull", "a", "film", "and", "long"]
 SIZES = {
@@ -159,6 +163,21 @@ def test_a_killed_run_ends_as_an_unbroken_one(folder, table, tmp_path):
     programs.finished("finetune_glue.py", words, tmp_path / "whole")
     programs.finished("finetune_glue.py", words, tmp_path / "broken", kills=(1, 2, 7))
     programs.assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_memory_keeps_a_square_of_the_rank_and_is_the_default():
+    params, kept = {"kernel": jnp.zeros((12, 8))}, {}
+    for method in ("raclora-memory", "raclora-orthogonal"):
+        spec = rl.Spec(**training.settings("raclora-memory", None, width=24))
+        rate = optax.constant_schedule(1e-3)
+        made = training.trainer(method, rate, spec, lambda p: p["kernel"].sum(), 0, True)
+        kept[method] = made.bytes(params)
+    assert spec.rank == 24 // 6
+    # A Gram matrix and its unit, and counts of steps for sketched and for dense leaves.
+    beside = kept["raclora-memory"] - kept["raclora-orthogonal"]
+    assert beside == 4 * (spec.rank**2 + 1 + 2)
+    said = training.effective(finetune_glue.DEFAULTS.method, spec)
+    assert said["inner"] == "orthogonal, memory 0.8"
 
 
 def test_pairs_and_numbers(folder, table, tmp_path, monkeypatch):
