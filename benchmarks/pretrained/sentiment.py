@@ -140,6 +140,11 @@ def _work(data_dir: pathlib.Path, model_dir: pathlib.Path, name: str, **job: Any
     return run.contest(runner, **job)
 
 
+# What takes part; ratios are to full Adam and to the best LoRA, which are in both.
+RACES = {"time": "^(?!.*memory)", "time, memory": "^full Adam|^LoRA r8 Adam|memory"}
+STUDIES = ("equal steps", *RACES, "equal time")
+
+
 def jobs(results: Results, study: str, options: argparse.Namespace) -> Iterator[dict]:
     """The rows of a study that are missing and can be made."""
     rivals = [r for r in results.rows if r["method"].startswith("LoRA")]
@@ -163,11 +168,6 @@ def jobs(results: Results, study: str, options: argparse.Namespace) -> Iterator[
                 results.add(before | {"study": study})
             else:
                 yield job | {"steps": steps, "guess": before["rate"], "tune": False}
-
-
-# What takes part; ratios are to full Adam and to the best LoRA, which are in both.
-RACES = {"time": "^(?!.*memory)", "time, memory": "^full Adam|^LoRA r8 Adam|memory"}
-STUDIES = ("equal steps", *RACES, "equal time")
 
 
 def fill(options: argparse.Namespace, results: Results) -> None:

@@ -43,7 +43,7 @@ KEPT = {
 }
 # By method, a number or a share of the model's width. A full one has none.
 RANKS = {"raclora-orthogonal": 1 / 2, "raclora-memory": 1 / 6, "raclora": 16, "lora": 8}
-MEMORY = 0.8
+MEMORIES = {"raclora-orthogonal": 0.0, "raclora-memory": 0.8}  # the others have Adam
 
 
 class Trainer(NamedTuple):
@@ -89,10 +89,9 @@ def effective(method: str, spec: rl.Spec) -> dict[str, Any]:
     if method == "lora":
         return {"rank": spec.rank, "alpha": spec.alpha or spec.rank}
     names = "rank", "alpha", "sketch", "side", "resample_every"
-    inner = {
-        "raclora-orthogonal": "orthogonal",
-        "raclora-memory": f"orthogonal, memory {MEMORY:g}",
-    }.get(method, "Adam")
+    inner = "orthogonal" if method in MEMORIES else "Adam"
+    if memory := MEMORIES.get(method):
+        inner += f", memory {memory:g}"
     stated = {name: getattr(spec, name) for name in names}
     return stated | {"alpha": spec.alpha or spec.rank, "inner": inner}
 
@@ -127,10 +126,8 @@ def trainer(
 ) -> Trainer:
     """``raclora``, fused or in factor form, ``lora`` beside the weights, or ``full``."""
     if method.startswith("raclora"):
-        inner = {
-            "raclora-orthogonal": rl.orthogonal(),
-            "raclora-memory": rl.orthogonal(memory=MEMORY),
-        }.get(method)
+        memory = MEMORIES.get(method)
+        inner = None if memory is None else rl.orthogonal(memory=memory)
         return _raclora(rate, spec, loss_fn, inner, seed, fused)
     made = methods.full(rate)
     if method == "lora":
