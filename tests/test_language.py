@@ -482,6 +482,20 @@ def test_program_saves_its_rows_and_adds_what_is_missing(monkeypatch, tmp_path):
     assert language.steps_in_time({"over_full_adam": 0.72}) == 1390
 
 
+def test_a_race_takes_the_place_of_the_one_before(tmp_path):
+    """Whole: a method that was not in the new one has no time, in the file either."""
+    path = tmp_path / "rows.json"
+    results = standings.Results(path, "pretrained.language")
+    for method in ("one", "other"):
+        results.add({"study": "time", "method": method, "milliseconds": 1.0})
+        results.add({"study": "equal steps", "method": method})
+    results.replace("time", [{"study": "race", "method": "one", "milliseconds": 2.0}])
+    for found in (results, standings.Results(path, "pretrained.language")):
+        assert found.get("time", "one")["milliseconds"] == 2
+        assert found.get("time", "other") is None
+        assert found.get("equal steps", "other") is not None
+
+
 @pytest.mark.parametrize(
     "contender", [("nf4", 5, True), ("nf4", 5, False), ("int8", 0, False)]
 )

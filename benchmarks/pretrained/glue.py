@@ -305,12 +305,10 @@ def fill(options: argparse.Namespace, results: Results) -> None:
 def race(options: argparse.Namespace, results: Results, name: str) -> None:
     """The contenders of a task, timed in turn."""
     table, batch = table_of(name, options.full, options.quick)
-    results.drop(f"{name}, time")
     task = _task(options.data_dir, options.model_dir, name, table)
     everyone = contenders(table.steps, batch)
     asked = [entry for entry in everyone if re.search(options.only, entry.name)]
-    for row in run.race(task, asked, options.rounds):
-        results.add(row | {"study": f"{name}, time"})
+    results.replace(f"{name}, time", run.race(task, asked, options.rounds))
 
 
 STUDIES = ("equal steps", "time", "equal time")

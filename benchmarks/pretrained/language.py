@@ -121,11 +121,9 @@ def jobs(results: Results, study: str, options: argparse.Namespace) -> Iterator[
 def fill(options: argparse.Namespace, results: Results) -> None:
     """Every study that is asked for."""
     if "time" in options.studies:
-        results.drop("time")
-        for row in run.race(
-            _task(options.data_dir), contenders_of("time"), options.rounds
-        ):
-            results.add(row)
+        task = _task(options.data_dir)
+        raced = run.race(task, contenders_of("time"), options.rounds)
+        results.replace("time", raced)
     work = functools.partial(_work, options.data_dir)
     for study in options.studies:
         if study != "time":

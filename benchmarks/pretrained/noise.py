@@ -230,11 +230,10 @@ def race(results: Results, options: Any) -> None:
         study = f"{task}, time"
         timed = [e for e in chosen(task, options) if results.get(task, e.name)]
         if not all(results.get(study, entry.name) for entry in timed):
-            results.drop(study)
-            results.drop(f"{task}, equal time")
             made = _task(task, options.data_dir, options.model_dir)
-            for row in run.race(made, timed, options.rounds):
-                results.add(row | {"study": study})
+            raced = run.race(made, timed, options.rounds)
+            results.drop(f"{task}, equal time")
+            results.replace(study, raced)
 
 
 def jobs_in_time(results: Results, options: Any) -> Iterator[dict[str, Any]]:

@@ -176,15 +176,13 @@ def fill(options: argparse.Namespace, results: Results) -> None:
     work = functools.partial(_work, *folders)
     for study in options.studies:
         if study in RACES:
-            results.drop(study)
             asked = [
                 entry
                 for entry in contenders()
                 if re.search(options.only, entry.name)
                 and re.search(RACES[study], entry.name)
             ]
-            for row in run.race(_task(*folders), asked, options.rounds):
-                results.add(row | {"study": study})
+            results.replace(study, run.race(_task(*folders), asked, options.rounds))
         else:
             results.fill(work, jobs(results, study, options), options.workers)
 

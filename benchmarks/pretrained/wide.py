@@ -304,15 +304,14 @@ def main() -> None:
     )
     for study in options.studies:
         if study in RACES:
-            results.drop(study)
             asked = [
                 entry
                 for entry in contenders(size.width)
                 if re.search(options.only, entry.name)
                 and re.search(RACES[study], entry.name)
             ]
-            for row in run.race(_task(*where), asked, 1 if options.quick else 2):
-                results.add(row | {"study": study})
+            rounds = 1 if options.quick else 2
+            results.replace(study, run.race(_task(*where), asked, rounds))
         else:
             results.fill(_work, jobs(results, study, where, options), options.workers)
 

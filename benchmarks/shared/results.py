@@ -61,8 +61,15 @@ class Results:
             result_rows.save(self.path, self._program, self.rows, **settings)
 
     def drop(self, study: str) -> None:
-        """Forgets a study: times of two races do not stand side by side."""
+        """Forgets a study."""
         self.rows = [row for row in self.rows if row["study"] != study]
+
+    def replace(self, study: str, rows: Iterable[dict[str, Any]]) -> None:
+        """A study by new rows: times of two races do not stand side by side."""
+        rows = list(rows)
+        self.drop(study)
+        for row in rows:
+            self.add(row | {"study": study})
 
     def get(self, study: str, method: str) -> dict[str, Any] | None:
         """The row of a study and a method."""
