@@ -305,17 +305,20 @@ def test_whole_runs_go_down_from_what_short_ones_found():
     assert list(contest.lowered(lambda rate: -rate, 1.0)) == [1 / 2, 1]
 
 
-def test_a_row_of_fewer_seeds_gets_the_others_at_its_rate(monkeypatch):
-    """And what it says of its own stays."""
+def test_a_row_that_is_known_gets_what_is_missing(monkeypatch):
+    """Seeds at its rate; where a valley it did not reach is deeper, all of them anew."""
     trained = []
+
+    def loss(rate, seed):
+        return abs(np.log2(rate) + 4) + seed
 
     class Run:
         def __init__(self, task, entry):
             pass
 
         def trained(self, rate, steps, seed):
-            trained.append(seed)
-            return 10 * rate + seed
+            trained.append((rate, seed))
+            return loss(rate, seed)
 
         def facts(self):
             return {}
@@ -327,14 +330,27 @@ def test_a_row_of_fewer_seeds_gets_the_others_at_its_rate(monkeypatch):
 
     monkeypatch.setattr(glue, "_task", lambda *where: Table)
     monkeypatch.setattr(contest, "Runner", Run)
-    known = {"rate": 2.0, "tried": [[2.0, 7.0]], "loss": [7.0, 8.0], "score": [1.0, 2.0]}
-    job = {"method": "full Adam", "study": "cola, equal steps", "steps": 10}
-    where = (glue.TABLES["cola"],)
-    row = glue._work(where, 4, **job, guess=1.0, seeds=(0, 1, 2, 3), known=known)
-    assert trained == [2, 3]
-    assert (row["rate"], row["tried"]) == (2.0, [[2.0, 7.0]])
-    assert row["loss"] == [7.0, 8.0, 22.0, 23.0]
-    assert row["score"] == [1.0, 2.0, -22.0, -23.0]
+    tried = [[1.0, 7.1], [2.0, 7.0], [4.0, 7.2]]
+    known = {"rate": 2.0, "tried": tried, "loss": [7.0, 8.0], "score": [1.0, 2.0]}
+    job = {"method": "full Adam", "steps": 10, "guess": 2.0, "seeds": (0, 1, 2, 3)}
+
+    def row_of(task):
+        job["study"] = f"{task}, equal steps"
+        return glue._work((glue.TABLES[task],), 4, **job, known=known)
+
+    row = row_of("mrpc")
+    assert trained == [(2.0, 2), (2.0, 3)]
+    assert (row["rate"], row["tried"]) == (2.0, tried)
+    assert row["loss"] == [7.0, 8.0, 7.0, 8.0]
+    assert row["score"] == [1.0, 2.0, -7.0, -8.0]
+
+    trained.clear()
+    row = row_of("cola")  # and goes on below the last one, which is the best
+    rates = [rate for rate, seed in trained if seed == 0]
+    assert rates == [1 / 8, 1 / 4, 1 / 2, 1 / 16, 1 / 32]
+    assert row["rate"] == 1 / 16
+    assert len(row["tried"]) == 8
+    assert row["loss"] == [loss(1 / 16, seed) for seed in (0, 1, 2, 3)]
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ cores: texts of few tokens (rows say how many were cut), 16 a step, few steps; 1
 warm-up, then a cosine to zero. The learning rate of every method is searched on one grid
 of powers of two, by the loss on texts held out of the training table, on seed 0; a seed
 decides data order and sketches. What is reported is the task's own metric on its dev
-table, in percent. CoLA, where most methods end near where they began, is there twice
-more: at four times the steps, and from half of the encoder. LoRA is there again at the
-rate that its paper has for CoLA, which is not searched.
+table, in percent. CoLA is there twice more: at four times the steps, and from half of
+the encoder. Its loss has two valleys over the rate, one where all texts get one answer,
+so that every method tries six rates there before the search goes on from the best. LoRA
+is there again at the rate that its paper has for CoLA, which is not searched.
 
 Studies: equal steps, and the wall time of LoRA's steps, by steps that are timed in turn
 in this run. Rows are saved as they come and missing ones are added. ``--full`` takes
@@ -61,6 +62,9 @@ class Table(NamedTuple):
       length: Tokens of a text, or of a pair.
       steps: Steps of a run.
       depth: How many layers of the encoder are used; all by default.
+      powers: Of two, times the guess of a rate: those a search begins with.
+      after: The task whose rates are the guesses, where it has rows.
+      seeds: How many there are.
     """
 
     texts: tuple[int, ...]
@@ -69,12 +73,16 @@ class Table(NamedTuple):
     length: int
     steps: int
     depth: int | None = None
+    powers: range = range(1)
+    after: str | None = None
+    seeds: int = 5
 
 
+_COLA = Table((3,), 1, header=False, length=20, steps=600, powers=range(-4, 2))
 TABLES = {
-    "cola": Table((3,), 1, header=False, length=20, steps=600),
-    "cola, long": Table((3,), 1, header=False, length=20, steps=2400),
-    "cola, half": Table((3,), 1, header=False, length=20, steps=600, depth=3),
+    "cola": _COLA,
+    "cola, long": _COLA._replace(steps=2400, powers=range(1), after="cola", seeds=3),
+    "cola, half": _COLA._replace(depth=3),
     "mrpc": Table((3, 4), 0, header=True, length=64, steps=200),
     "rte": Table((1, 2), 3, header=True, length=80, steps=200),
     "sst2": Table((0,), 1, header=True, length=32, steps=300),
@@ -205,27 +213,30 @@ def _work(
 ) -> dict[str, Any]:
     """One row, in a process of its own; tuned where no other row says the rate.
 
-    A row that is known of fewer seeds gets the others, at its rate.
+    What is known of a row stands: rates that were tried, and seeds at the best of all.
     """
-    begun = time.perf_counter()
+    begun, known = time.perf_counter(), known or {}
+    before = dict(known.get("tried", []))
     task = _task(*where)
     found = {entry.name: entry for entry in contenders(where[-1].steps, batch)}
     runner = run.Runner(task, found[method])
     first: dict[float, Any] = {}
 
     def score(rate: float) -> float:
+        if rate in before:
+            return before[rate]
         first[rate] = runner.trained(rate, steps, seeds[0])
         return task.validation_loss(first[rate])
 
-    losses, scores, ends = [], [], []
-    if known:
-        rate, tried = known["rate"], dict(known["tried"])
-        losses, scores = known["loss"], known["score"]
-    else:
-        tune = study.endswith("equal steps") and method != PUBLISHED
-        tried = run.search(score, guess) if tune else {guess: score(guess)}
-        rate = min(tried, key=lambda rate: tried[rate])
-        ends = [first[rate]]
+    tried = before
+    if is_tuned(study, method):
+        tried = before | run.search(score, guess, powers=where[-1].powers)
+    elif not before:
+        tried = {guess: score(guess)}
+    rate = min(tried, key=lambda rate: tried[rate])
+    stands = rate == known.get("rate")
+    losses, scores = (known[key] if stands else [] for key in ("loss", "score"))
+    ends = [first[rate]] if rate in first else []
     for seed in seeds[len(losses) + len(ends) :]:
         ends.append(runner.trained(rate, steps, seed))
     losses = [*losses, *map(task.validation_loss, ends)]
@@ -239,7 +250,7 @@ def _work(
         "tokens": where[-1].length,
         "texts_cut": task.cut,
         "rate": rate,
-        "tried": [[rate, loss] for rate, loss in tried.items()],
+        "tried": [[rate, tried[rate]] for rate in sorted(tried)],
         "loss": losses,
         "loss_mean": statistics.mean(losses),
         "loss_std": statistics.stdev(losses) if len(seeds) > 1 else None,
@@ -252,6 +263,11 @@ def _work(
     }
 
 
+def is_tuned(study: str, method: str) -> bool:
+    """Whether a row's rate is searched."""
+    return study.endswith("equal steps") and method != PUBLISHED
+
+
 def jobs(
     results: Results, name: str, kind: str, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
@@ -259,20 +275,26 @@ def jobs(
     table, batch = table_of(name, options.full, options.quick)
     study = f"{name}, {kind}"
     for entry in contenders(table.steps, batch):
-        known = results.get(study, entry.name)
-        done = known and len(known["seeds"]) >= len(options.seeds)
-        if done or not re.search(options.only, entry.name):
+        if not re.search(options.only, entry.name):
             continue
+        known = results.get(study, entry.name)
+        seeds = options.seeds[: table.seeds]
+        enough = known and len(known["seeds"]) >= len(seeds)
         job = {
             "where": (options.data_dir, options.model_dir, name, table),
             "batch": batch,
             "method": entry.name,
             "study": study,
-            "seeds": options.seeds,
+            "seeds": seeds,
+            "known": known,
         }
         if kind == "equal steps":
-            fixed = {"steps": table.steps, "guess": entry.guess}
-            yield job | fixed | {"known": known}
+            shorter = results.get(f"{table.after}, equal steps", entry.name)
+            guess = shorter["rate"] if shorter else entry.guess
+            asked = table.powers if is_tuned(study, entry.name) else ()
+            tried = dict(known["tried"]) if known else {}
+            if not enough or any(guess * 2.0**power not in tried for power in asked):
+                yield job | {"steps": table.steps, "guess": guess}
             continue
         before = results.get(f"{name}, equal steps", entry.name)
         times = [
@@ -281,12 +303,14 @@ def jobs(
         if before and all(times):
             theirs, own = (row["over_full_adam"] for row in times)
             steps = run.CHUNK * round(table.steps * theirs / own / run.CHUNK)
+            same = known and (known["steps"], known["rate"]) == (steps, before["rate"])
+            if same and enough:
+                continue
             if steps == table.steps:
                 results.add(before | {"study": study})
             else:
-                same = known and known["steps"] == steps
                 fixed = {"steps": steps, "guess": before["rate"]}
-                yield job | fixed | {"known": known if same else None}
+                yield job | fixed | ({} if same else {"known": None})
 
 
 def fill(options: argparse.Namespace, results: Results) -> None:

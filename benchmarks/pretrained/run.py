@@ -6,7 +6,7 @@ import functools
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -144,9 +144,16 @@ class Runner:
 
 
 def search(
-    score: Callable[[float], float], guess: float, factor: float = 2.0
+    score: Callable[[float], float],
+    guess: float,
+    factor: float = 2.0,
+    powers: Iterable[int] = (0,),
 ) -> dict[float, float]:
-    """Losses by rate, on ``guess`` times powers of a factor, until the best is inside."""
+    """Losses by rate, on ``guess`` times powers of a factor, until the best is inside.
+
+    It goes down from the best of ``powers``: where a loss has more than one valley, from
+    a first that reaches them all.
+    """
     found: dict[int, float] = {}
 
     def at(power: int) -> float:
@@ -155,7 +162,7 @@ def search(
             found[power] = loss if np.isfinite(loss) else float("inf")
         return found[power]
 
-    best = 0
+    best = min(powers, key=at)
     while True:
         below, above = at(best - 1), at(best + 1)
         nearest = min((at(best), best), (below, best - 1), (above, best + 1))[1]
