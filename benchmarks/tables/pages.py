@@ -292,6 +292,7 @@ TABLES = {
     "noise_time": lambda: pretrained.noise(
         ("SST-2", "MRPC", "exchanged words"), "LoRA r8 Adam", ", equal time"
     ),
+    "noise_large": pretrained.large_batches,
     "forgetting": pretrained.forgetting,
     "sentiment_steps": lambda: pretrained.losses("sentiment", "equal steps"),
     "sentiment_times": lambda: pretrained.times("sentiment"),

@@ -205,10 +205,16 @@ def noise(tasks: tuple[str, ...], base: str, when: str = "", others: bool = Fals
     return _grid("rule", methods, tasks, rows, base)
 
 
+def large_batches() -> str:
+    """Losses on phrases, 128 a step, and what they are over the polar factor's."""
+    columns = {"phrases, 128 a step": "SST-2, 128 texts"}
+    return _over_one("noise", columns, base="polar, links of 25")
+
+
 def texts(length: str) -> str:
     """Losses on three texts by some steps, or in the time of as many of full Adam's."""
     columns = {text: f"{text}, {length}" for text in TEXTS}
-    return _over_full("texts", columns, needed=TEXTS)
+    return _over_one("texts", columns, needed=TEXTS)
 
 
 def lengths() -> str:
@@ -216,13 +222,13 @@ def lengths() -> str:
     counts = (300, 1000, 3000, 10_000)
     columns = {f"{count:,} steps": f"WikiText-2, {count} steps" for count in counts}
     columns["the time of 1,000"] = "WikiText-2, the time of 1000 steps"
-    return _over_full("texts", columns, needed=("1,000 steps",))
+    return _over_one("texts", columns, needed=("1,000 steps",))
 
 
 def wide() -> str:
     """Losses of the decoder that is made here, at equal steps and in equal time."""
     columns = {"300 steps": "equal steps", "the time of 300 of full Adam": "equal time"}
-    return _over_full("wide", columns)
+    return _over_one("wide", columns)
 
 
 TEXTS = ("Shakespeare", "GSM8K", "WikiText-2")
@@ -230,7 +236,12 @@ TEXTS = ("Shakespeare", "GSM8K", "WikiText-2")
 _MEMORY = re.compile("memory|polar, links of 25|Adam")
 
 
-def _over_full(name: str, columns: dict[str, str], needed: tuple[str, ...] = ()) -> str:
+def _over_one(
+    name: str,
+    columns: dict[str, str],
+    needed: tuple[str, ...] = (),
+    base: str = "full Adam",
+) -> str:
     """The methods that have a row, in columns of studies; in those needed, if any."""
     studies = {study: column for column, study in columns.items()}
     kept = [row for row in _rows(name) if row["study"] in studies]
@@ -240,7 +251,7 @@ def _over_full(name: str, columns: dict[str, str], needed: tuple[str, ...] = ())
         for method in dict.fromkeys(row["method"] for row in kept)
         if all((method, column) in rows for column in needed)
     ]
-    return _grid("method", methods, tuple(columns), rows, "full Adam")
+    return _grid("method", methods, tuple(columns), rows, base)
 
 
 def _grid(
