@@ -270,6 +270,7 @@ TABLES = {
     "programs": pretrained.programs,
     "glue_steps": lambda: pretrained.glue("equal steps"),
     "glue_time": lambda: pretrained.glue("equal time"),
+    "glue_cola": pretrained.cola,
     "quantized": pretrained.quantized,
     "texts_time": lambda: pretrained.texts("the time of 300 steps"),
     "texts_steps": lambda: pretrained.texts("300 steps"),

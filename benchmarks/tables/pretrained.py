@@ -127,6 +127,36 @@ def glue_means(study: str, asked: tuple[str, ...] = ()) -> dict[str, list[float]
     }
 
 
+def cola() -> str:
+    """Correlation on CoLA and the loss held out: longer runs, and half of the encoder."""
+    columns = {
+        "600 steps": "cola, equal steps",
+        "2,400 steps": "cola, long, equal steps",
+        "half of the encoder, 600 steps": "cola, half, equal steps",
+    }
+    kept = [row for row in _rows("glue") if row["study"] in columns.values()]
+    rows = {(row["method"], row["study"]): row for row in kept}
+    starts = {row["study"]: f"{row['start']:.1f}" for row in kept}
+
+    def cell(row: dict | None) -> str:
+        if row is None:
+            return "-"
+        score = f"{row['score_mean']:.1f} ± {row['score_std']:.1f}"
+        return f"{score}; {row['loss_mean']:.3f}"
+
+    lines = [
+        "| method | " + " | ".join(columns) + " |",
+        "|---" + "|---:" * len(columns) + "|",
+        "| before tuning | "
+        + " | ".join(starts.get(study, "-") for study in columns.values())
+        + " |",
+    ]
+    for method in dict.fromkeys(row["method"] for row in kept):
+        cells = (cell(rows.get((method, study))) for study in columns.values())
+        lines.append("| " + " | ".join([method, *cells]) + " |")
+    return "\n".join(lines)
+
+
 _TASKS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2"}
 
 

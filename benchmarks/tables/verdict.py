@@ -221,30 +221,26 @@ def _program() -> Line:
 
 
 def _glue() -> Line:
-    method, full = "RAC r12 Adam, link 100", "full Adam"
-    said = {}
-    for study in ("equal steps", "equal time"):
-        means = pretrained.glue_means(study)
-        for rival in (_ADAM, full):
-            said[study, rival] = lead(means[method], means[rival], 1)
-    means = pretrained.glue_means("equal steps")
-    memory = lead(means[_MEMORY], means[_ADAM], 1)
+    adam, full = "RAC r12 Adam, link 100", "full Adam"
+
+    def beside(
+        rival: str, method: str, study: str = "equal steps", tasks: tuple[str, ...] = ()
+    ) -> Lead:
+        means = pretrained.glue_means(study, tasks)
+        return lead(means[method], means[rival], 1)
+
+    def twice(method: str, study: str = "equal steps") -> str:
+        on_two = beside(_ADAM, method, study, ("mrpc", "sst2"))
+        return f"{beside(_ADAM, method, study)}; without CoLA {on_two}"
+
     share = _share_of_bytes("pretrained/glue", "sst2, equal steps", _MEMORY)
-    pairs = [
-        lead(means[method], means[_ADAM], 1)
-        for means in (
-            pretrained.glue_means(study, ("mrpc", "sst2"))
-            for study in ("equal steps", "equal time")
-        )
-    ]
     return Line(
         "MiniLM, three tasks of GLUE",
         "results/labels.md",
         "RAC-LoRA with Adam, links of 100",
-        f"points: {said['equal steps', _ADAM]}; without CoLA {pairs[0]}; with memory, "
-        f"at {share} of its bytes, {memory}"
-        f"{_TIME}{said['equal time', _ADAM]}; without CoLA {pairs[1]}",
-        f"{said['equal steps', full]}<br>in LoRA's time: {said['equal time', full]}",
+        f"points: {twice(adam)}; with memory, at {share} of its bytes, {twice(_MEMORY)}"
+        f"{_TIME}{twice(adam, 'equal time')}",
+        f"{beside(full, adam)}<br>in LoRA's time: {beside(full, adam, 'equal time')}",
     )
 
 
