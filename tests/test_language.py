@@ -353,6 +353,26 @@ def test_a_row_that_is_known_gets_what_is_missing(monkeypatch):
     assert row["loss"] == [loss(1 / 16, seed) for seed in (0, 1, 2, 3)]
 
 
+def test_rates_on_glue_are_those_of_a_search_from_nothing():
+    """Though rows were made in parts: what is known must not decide what is found."""
+    path = pathlib.Path(glue.__file__).parent / "results" / "glue.json"
+    results = standings.Results(path, "pretrained.glue")
+    seen = 0
+    for name, table in glue.TABLES.items():
+        study = f"{name}, equal steps"
+        for entry in glue.contenders(table.steps, glue.BATCH):
+            row = results.get(study, entry.name)
+            if row is None or not glue.is_tuned(study, entry.name):
+                continue
+            shorter = results.get(f"{table.after}, equal steps", entry.name)
+            guess = shorter["rate"] if shorter else entry.guess
+            tried = dict(row["tried"])
+            found = contest.search(tried.__getitem__, guess, powers=table.powers)
+            assert min(found, key=found.get) == row["rate"], (study, entry.name)
+            seen += 1
+    assert seen > 20
+
+
 @pytest.mark.parametrize(
     "made",
     [

@@ -81,7 +81,7 @@ class Table(NamedTuple):
 _COLA = Table((3,), 1, header=False, length=20, steps=600, powers=range(-4, 2))
 TABLES = {
     "cola": _COLA,
-    "cola, long": _COLA._replace(steps=2400, powers=range(-5, 1), after="cola", seeds=3),
+    "cola, long": _COLA._replace(steps=2400, powers=range(-5, 2), after="cola", seeds=3),
     "cola, half": _COLA._replace(depth=3),
     "mrpc": Table((3, 4), 0, header=True, length=64, steps=200),
     "rte": Table((1, 2), 3, header=True, length=80, steps=200),

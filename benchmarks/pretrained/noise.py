@@ -48,7 +48,8 @@ LABELLED = ("SST-2", "MRPC", "exchanged words")
 TASKS = (*stories.TEXTS, *LABELLED)
 RANK = 16
 CLOCK = "LoRA r8 Adam"
-LARGE, LARGE_STEPS = 128, 100  # texts a step, where halves are compared
+LARGE, LARGE_STEPS = 128, 100  # phrases a step, where halves are compared
+LARGE_STUDY = f"SST-2, {LARGE} texts"
 
 
 def exchanged(data_dir: pathlib.Path, model_dir: pathlib.Path) -> Classifier:
@@ -187,16 +188,9 @@ def _task(*where: Any) -> Any:
 
 def _work(task: str, folders: tuple[pathlib.Path, ...], name: str, **job: Any) -> Any:
     """One row, in a process of its own."""
-    table = (
-        large() if job["study"] == study_of_large(task) else contenders(task in LABELLED)
-    )
+    table = large() if job["study"] == LARGE_STUDY else contenders(task in LABELLED)
     entry = next(entry for entry in table if entry.name == name)
     return run.contest(run.Runner(_task(task, *folders), entry), **job)
-
-
-def study_of_large(task: str) -> str:
-    """What rows of large batches call their study."""
-    return f"{task}, {LARGE} texts"
 
 
 def chosen(task: str, options: Any) -> list[Entry]:
@@ -265,12 +259,13 @@ def jobs_in_time(results: Results, options: Any) -> Iterator[dict[str, Any]]:
 
 def jobs_large(results: Results, options: Any) -> Iterator[dict[str, Any]]:
     """The rows of large batches that are missing, on phrases."""
-    study = study_of_large("SST-2")
     for entry in large():
-        if not results.get(study, entry.name) and re.search(options.only, entry.name):
+        if not results.get(LARGE_STUDY, entry.name) and re.search(
+            options.only, entry.name
+        ):
             yield {
                 "task": "SST-2",
-                "study": study,
+                "study": LARGE_STUDY,
                 "folders": (options.data_dir, options.model_dir),
                 "name": entry.name,
                 "steps": LARGE_STEPS * LARGE // entry.batch,
